@@ -1,0 +1,42 @@
+"""Sparse training as composable Optax gradient transformations.
+
+From top to bottom, each module uses only those above it:
+
+- ``wide``: 64-bit counts as pairs of 32-bit integers.
+- ``selection``: the k largest of a tree, exactly, without a sort.
+- ``leaves``: which leaves take part, and what they are called.
+- ``budgets``: how many weights each leaf may keep.
+- ``masks``, ``state``: mask trees, and the masks in an optimizer state.
+- ``schedules``: prune rates, density ramps, when to act.
+- ``gsm``: ``gsm_mask``, and the ready-made optimizer around it.
+- ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
+- ``methods``: one short file per paper, each a composition of rules.
+- ``experiments`` (extra ``[experiments]``): models, data, training, tables.
+"""
+
+from importlib.metadata import version as _version
+
+from sparse_optax import budgets as budgets
+from sparse_optax import leaves as leaves
+from sparse_optax import masks as masks
+from sparse_optax import methods as methods
+from sparse_optax import regrowth as regrowth
+from sparse_optax import schedules as schedules
+from sparse_optax import selection as selection
+from sparse_optax import state as state
+from sparse_optax.clipping import clip_by_active_norm as clip_by_active_norm
+from sparse_optax.gsm import GsmGap as GsmGap
+from sparse_optax.gsm import GsmState as GsmState
+from sparse_optax.gsm import gsm as gsm
+from sparse_optax.gsm import gsm_gap as gsm_gap
+from sparse_optax.gsm import gsm_log_decay as gsm_log_decay
+from sparse_optax.gsm import gsm_mask as gsm_mask
+from sparse_optax.leaves import eligible as eligible
+from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
+from sparse_optax.regrowth import RegrowState as RegrowState
+from sparse_optax.regrowth import regrow as regrow
+from sparse_optax.state import get_masks as get_masks
+from sparse_optax.state import set_masks as set_masks
+from sparse_optax.state import sparsify as sparsify
+
+__version__ = _version("sparse_optax")

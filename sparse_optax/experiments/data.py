@@ -1,0 +1,440 @@
+"""Image data sets as arrays: digits, MNIST, Fashion-MNIST and CIFAR-10.
+
+The digits are bundled with scikit-learn. The others are read from the folder named
+by the environment variable ``SPARSE_OPTAX_DATA`` (sub-folders ``mnist``,
+``fashion_mnist``, ``cifar10``); where the variable is not set they are downloaded
+once into pooch's cache. Whatever the source, the content of every file is compared
+with its published md5 before a byte of it is used, and the pickles of CIFAR-10 are
+opened only after that.
+"""
+
+import gzip
+import hashlib
+import lzma
+import os
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+VARIABLE = "SPARSE_OPTAX_DATA"
+
+
+class Dataset(NamedTuple):
+    """Images and labels, cut into three fixed parts.
+
+    ``n`` images of height ``h``, width ``w`` and ``c`` channels (NHWC), shifted and
+    scaled to about zero mean and unit variance.
+
+    Attributes:
+      train_x: images to train on, float32 of shape (n, h, w, c).
+      train_y: their labels, int32 of shape (n,).
+      valid_x: validation images; none of them with ``split="full"``.
+      valid_y: their labels.
+      test_x: test images.
+      test_y: their labels.
+      classes: the number of classes.
+      name: the name the set was loaded by.
+    """
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    valid_x: np.ndarray
+    valid_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+    classes: int
+    name: str
+
+
+class Source(NamedTuple):
+    """One file of a data set.
+
+    Attributes:
+      file: its name inside the data set's folder.
+      content_md5: md5 of its content after decompression.
+      file_md5: md5 of the file itself, as it is downloaded.
+      url: where to download it from, or None for a member of an archive.
+    """
+
+    file: str
+    content_md5: str
+    file_md5: str
+    url: str | None
+
+
+class Archive(NamedTuple):
+    """A tar archive that holds all files of a data set: address and md5."""
+
+    url: str
+    md5: str
+
+
+class Origin(NamedTuple):
+    """Where a data set lies and how its pixels are normalised.
+
+    Attributes:
+      folder: sub-folder of ``$SPARSE_OPTAX_DATA``.
+      sources: its files, by role.
+      archive: the archive to download, where the files have no address of their own.
+      mean: pixel mean per channel, pixels scaled to 0..1.
+      std: pixel standard deviation per channel.
+      decode: turns the checked contents into (train_x, train_y, test_x, test_y).
+    """
+
+    folder: str
+    sources: dict[str, Source]
+    archive: Archive | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    decode: Callable[
+        [dict[str, bytes]], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    ]
+
+
+def load(name: str = "digits", *, split: str = "lee") -> Dataset:
+    """Loads a data set.
+
+    Pixels are scaled to 0..1, then ``(x - mean) / std`` with the usual constants of
+    the set (MNIST 0.1307 and 0.3081). The digits have 1,797 images of 8 x 8 pixels;
+    the last 360, by writers who are not among the others, are the test set.
+
+    Args:
+      name: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
+      split: ``"lee"`` trains on the first 90% of the training images and validates
+        on the last 10% (54,000 and 6,000 of MNIST); ``"full"`` trains on all of them
+        and leaves the validation set empty.
+
+    Returns:
+      A :class:`Dataset` of NumPy arrays.
+
+    Raises:
+      ValueError: for an unknown name or split, and for a truncated or altered file.
+      FileNotFoundError: for a missing file, naming it and where it can be had.
+
+    Examples:
+      >>> from sparse_optax.experiments import data
+      >>> digits = data.load("digits")
+      >>> digits.train_x.shape, digits.valid_x.shape, digits.test_x.shape
+      ((1293, 8, 8, 1), (144, 8, 8, 1), (360, 8, 8, 1))
+
+    References:
+      Lee et al., `SNIP: single-shot network pruning based on connection sensitivity
+      <https://arxiv.org/abs/1810.02340>`_, 2019, for the 90/10 split.
+    """
+    if name not in NAMES:
+        raise ValueError(f"load: name={name!r}; choose one of {', '.join(NAMES)}.")
+    if split not in ("lee", "full"):
+        raise ValueError(
+            f"load: split={split!r}; choose 'lee' (first 90% to train on, last 10% to "
+            "validate on) or 'full' (train on everything)."
+        )
+    if name == "digits":
+        train_x, train_y, test_x, test_y = _digits()
+    else:
+        origin = ORIGINS[name]
+        contents = _contents(name, origin)
+        train_x, train_y, test_x, test_y = origin.decode(contents)
+        train_x = _normalise(train_x, 255, origin.mean, origin.std)
+        test_x = _normalise(test_x, 255, origin.mean, origin.std)
+    n = len(train_x)
+    kept = n * 9 // 10 if split == "lee" else n
+    return Dataset(
+        train_x=train_x[:kept],
+        train_y=train_y[:kept].astype(np.int32),
+        valid_x=train_x[kept:],
+        valid_y=train_y[kept:].astype(np.int32),
+        test_x=test_x,
+        test_y=test_y.astype(np.int32),
+        classes=10,
+        name=name,
+    )
+
+
+def _normalise(x, largest, mean, std):
+    mean, std = (np.asarray(v, np.float32)[None, None, None] for v in (mean, std))
+    return (x.astype(np.float32) / np.float32(largest) - mean) / std
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    x, y = bundle.images[..., None], bundle.target
+    # In the order of the file, so that the test set is written by other people.
+    train = len(x) * 4 // 5
+    # Mean and deviation of the training pixels, rounded.
+    x = _normalise(x, 16, (0.3059,), (0.3763,))
+    return x[:train], y[:train], x[train:], y[train:]
+
+
+# -- files: find, decompress, check ------------------------------------------------
+
+
+def _contents(name: str, origin: Origin) -> dict[str, bytes]:
+    """The decompressed, checked content of every file of a data set, by role."""
+    root = os.environ.get(VARIABLE)
+    if not root:
+        return _downloaded(name, origin)
+    folder = Path(root) / origin.folder
+    contents = {}
+    for role, source in origin.sources.items():
+        path = folder / source.file
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"load: {name} needs {path}, which does not exist "
+                f"(expected md5 {source.file_md5}). Put the file there, or unset "
+                f"{VARIABLE}={root} to let it be downloaded."
+            )
+        contents[role] = _checked(path, source)
+    return contents
+
+
+def _checked(path: Path, source: Source) -> bytes:
+    """Reads, decompresses and compares one file with its md5."""
+    try:
+        content = _decompress(path)
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(
+            f"load: {path} cannot be decompressed ({error}; {path.stat().st_size} "
+            f"bytes): it is truncated or altered. Expected a file of md5 "
+            f"{source.file_md5}, found {_md5(path.read_bytes())}. Delete it and fetch "
+            "it again."
+        ) from error
+    _compare(content, source.content_md5, str(path))
+    return content
+
+
+def _decompress(path: Path) -> bytes:
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            return file.read()
+    if path.suffix == ".xz":
+        with lzma.open(path) as file:
+            return file.read()
+    return path.read_bytes()
+
+
+def _compare(content: bytes, expected: str, label: str) -> None:
+    found = _md5(content)
+    if found != expected:
+        raise ValueError(
+            f"load: the content of {label} has md5 {found}, expected {expected}: the "
+            "file is truncated or altered. Delete it and fetch it again."
+        )
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _downloaded(name: str, origin: Origin) -> dict[str, bytes]:
+    """As :func:`_contents`, from pooch's cache, filled where it has to be."""
+    import pooch
+
+    cache = pooch.os_cache("sparse_optax") / origin.folder
+
+    def fetch(url, md5, file):
+        try:
+            return Path(
+                pooch.retrieve(
+                    url,
+                    known_hash=f"md5:{md5}",
+                    fname=file,
+                    path=cache,
+                    downloader=pooch.HTTPDownloader(timeout=60),
+                )
+            )
+        except ValueError as error:  # pooch's word for another md5
+            raise ValueError(
+                f"load: what {url} sent for {name} does not have md5 {md5} ({error}). "
+                f"Fetch {file} from elsewhere and set {VARIABLE} to the folder that "
+                f"holds {origin.folder}/{file}."
+            ) from error
+        except Exception as error:
+            raise FileNotFoundError(
+                f"load: {name} needs {file} (md5 {md5}), and {url} could not be "
+                f"downloaded ({type(error).__name__}: {error}). Set {VARIABLE} to a "
+                f"folder that holds {origin.folder}/{file}, or try again."
+            ) from error
+
+    if origin.archive is None:
+        return {
+            role: _checked(fetch(source.url, source.file_md5, source.file), source)
+            for role, source in origin.sources.items()
+        }
+    path = fetch(origin.archive.url, origin.archive.md5, Path(origin.archive.url).name)
+    contents = {}
+    with tarfile.open(path) as archive:
+        members = {Path(member.name).name: member for member in archive.getmembers()}
+        for role, source in origin.sources.items():
+            member = members[source.file.removesuffix(".xz")]
+            file = archive.extractfile(member)
+            contents[role] = file.read() if file is not None else b""
+            _compare(contents[role], source.content_md5, f"{path}:{member.name}")
+    return contents
+
+
+# -- formats -----------------------------------------------------------------------
+
+
+def _idx_images(content: bytes) -> np.ndarray:
+    n, height, width = np.frombuffer(content, ">i4", count=3, offset=4)
+    pixels = np.frombuffer(content, np.uint8, offset=16)
+    return pixels.reshape(n, height, width, 1)
+
+
+def _idx_labels(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8, offset=8)
+
+
+def _decode_idx(contents):
+    return (
+        _idx_images(contents["train images"]),
+        _idx_labels(contents["train labels"]),
+        _idx_images(contents["test images"]),
+        _idx_labels(contents["test labels"]),
+    )
+
+
+def _decode_cifar(contents):
+    def batch(content):
+        # The caller has compared the md5: this is the published pickle.
+        record = pickle.loads(content, encoding="bytes")
+        x = record[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return x, np.asarray(record[b"labels"], np.uint8)
+
+    train = [batch(contents[f"batch {i}"]) for i in range(1, 6)]
+    test_x, test_y = batch(contents["test"])
+    train_x, train_y = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return train_x, train_y, test_x, test_y
+
+
+def _idx_sources(base: str, md5s: dict[str, tuple[str, str]]) -> dict[str, Source]:
+    files = {
+        "train images": "train-images-idx3-ubyte.gz",
+        "train labels": "train-labels-idx1-ubyte.gz",
+        "test images": "t10k-images-idx3-ubyte.gz",
+        "test labels": "t10k-labels-idx1-ubyte.gz",
+    }
+    return {
+        role: Source(file, *md5s[role], url=base + file) for role, file in files.items()
+    }
+
+
+# Content md5 first, then the md5 of the compressed file.
+ORIGINS = {
+    "mnist": Origin(
+        folder="mnist",
+        sources=_idx_sources(
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            {
+                "train images": (
+                    "6bbc9ace898e44ae57da46a324031adb",
+                    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                ),
+                "train labels": (
+                    "a25bea736e30d166cdddb491f175f624",
+                    "d53e105ee54ea40749a09fcbcd1e9432",
+                ),
+                "test images": (
+                    "2646ac647ad5339dbf082846283269ea",
+                    "9fb629c4189551a2d022fa330f9573f3",
+                ),
+                "test labels": (
+                    "27ae3e4e09519cfbb04c329615203637",
+                    "ec29112dd5afa0611ce80d1b7f02629c",
+                ),
+            },
+        ),
+        archive=None,
+        mean=(0.1307,),
+        std=(0.3081,),
+        decode=_decode_idx,
+    ),
+    "fashion-mnist": Origin(
+        folder="fashion_mnist",
+        sources=_idx_sources(
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/"
+            "data/fashion/",
+            {
+                "train images": (
+                    "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+                    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                ),
+                "train labels": (
+                    "9018921c3c673c538a1fc5bad174d6f9",
+                    "25c81989df183df01b3e8a0aad5dffbe",
+                ),
+                "test images": (
+                    "8181f5470baa50b63fa0f6fddb340f0a",
+                    "bef4ecab320f06d8554ea6380940ec79",
+                ),
+                "test labels": (
+                    "15d484375f8d13e6eb1aabb0c3f46965",
+                    "bb300cfdad3c16e7a12a480ee83cd310",
+                ),
+            },
+        ),
+        archive=None,
+        mean=(0.2860,),
+        std=(0.3530,),
+        decode=_decode_idx,
+    ),
+    "cifar10": Origin(
+        folder="cifar10",
+        sources={
+            role: Source(file, content_md5, file_md5, url=None)
+            for role, file, content_md5, file_md5 in (
+                (
+                    "batch 1",
+                    "data_batch_1.xz",
+                    "c99cafc152244af753f735de768cd75f",
+                    "e748212717105f144810484ddac518d2",
+                ),
+                (
+                    "batch 2",
+                    "data_batch_2.xz",
+                    "d4bba439e000b95fd0a9bffe97cbabec",
+                    "ba9859bde8a29fee430031ac7f21906f",
+                ),
+                (
+                    "batch 3",
+                    "data_batch_3.xz",
+                    "54ebc095f3ab1f0389bbae665268c751",
+                    "3135ca0ea8cf813acd193da22ce756e9",
+                ),
+                (
+                    "batch 4",
+                    "data_batch_4.xz",
+                    "634d18415352ddfa80567beed471001a",
+                    "0bbed9126b8a33fe0243a6dd081ef594",
+                ),
+                (
+                    "batch 5",
+                    "data_batch_5.xz",
+                    "482c414d41f54cd18b22e5b47cb7c3cb",
+                    "96b268c64ffad5f17af24b7d47f24f21",
+                ),
+                (
+                    "test",
+                    "test_batch.xz",
+                    "40351d587109b95175f43aff81a1287e",
+                    "824177a8625f7919ebfd8dc6dacebdbb",
+                ),
+            )
+        },
+        archive=Archive(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            "c58f30108f718f92721af3b95e74349a",
+        ),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        decode=_decode_cifar,
+    ),
+}
+NAMES = ("digits", *ORIGINS)

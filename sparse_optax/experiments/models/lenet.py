@@ -1,0 +1,179 @@
+"""LeNet-300-100 and LeNet-5-Caffe, the two networks of every MNIST table.
+
+Shapes use ``b`` for the batch.
+
+References:
+  LeCun et al., `Gradient-based learning applied to document recognition
+  <https://doi.org/10.1109/5.726791>`_, 1998. LeNet-5-Caffe is the variant that came
+  with the Caffe framework: more channels, max pooling, rectified linear units.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+
+class Initializers(NamedTuple):
+    """Keyword arguments of one layer: how it draws its kernel and its bias."""
+
+    kernel_init: jax.nn.initializers.Initializer
+    bias_init: jax.nn.initializers.Initializer
+
+
+def initializers(init: str, fan_in: int) -> Initializers:
+    """How a layer of ``fan_in`` inputs is drawn.
+
+    Args:
+      init: ``"torch"``, the default of PyTorch's layers: kernel and bias uniform on
+        ``(-1/sqrt(fan_in), 1/sqrt(fan_in))``; or ``"xavier"``: kernel uniform on
+        ``+-sqrt(6/(fan_in + fan_out))``, bias zero.
+      fan_in: number of inputs of one output unit, at least 1.
+
+    Returns:
+      The two initializers.
+
+    Raises:
+      ValueError: for another ``init``.
+
+    Examples:
+      >>> import jax
+      >>> from sparse_optax.experiments.models import lenet
+      >>> draw = lenet.initializers("torch", fan_in=100).kernel_init
+      >>> kernel = draw(jax.random.key(0), (100, 50))
+      >>> bool(abs(kernel).max() <= 0.1)
+      True
+
+    References:
+      He et al., `Delving deep into rectifiers <https://arxiv.org/abs/1502.01852>`_,
+      2015 (with the gain that makes the bound 1/sqrt(fan_in)); Glorot & Bengio,
+      `Understanding the difficulty of training deep feedforward neural networks
+      <https://proceedings.mlr.press/v9/glorot10a.html>`_, 2010.
+    """
+    if init == "torch":
+        bound = 1 / math.sqrt(fan_in)
+
+        def uniform(key, shape, dtype=None, out_sharding=None):
+            del out_sharding
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        return Initializers(uniform, uniform)
+    if init == "xavier":
+        return Initializers(
+            nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init()
+        )
+    raise ValueError(f"initializers: init={init!r}; choose 'torch' or 'xavier'.")
+
+
+def _dense(inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs, outputs, rngs=rngs, **initializers(init, inputs)._asdict()
+    )
+
+
+def _conv(inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (5, 5),
+        padding="VALID",
+        rngs=rngs,
+        **initializers(init, 25 * inputs)._asdict(),
+    )
+
+
+class LeNet300100(nnx.Module):
+    """Fully connected, 300 and 100 hidden units: 266,200 weights on MNIST.
+
+    Takes images of any shape (b, h, w, c) with ``h * w * c = in_features`` and
+    returns logits of shape (b, classes).
+
+    Args:
+      in_features: number of pixels of an image, at least 1.
+      classes: number of classes.
+      init: see :func:`initializers`.
+      rngs: random keys of the initial weights.
+
+    Examples:
+      >>> from flax import nnx
+      >>> from sparse_optax.experiments.models.lenet import LeNet300100
+      >>> model = LeNet300100(64, 10, rngs=nnx.Rngs(0))
+      >>> model(jax.numpy.zeros((3, 8, 8, 1))).shape
+      (3, 10)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int = 10,
+        *,
+        init: str = "torch",
+        rngs: nnx.Rngs,
+    ):
+        """Draws the three layers."""
+        self.fc1 = _dense(in_features, 300, init, rngs)
+        self.fc2 = _dense(300, 100, init, rngs)
+        self.fc3 = _dense(100, classes, init, rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (b, classes)."""
+        x = images.reshape(images.shape[0], -1)
+        x = nnx.relu(self.fc1(x))
+        x = nnx.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class LeNet5Caffe(nnx.Module):
+    """Two 5 x 5 convolutions (20, 50) and 500 hidden units: 430,500 weights.
+
+    Rectified linear units after both convolutions and the first dense layer, as in
+    the released code of sparse momentum and of GSM.
+
+    Args:
+      in_shape: shape of one image, (h, w, c); 28 x 28 x 1 for MNIST, and at least
+        16 x 16 so that something is left after two unpadded convolutions.
+      classes: number of classes.
+      init: see :func:`initializers`.
+      rngs: random keys of the initial weights.
+
+    Raises:
+      ValueError: where the image is too small.
+
+    Examples:
+      >>> from flax import nnx
+      >>> from sparse_optax.experiments.models.lenet import LeNet5Caffe
+      >>> model = LeNet5Caffe((28, 28, 1), rngs=nnx.Rngs(0))
+      >>> model(jax.numpy.zeros((3, 28, 28, 1))).shape
+      (3, 10)
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        classes: int = 10,
+        *,
+        init: str = "torch",
+        rngs: nnx.Rngs,
+    ):
+        """Draws the four layers."""
+        height, width, channels = in_shape
+        # A valid 5 x 5 convolution takes off 4, a pooling halves; twice.
+        left = [((size - 4) // 2 - 4) // 2 for size in (height, width)]
+        if min(left) < 1:
+            raise ValueError(
+                f"LeNet5Caffe: in_shape={in_shape} leaves no pixel after two unpadded "
+                "5 x 5 convolutions with pooling; use images of at least 16 x 16, or "
+                "LeNet300100."
+            )
+        self.conv1 = _conv(channels, 20, init, rngs)
+        self.conv2 = _conv(20, 50, init, rngs)
+        self.fc1 = _dense(math.prod(left) * 50, 500, init, rngs)
+        self.fc2 = _dense(500, classes, init, rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of shape (b, classes)."""
+        x = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), strides=(2, 2))
+        x = nnx.max_pool(nnx.relu(self.conv2(x)), (2, 2), strides=(2, 2))
+        x = nnx.relu(self.fc1(x.reshape(x.shape[0], -1)))
+        return self.fc2(x)

@@ -1,0 +1,77 @@
+"""The results section of the README, rendered from the records."""
+
+from pathlib import Path
+
+from sparse_optax.experiments import records
+from sparse_optax.experiments.tables import TABLES
+from sparse_optax.experiments.tables.common import Table
+
+BEGIN = "<!-- results:begin -->"
+END = "<!-- results:end -->"
+
+
+def read_table(table: Table, results: str | Path) -> dict[str, records.Record]:
+    """The records of a table, by row name; rows not run yet are left out."""
+    found = records.read_folder(Path(results) / table.name)
+    return {row.name: found[row.name] for row in table.rows if row.name in found}
+
+
+def render(results: str | Path) -> str:
+    """Markdown of every table that has a record.
+
+    Args:
+      results: folder of the records.
+
+    Returns:
+      A heading and a table each.
+
+    Examples:
+      >>> from sparse_optax.experiments import readme
+      >>> readme.render("no such folder")
+      ''
+    """
+    sections = []
+    for table in TABLES.values():
+        found = read_table(table, results)
+        if found:
+            sections.append(
+                f"### {table.title}\n\n{table.render(found)}\n\n"
+                f"`sparse-optax reproduce {table.name}`"
+            )
+    return "\n\n".join(sections)
+
+
+def update(readme: str | Path, results: str | Path, *, check: bool = False) -> bool:
+    """Writes the results between the two marker lines of a Markdown file.
+
+    Args:
+      readme: the file.
+      results: folder of the records.
+      check: change nothing, raise where the file is not up to date.
+
+    Returns:
+      Whether the file was changed.
+
+    Raises:
+      ValueError: where the file lacks the markers, or is stale under ``check``.
+    """
+    readme = Path(readme)
+    if not readme.is_file():
+        raise ValueError(f"tables: {readme} does not exist; name it with --readme.")
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"tables: {readme} must hold the lines {BEGIN} and {END} once each."
+        )
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n\n{render(results)}\n\n{END}{after}"
+    if new == text:
+        return False
+    if check:
+        raise ValueError(
+            f"tables: {readme} is not what the records in {results} say; run "
+            "'sparse-optax tables'."
+        )
+    records.write_atomically(readme, new.encode())
+    return True

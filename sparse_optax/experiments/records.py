@@ -1,0 +1,263 @@
+"""One JSON file per finished run: what was run, on what, and what came out."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sparse_optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run. Errors are in percent of wrongly classified images.
+
+    Attributes:
+      name: name of the run, unique in its folder.
+      command: what reproduces it.
+      config: every value that defined it.
+      seed: its seed, once more, for tables.
+      commit: git commit of the code, or None outside a checkout.
+      dirty: whether the package had uncommitted changes; None outside a checkout.
+      versions: of Python and the libraries.
+      device: platform, kind of device and of processor, processor threads used.
+      wall_seconds: from the first epoch to the last, compilation left out.
+      compile_seconds: compilation.
+      seconds_per_epoch: median time of one training epoch, evaluation left out.
+      steps_per_epoch: optimizer steps of one epoch.
+      results: errors of the final network and what led to them.
+      layers: name, shape, weights, kept and non-zero weights of every kernel, the
+        last recounted from the final weights.
+      base: the dense run that came before: its name, config and results; or None.
+      history: a list per measured quantity, one entry an epoch.
+    """
+
+    name: str
+    command: str
+    config: dict[str, Any]
+    seed: int
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    device: dict[str, Any]
+    wall_seconds: float
+    compile_seconds: float
+    seconds_per_epoch: float
+    steps_per_epoch: int
+    results: dict[str, Any]
+    layers: list[dict[str, Any]]
+    base: dict[str, Any] | None
+    history: dict[str, list[Any]]
+
+
+def write(path: str | Path, record: Record) -> None:
+    """Writes a record so that a reader sees all of it or nothing.
+
+    Args:
+      path: file to write or replace, ``<folder>/<name>.json``.
+      record: the record.
+
+    Raises:
+      ValueError: where the folder cannot be written to.
+
+    Examples:
+      >>> import pathlib, tempfile
+      >>> from sparse_optax.experiments import records
+      >>> record = records.Record(
+      ...     *("run", "command", {}, 0, None, None, {}, {}, 1.0, 1.0, 0.1, 40),
+      ...     *({"test_error": 2.5}, [], None, {}),
+      ... )
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.json"
+      >>> records.write(path, record)
+      >>> records.read(path).results
+      {'test_error': 2.5}
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    # One line a field (a column of the history), so that a diff can be read.
+    lines = []
+    for key, value in dataclasses.asdict(record).items():
+        if key == "history":
+            columns = [f"  {_dump(k)}: {_dump(v)}" for k, v in value.items()]
+            lines.append(' "history": {\n' + ",\n".join(columns) + "\n }")
+        else:
+            lines.append(f" {_dump(key)}: {_dump(value)}")
+    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _dump(value) -> str:
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None  # JSON knows neither NaN nor infinity
+    return value
+
+
+def read(path: str | Path) -> Record:
+    """Reads a record.
+
+    Args:
+      path: file written by :func:`write`.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: where the file is not such a record.
+    """
+    try:
+        return Record(**json.loads(Path(path).read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"records.read: {path} is not a results record ({error}); delete it and "
+            "run it again."
+        ) from error
+
+
+def read_folder(folder: str | Path) -> dict[str, Record]:
+    """Reads every record of a folder, by file name without ``.json``."""
+    return {path.stem: read(path) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file by one step of the file system: all of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: str | Path) -> None:
+    """Makes a folder and raises at once if nothing can be written there.
+
+    Raises:
+      ValueError: naming the folder and the cure.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"records: the folder {folder} cannot be written to ({error}). Choose "
+            "another one with --results or --runs, or change its permissions."
+        ) from error
+
+
+def layers(params: Any, masks: Any = None) -> list[dict[str, Any]]:
+    """Counts the weights of every kernel, those in the mask and those not zero.
+
+    Fewer are non-zero than kept where a weight that was grown has never moved: that
+    of a hidden unit that is off for every image.
+
+    Args:
+      params: parameters of a network.
+      masks: its mask tree, or None where what is not zero is what is kept.
+
+    Returns:
+      One dict per eligible leaf: name, shape, weights, kept, nonzero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.experiments import records
+      >>> layer, = records.layers({"fc": {"bias": jnp.ones(3), "kernel": jnp.eye(3)}})
+      >>> layer["name"], layer["weights"], layer["nonzero"]
+      ('fc/kernel', 9, 3)
+    """
+    chosen = jax.tree.leaves(sparse_optax.eligible(params))
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    kernels = [pair for pair, kept in zip(flat, chosen, strict=True) if kept]
+    # Holes of a mask tree are no leaves: its leaves are the kernels, in their order.
+    kept = [leaf for _, leaf in kernels] if masks is None else jax.tree.leaves(masks)
+    return [
+        {
+            "name": jax.tree_util.keystr(path, simple=True, separator="/"),
+            "shape": list(leaf.shape),
+            "weights": leaf.size,
+            "kept": int(np.count_nonzero(np.asarray(mask))),
+            "nonzero": int(np.count_nonzero(np.asarray(leaf))),
+        }
+        for (path, leaf), mask in zip(kernels, kept, strict=True)
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and device, as keyword arguments of :class:`Record`."""
+    commit, dirty = _git()
+    libraries = ("jax", "jaxlib", "optax", "flax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    device = jax.devices()[0]
+    try:
+        threads = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        threads = os.cpu_count() or 1
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "cpu": _processor(),
+            "cpu_threads": threads,
+        },
+    }
+
+
+def _git() -> tuple[str | None, bool | None]:
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        # A wheel inside somebody's checkout is not that checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        changes = git("status", "--porcelain", "--", "sparse_optax", "pyproject.toml")
+        return git("rev-parse", "HEAD"), bool(changes)
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def command_line() -> str:
+    """The command that runs now, without the folder of the program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

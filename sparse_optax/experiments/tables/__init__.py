@@ -1,0 +1,13 @@
+"""Tables of the papers, one file each: the runs they need and how they read.
+
+A table is an entry of :data:`TABLES`. ``sparse-optax reproduce NAME`` runs the rows
+whose records are missing from ``results/NAME/``; ``sparse-optax tables`` renders what
+is there.
+"""
+
+from sparse_optax.experiments.tables import gsm_lenet300, mnist_lenet300
+from sparse_optax.experiments.tables.common import Table
+
+TABLES: dict[str, Table] = {
+    module.TABLE.name: module.TABLE for module in (mnist_lenet300, gsm_lenet300)
+}

@@ -1,0 +1,143 @@
+"""What every table is made of: rows to run, a paper's numbers, a comparison."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparse_optax.experiments.config import TrainConfig
+from sparse_optax.experiments.records import Record
+
+
+class Row(NamedTuple):
+    """One run of a table.
+
+    Attributes:
+      name: name of its record, ``results/<table>/<name>.json``.
+      config: the run.
+      group: the line of the table that it counts for.
+      needs: names of rows to run before this one.
+    """
+
+    name: str
+    config: TrainConfig
+    group: str
+    needs: tuple[str, ...] = ()
+
+
+class Table(NamedTuple):
+    """A table of a paper.
+
+    Attributes:
+      name: its folder under ``results/``.
+      title: heading.
+      rows: the runs.
+      render: records by name to Markdown, without the heading.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    render: Callable[[dict[str, Record]], str]
+
+
+class Paper(NamedTuple):
+    """A published number: mean of ``n`` runs and its standard error.
+
+    The standard error is None where the paper gives none.
+    """
+
+    mean: float
+    se: float | None = None
+    n: int = 10
+
+
+class Comparison(NamedTuple):
+    """Our runs beside a published number.
+
+    Attributes:
+      n: our runs.
+      mean: their mean.
+      se: their standard error, std(ddof=1) / sqrt(n); NaN for one run.
+      low: lower end of the 95% Welch interval of (ours - paper).
+      high: upper end.
+      verdict: ``"matches"`` where the interval holds 0, ``"better"`` where it lies
+        below, ``"worse"`` where it lies above, ``""`` where there is no interval.
+    """
+
+    n: int
+    mean: float
+    se: float
+    low: float
+    high: float
+    verdict: str
+
+
+def compare(ours: Sequence[float], paper: Paper | None = None) -> Comparison:
+    """Compares runs with a published mean by Welch's interval; lower is better.
+
+    The interval is ``d +- t * sqrt(se1**2 + se2**2)``, ``t`` the 97.5% point of
+    Student's distribution with the Welch-Satterthwaite degrees of freedom.
+
+    Args:
+      ours: one number a run, at least one.
+      paper: the published number, or None.
+
+    Returns:
+      A :class:`Comparison`.
+
+    Raises:
+      ValueError: without runs.
+
+    Examples:
+      >>> from sparse_optax.experiments.tables import common
+      >>> result = common.compare([1.4, 1.5, 1.6], common.Paper(1.53, 0.02))
+      >>> round(result.mean, 2), result.verdict
+      (1.5, 'matches')
+
+    References:
+      Welch, `The generalization of Student's problem when several different
+      population variances are involved <https://doi.org/10.2307/2332510>`_, 1947.
+    """
+    from scipy import stats
+
+    if not len(ours):
+        raise ValueError("compare: ours is empty; give at least one run.")
+    n, mean = len(ours), float(np.mean(ours))
+    se = float(np.std(ours, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    low = high = math.nan
+    verdict = ""
+    if paper is not None and paper.se is not None and n > 1:
+        variance = se**2 + paper.se**2
+        if variance > 0:
+            freedom = variance**2 / (se**4 / (n - 1) + paper.se**4 / (paper.n - 1))
+            half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+        else:
+            half = 0.0
+        low, high = mean - paper.mean - half, mean - paper.mean + half
+        verdict = "better" if high < 0 else "worse" if low > 0 else "matches"
+    return Comparison(n, mean, se, low, high, verdict)
+
+
+def group(rows: Sequence[Row], records: dict[str, Record], name: str) -> list[Record]:
+    """The finished records of one line of a table, in the order of its rows."""
+    return [records[r.name] for r in rows if r.group == name and r.name in records]
+
+
+def mean_se(values: Sequence[float], digits: int = 2) -> str:
+    """Formats a mean and its standard error, ``1.53 ± 0.020 (10)``."""
+    if not values:
+        return "-"
+    result = compare(values)
+    if result.n == 1:
+        return f"{result.mean:.{digits}f} (1)"
+    return f"{result.mean:.{digits}f} ± {result.se:.{digits + 1}f} ({result.n})"
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [header, rule, *lines]
+    )

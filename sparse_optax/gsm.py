@@ -1,0 +1,591 @@
+"""Global sparse momentum SGD: only the most salient weights receive their gradient.
+
+At every step the Q weights of the whole model with the largest first-order Taylor
+saliency T = |g * w| receive gradient and weight decay; all others only decay. What
+momentum and weight decay cannot keep alive goes to zero, and the model may be cut to
+Q weights afterwards.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from sparse_optax import budgets, masks, selection
+from sparse_optax.leaves import (
+    PyTree,
+    Where,
+    is_hole,
+    layout,
+    leaf_names,
+    resolve_where,
+)
+
+
+class GsmState(NamedTuple):
+    """State of ``gsm_mask``. Trees have the parameters' structure, with holes.
+
+    Attributes:
+      count: Finished updates.  # shape=(), int32
+      gsm_threshold: The smallest saliency that passed.  # shape=(), float32
+      gsm_passed: Per leaf, how many weights passed.  # int32
+      gsm_reactivated: How many weights passed that had not at the step before;
+        0 unless tracked.  # shape=(), int32
+      gsm_active: The mask of the last step, or ``()`` where it is not needed.
+    """
+
+    count: jax.Array
+    gsm_threshold: jax.Array
+    gsm_passed: PyTree
+    gsm_reactivated: jax.Array
+    gsm_active: PyTree
+
+
+def saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    """First-order Taylor saliency T = |g * w|: the loss change if w were removed.
+
+    Args:
+      gradient: g, of any shape.
+      weight: w, of the same shape.
+
+    Returns:
+      An array of that shape.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.gsm import saliency
+      >>> saliency(jnp.array([-2.0]), jnp.array([3.0])).tolist()
+      [6.0]
+    """
+    return jnp.abs(gradient * weight)
+
+
+def gsm_mask(
+    density: Any,
+    *,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    ties: str = "exact",
+    reselect: bool = True,
+    track_reactivated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets the gradient of the Q most salient weights pass and stops all others.
+
+    With Q = floor(density * N) of the N weights that take part,
+
+    .. math::
+        B = [\, |g w| \text{ among the } Q \text{ largest of the model} \,], \quad
+        g \leftarrow B g
+
+    so that, followed by weight decay and momentum SGD,
+    :math:`Z \leftarrow \beta Z + \eta W + B \, \partial L / \partial W` and
+    :math:`W \leftarrow W - \alpha Z`.
+
+    .. note::
+      It must be the first transformation of the chain, before weight decay and
+      momentum, on the averaged gradient. Behind it needs to stand an element-wise
+      optimizer with weight decay in its gradient: only decay moves a passive weight.
+      AdamW's decoupled decay loses the factor 1 / (1 - momentum); Adam with L2 in
+      the gradient moves passive weights like sign descent; muon and shampoo mix
+      weights and move passive ones. A step costs a few reading passes over gradients
+      and weights, no sort, and one small all-reduce a pass on a mesh.
+
+      At most Q weights pass: ties go to the earlier leaf, then the lower index. A
+      weight whose saliency is zero never passes while Q < N. A NaN gradient ranks
+      highest and passes: a broken gradient must surface. Cutting the model to Q
+      weights afterwards costs nothing only if no more are alive; see ``gsm_gap``.
+
+    Args:
+      density: Fraction in (0, 1], a budget, or a schedule of the number of finished
+        updates that gives a fraction (exact to float32) or an integer count.
+        Budgets in bytes or FLOPs weigh the one pool and leave each layer's share to
+        the method.
+      where: Which leaves take part, see ``leaves.resolve_where``. By default kernels,
+        without embedding tables, whose absent rows would only decay.
+      stacked: Accepted as everywhere; one pool over all leaves needs no layers.
+      ties: ``"exact"``, or ``"paper"`` for ``T >= threshold``, which lets more than
+        Q pass where the threshold is tied.
+      reselect: False keeps the first step's mask for ever (the paper's ablation).
+      track_reactivated: Stores the mask, to count re-activated weights.
+
+    Returns:
+      A transformation with a ``GsmState``.
+
+    Raises:
+      ValueError: If an argument is out of range or does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = optax.chain(
+      ...     sparse_optax.gsm_mask(density=0.5),
+      ...     optax.add_decayed_weights(5e-4, mask=sparse_optax.eligible),
+      ...     optax.sgd(0.1, momentum=0.9))
+      >>> params = {"w": jnp.array([[1.0, 2.0]])}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((1, 2))}, state, params)
+      >>> int(optax.tree.get(state, "gsm_passed")["w"])
+      1
+
+    References:
+      Ding et al., `Global Sparse Momentum SGD for Pruning Very Deep Neural Networks
+      <https://arxiv.org/abs/1909.12778>`_, 2019.
+
+    Differences from the released code: ties never exceed Q, and Q counts kernels.
+    """
+    return _gate(
+        density,
+        where=where,
+        stacked=stacked,
+        ties=ties,
+        freeze_at=None if reselect else 0,
+        freeze_density=None,
+        track=track_reactivated,
+        caller="gsm_mask",
+    )
+
+
+def _gate(
+    density, *, where, stacked, ties, freeze_at, freeze_density, track, caller
+) -> optax.GradientTransformationExtraArgs:
+    """The gate of both public transformations.
+
+    From ``freeze_at`` on the mask stays what it is there: the mask of saliencies, or
+    with ``freeze_density`` that of the largest weights.
+    """
+    _check_density(density, caller)
+    if ties not in ("exact", "paper"):
+        raise ValueError(
+            f"{caller}: `ties` must be 'exact' or 'paper'; got {ties!r}. Use 'exact' "
+            "to let at most Q pass."
+        )
+    stores = track or freeze_at is not None
+
+    def init_fn(params):
+        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+        chosen = resolve_where(params, where, embeddings=False, caller=caller)
+        plan = layout(params, chosen, stacked, caller=caller)
+        if not plan.index and any(not is_hole(x) for x in flat):
+            raise ValueError(
+                f"{caller}: no leaf of {leaf_names(params)} takes part; there must be "
+                "one. Choose leaves with where=lambda name, leaf: ..., by default "
+                "those of two or more dimensions that are not biases or scales."
+            )
+
+        def tree(values):
+            return masks.rebuild(structure, len(flat), plan.index, values)
+
+        return GsmState(
+            count=jnp.zeros([], jnp.int32),
+            gsm_threshold=jnp.zeros([], jnp.float32),
+            gsm_passed=tree([jnp.zeros([], jnp.int32) for _ in plan.index]),
+            gsm_reactivated=jnp.zeros([], jnp.int32),
+            gsm_active=tree([jnp.zeros_like(flat[i], dtype=bool) for i in plan.index])
+            if stores
+            else (),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                f"{caller}: `params` is None; the saliency |g * w| needs the weights. "
+                "Call tx.update(grads, state, params)."
+            )
+        old, structure = jax.tree.flatten(state.gsm_passed, is_leaf=is_hole)
+        flat = jax.tree.leaves(params, is_leaf=is_hole)
+        gradient, update_structure = jax.tree.flatten(updates, is_leaf=is_hole)
+        if not len(old) == len(flat) == len(gradient):
+            raise ValueError(
+                f"{caller}: init saw {len(old)} leaves, update got {len(flat)} "
+                f"parameters and {len(gradient)} gradients; the structures must be "
+                "equal. Pass the tree that init was called with."
+            )
+        index = [i for i, x in enumerate(old) if not is_hole(x)]
+        if not index:
+            return updates, state._replace(count=optax.safe_increment(state.count))
+        pairs = [(gradient[i], flat[i]) for i in index]
+        for i in index:
+            if gradient[i].shape != flat[i].shape:
+                raise ValueError(
+                    f"{caller}: the gradient of {leaf_names(params)[i]!r} has shape "
+                    f"{gradient[i].shape} and the parameter {flat[i].shape}; they "
+                    "must be equal."
+                )
+        size = sum(int(np.prod(flat[i].shape, dtype=np.int64)) for i in index)
+        among = [i in index for i in range(len(flat))]
+        where_now = jax.tree.unflatten(
+            jax.tree.structure(params, is_leaf=is_hole), among
+        )
+        quota = _quota(density, state.count, params, where_now, size, caller)
+
+        def by_saliency():
+            return _passing(pairs, quota, size, ties)
+
+        previous: list[Any] = []
+        if stores:
+            previous = masks.flatten(state.gsm_active)[0]
+            previous = [previous[i] for i in index]
+        if freeze_at is None:
+            active = by_saliency()
+        else:
+
+            def by_rule():
+                if freeze_density is None:
+                    return by_saliency()
+                k, costs = _quota(
+                    freeze_density, state.count, params, where_now, size, caller
+                )
+                weights = [(flat[i],) for i in index]
+                return selection.top_k_mask(weights, k, score=jnp.abs, costs=costs)
+
+            branch = jnp.sign(state.count - freeze_at) + 1
+            active = lax.switch(branch, [by_saliency, by_rule, lambda: previous])
+
+        passed = [jnp.sum(m, dtype=jnp.int32) for m in active]
+        threshold = jnp.full([], jnp.inf, jnp.float32)
+        for m, (g, w) in zip(active, pairs, strict=True):
+            kept = jnp.where(m, _float32_saliency(g, w), jnp.inf)
+            threshold = jnp.minimum(threshold, jnp.min(kept, initial=jnp.inf))
+        reactivated = state.gsm_reactivated
+        if stores:
+            fresh = [
+                jnp.sum(jnp.logical_and(m, jnp.logical_not(p)), dtype=jnp.int32)
+                for m, p in zip(active, previous, strict=True)
+            ]
+            reactivated = jnp.where(state.count > 0, sum(fresh), 0)
+        for i, m in zip(index, active, strict=True):
+            gradient[i] = jnp.where(m, gradient[i], jnp.zeros((), gradient[i].dtype))
+
+        def tree(values):
+            return masks.rebuild(structure, len(old), index, values)
+
+        return jax.tree.unflatten(update_structure, gradient), GsmState(
+            count=optax.safe_increment(state.count),
+            gsm_threshold=threshold,
+            gsm_passed=tree(passed),
+            gsm_reactivated=reactivated,
+            gsm_active=tree(active) if stores else (),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _float32_saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    return saliency(gradient.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def _passing(pairs, quota, size, ties) -> list[jax.Array]:
+    """Masks of what passes: the Q most salient, and nothing of saliency zero."""
+    k, costs = quota
+    if isinstance(k, int) and k >= size and costs is None:
+        return [jnp.ones_like(w, dtype=bool) for _, w in pairs]
+    if ties == "paper":
+        bound = selection.kth_largest(pairs, k, score=saliency, costs=costs)
+        chosen = [
+            # Not "greater or equal": a NaN saliency passes.
+            jnp.logical_not(_float32_saliency(g, w) < bound)
+            for g, w in pairs
+        ]
+    else:
+        chosen = selection.top_k_mask(pairs, k, score=saliency, costs=costs)
+    everything = False if isinstance(k, int) else k >= size
+    return [
+        jnp.logical_and(m, jnp.logical_or(_float32_saliency(g, w) != 0, everything))
+        for m, (g, w) in zip(chosen, pairs, strict=True)
+    ]
+
+
+def _check_density(density: Any, caller: str) -> None:
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if is_number and not 0 < density <= 1:
+        raise ValueError(
+            f"{caller}: `density` must be in (0, 1], a budget or a schedule; got "
+            f"{density!r}. 1 / 60 keeps one weight in sixty."
+        )
+
+
+def _quota(density, count, params, where, size, caller):
+    """How many weights pass, or what they may cost: ``(k, costs)``."""
+    if callable(density):
+        density = density(count)
+    if isinstance(density, (jax.Array, np.ndarray, np.generic)):
+        density = jnp.asarray(density)
+        if jnp.issubdtype(density.dtype, jnp.integer):
+            return jnp.clip(density, 0, size), None
+        # Rounded to the nearest float32 before the floor, so that 0.29 of 100 is 29.
+        k = jnp.floor(density.astype(jnp.float32) * np.float32(size))
+        return jnp.clip(k, 0, size).astype(jnp.int32), None
+    pool = budgets.pool(density, params, where=where, caller=caller)
+    costs = pool.costs
+    if costs is not None:
+        costs = [c for c in masks.flatten(costs)[0] if not is_hole(c)]
+    return pool.budget, costs
+
+
+def gsm(
+    learning_rate: optax.ScalarOrSchedule,
+    density: Any,
+    *,
+    momentum: float = 0.99,
+    nesterov: bool = True,
+    weight_decay: float = 5e-4,
+    gate: Any = None,
+    settle_start: int | None = None,
+    where: Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GSM as an optimizer: gate, weight decay on kernels, momentum SGD.
+
+    .. math::
+        Z \leftarrow \beta Z + \eta W + B \, \partial L / \partial W, \quad
+        W \leftarrow W - \alpha Z
+
+    The paper's recipe rotates the mask with every mini-batch, so that more than Q
+    weights stay alive and the cut to Q costs accuracy. Two ways to a cut that costs
+    nothing: a ``gate`` smaller than ``density``, and ``settle_start``.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule.
+      density: Fraction of the weights that the model is cut to, or a budget.
+      momentum: :math:`\beta` in [0, 1). The paper uses 0.98 and 0.99; a passive
+        weight decays 1 / (1 - momentum) times faster than without momentum.
+      nesterov: Whether to use Nesterov momentum.
+      weight_decay: :math:`\eta`, on the leaves that take part, not on biases.
+      gate: Fraction that passes at each step, or a budget or schedule; None is
+        ``density``, as in the paper. 0.7 * density leaves room for the rotation.
+      settle_start: Number of updates after which the mask is fixed at the largest
+        weights, ``density`` of them; None never fixes it.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+
+    Returns:
+      An optimizer.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.gsm(0.1, density=0.5, momentum=0.9)
+      >>> params = {"w": jnp.array([[1.0, 2.0]])}
+      >>> updates, _ = tx.update({"w": jnp.ones((1, 2))}, tx.init(params), params)
+      >>> [round(float(u), 5) for u in updates["w"][0]]
+      [-0.0001, -0.19019]
+
+    References:
+      Ding et al., `Global Sparse Momentum SGD for Pruning Very Deep Neural Networks
+      <https://arxiv.org/abs/1909.12778>`_, 2019.
+    """
+    for name, value, allowed, inside in (
+        ("momentum", momentum, "[0, 1)", lambda x: 0 <= x < 1),
+        ("weight_decay", weight_decay, "[0, inf)", lambda x: x >= 0),
+        ("settle_start", settle_start, "[0, inf)", lambda x: x >= 0),
+    ):
+        if isinstance(value, (int, float)) and not inside(value):
+            raise ValueError(
+                f"gsm: `{name}` must be in {allowed}; got {value!r}. The paper's "
+                "LeNets use momentum 0.99 and weight decay 5e-4."
+            )
+    _check_density(density, "gsm")
+    passing = _gate(
+        density if gate is None else gate,
+        where=where,
+        stacked=None,
+        ties="exact",
+        freeze_at=settle_start,
+        freeze_density=density,
+        track=False,
+        caller="gsm",
+    )
+
+    def decayed(params):
+        chosen = resolve_where(params, where, embeddings=False, caller="gsm")
+        structure = jax.tree.structure(params, is_leaf=is_hole)
+        return jax.tree.unflatten(structure, chosen)
+
+    return optax.chain(
+        passing,
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    )
+
+
+class GsmGap(NamedTuple):
+    """What a cut to the largest weights would remove.
+
+    Attributes:
+      alive: Number of weights above the threshold of life.
+      kept: Q, the number of weights that the cut keeps.
+      ratio: \\|w\\| of the largest weight cut over \\|w\\| of the smallest kept.
+      advice: What to do, in words.
+    """
+
+    alive: int
+    kept: int
+    ratio: float
+    advice: str
+
+
+def gsm_gap(
+    params: PyTree,
+    density: Any,
+    *,
+    where: Where | None = None,
+    alive_above: float = 1e-4,
+) -> GsmGap:
+    """Tells whether the cut to ``density`` costs anything; also a stopping rule.
+
+    The cut is free if at most Q weights are alive: the (Q+1)-th largest is then
+    noise beside the Q-th.
+
+    Args:
+      params: Concrete parameters after (or during) training with ``gsm``.
+      density: Fraction that the cut keeps, in (0, 1], or a budget.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+      alive_above: A weight of larger magnitude counts as alive.
+
+    Returns:
+      A ``GsmGap``.
+
+    Raises:
+      ValueError: If ``density`` or ``where`` does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> gap = sparse_optax.gsm_gap({"w": jnp.array([[1.0, 0.5], [1e-7, 0.0]])}, 0.5)
+      >>> gap.alive, gap.kept, gap.advice
+      (2, 2, 'Cut: it costs nothing.')
+    """
+    _check_density(density, "gsm_gap")
+    chosen = resolve_where(params, where, embeddings=False, caller="gsm_gap")
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    pool = [(x,) for x, c in zip(flat, chosen, strict=True) if c]
+    if not pool:
+        raise ValueError(
+            f"gsm_gap: no leaf of {leaf_names(params)} takes part; there must be one. "
+            "Choose leaves with `where`."
+        )
+    k = budgets.pool_size(
+        density, params, where=jax.tree.unflatten(structure, chosen), caller="gsm_gap"
+    )
+    size = sum(x.size for (x,) in pool)
+    alive = sum(
+        int(jnp.sum(jnp.abs(x) > alive_above, dtype=jnp.int32)) for (x,) in pool
+    )
+    smallest = float(selection.kth_largest(pool, k, score=jnp.abs))
+    largest = 0.0
+    if k < size:
+        largest = float(selection.kth_largest(pool, k + 1, score=jnp.abs))
+    ratio = largest / smallest if smallest > 0 else 0.0
+    if alive <= k:
+        advice = "Cut: it costs nothing."
+    else:
+        advice = (
+            f"{alive / k:.2f} times as many weights are alive as the cut keeps: train "
+            "on with a gate of 0.7 * density or with settle_start, then cut."
+        )
+    return GsmGap(alive, k, ratio, advice)
+
+
+def gsm_log_decay(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float,
+    weight_decay: float,
+    steps: int,
+    decoupled: bool = False,
+    nesterov: bool = False,
+) -> float:
+    r"""How far weight decay alone takes a passive weight: ln(w_0 / w_end).
+
+    The exact recursion of a weight that never passes, from an empty buffer,
+
+    .. math::
+        z \leftarrow \beta z + \eta w, \quad w \leftarrow w - \alpha z
+
+    (with Nesterov :math:`w \leftarrow w - \alpha(\eta w + \beta z)`). To a first
+    approximation it is :math:`\sum \alpha \eta / (1 - \beta)`. Decoupled, as in
+    AdamW, it is :math:`-\sum \ln(1 - \alpha \eta)`, about :math:`\sum \alpha \eta`:
+    the momentum no longer helps. A schedule that reaches less than about 10 cannot
+    empty the passive weights. It is necessary, not sufficient, since the mask
+    rotates. There is no value for Adam with L2 in its gradient, which moves a
+    passive weight like sign descent, whatever the decay.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number or a schedule.
+      momentum: :math:`\beta` in [0, 1).
+      weight_decay: :math:`\eta`, non-negative.
+      steps: Number of updates, non-negative.
+      decoupled: Whether the decay bypasses the momentum (AdamW).
+      nesterov: Whether the momentum is Nesterov's, as Optax and PyTorch have it.
+
+    Returns:
+      ln(\|w_0\| / \|w_end\|); infinity if the weight becomes exactly zero.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    Examples:
+      >>> import sparse_optax
+      >>> round(sparse_optax.gsm_log_decay(5e-3, 0.99, 5e-4, 26_926), 2)
+      6.88
+
+    References:
+      Ding et al., `Global Sparse Momentum SGD for Pruning Very Deep Neural Networks
+      <https://arxiv.org/abs/1909.12778>`_, 2019.
+    """
+    for name, value, allowed, inside in (
+        ("momentum", momentum, "[0, 1)", 0 <= momentum < 1),
+        ("weight_decay", weight_decay, "[0, inf)", weight_decay >= 0),
+        ("steps", steps, "[0, inf)", steps >= 0),
+    ):
+        if not inside:
+            raise ValueError(
+                f"gsm_log_decay: `{name}` must be in {allowed}; got {value!r}. Pass "
+                "the values of your optimizer."
+            )
+    if callable(learning_rate):
+        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)), np.float64)
+    else:
+        rates = np.full(steps, learning_rate, np.float64)
+    if decoupled:
+        with np.errstate(divide="ignore"):
+            return float(-np.sum(np.log(np.abs(1 - rates * weight_decay))))
+    # Runs of one rate are powers of one 2x2 matrix; scaled, so as not to underflow.
+    edges = np.flatnonzero(np.diff(rates)) + 1
+    state, log_scale = np.array([1.0, 0.0]), 0.0
+    for run in np.split(rates, edges):
+        if not len(run):
+            continue
+        state, log_part = _power(
+            _passive_step(run[0], momentum, weight_decay, nesterov), len(run), state
+        )
+        log_scale += log_part
+    weight = abs(state[0])
+    return float("inf") if weight == 0 else float(-(log_scale + np.log(weight)))
+
+
+def _passive_step(rate, momentum, weight_decay, nesterov) -> np.ndarray:
+    """(w, z) after one step, as a matrix on (w, z) before."""
+    buffer = np.array([weight_decay, momentum])
+    if nesterov:
+        step = np.array([weight_decay, 0.0]) + momentum * buffer
+    else:
+        step = buffer
+    return np.stack([np.array([1.0, 0.0]) - rate * step, buffer])
+
+
+def _power(matrix: np.ndarray, n: int, state: np.ndarray):
+    """matrix**n @ state and the log of the factor taken out of it."""
+    log_state = log_matrix = 0.0
+    while n:
+        if n & 1:
+            state = matrix @ state
+            scale = np.abs(state).max()
+            state, log_state = state / scale, log_state + np.log(scale) + log_matrix
+        matrix = matrix @ matrix
+        scale = np.abs(matrix).max()
+        matrix, log_matrix = matrix / scale, 2 * log_matrix + np.log(scale)
+        n >>= 1
+    return state, log_state

@@ -1,0 +1,546 @@
+"""Mask trees: make them, read them, apply them, store them.
+
+A mask tree has the structure of the parameters. A leaf that takes part holds a
+boolean array of its shape, True where the weight is kept; a leaf that does not is
+``optax.MaskedNode()``, never None.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_optax import budgets, selection
+from sparse_optax.leaves import (
+    PyTree,
+    Where,
+    is_hole,
+    layout,
+    leaf_names,
+    resolve_where,
+)
+
+Key = jax.Array | int
+
+
+class PackedMask(NamedTuple):
+    """A boolean array stored with one bit a weight.
+
+    Attributes:
+      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
+      like: bool, the mask's shape followed by 0: it holds no element, and keeps the
+        shape without a static field in the optimizer state.
+    """
+
+    bits: jax.Array
+    like: jax.Array
+
+
+def is_mask(node: Any) -> bool:
+    """Tells whether a node of a mask tree is to be taken as one leaf.
+
+    Args:
+      node: Any node.
+
+    Returns:
+      True for a hole or a packed mask.
+
+    Examples:
+      >>> import optax
+      >>> from sparse_optax import masks
+      >>> masks.is_mask(optax.MaskedNode())
+      True
+    """
+    return is_hole(node) or isinstance(node, PackedMask)
+
+
+def flatten(masks: PyTree) -> tuple[list[Any], Any]:
+    """Flattens a mask tree; holes and packed masks count as leaves.
+
+    Args:
+      masks: A mask tree.
+
+    Returns:
+      The list of its leaves and its tree structure.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparse_optax import masks
+      >>> tree = {"b": optax.MaskedNode(), "w": jnp.ones((2, 2), bool)}
+      >>> len(masks.flatten(tree)[0])
+      2
+    """
+    return jax.tree.flatten(masks, is_leaf=is_mask)
+
+
+def pack(mask: jax.Array) -> PackedMask:
+    """Stores a boolean array with one bit a weight, eight along the last axis.
+
+    Args:
+      mask: Boolean array of any shape with at least one dimension.
+
+    Returns:
+      A ``PackedMask`` of ceil(last / 8) bytes a row.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> packed = masks.pack(jnp.ones((3, 10), bool))
+      >>> packed.bits.shape, bool(masks.unpack(packed).all())
+      ((3, 2), True)
+    """
+    like = jnp.zeros((*mask.shape, 0), bool)
+    return PackedMask(jnp.packbits(mask, axis=-1), like)
+
+
+def unpack(mask: jax.Array | PackedMask) -> jax.Array:
+    """Gives back the boolean array of a packed mask; a plain mask passes.
+
+    Args:
+      mask: A ``PackedMask`` or a boolean array.
+
+    Returns:
+      A boolean array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.unpack(masks.pack(jnp.array([True, False, True]))).tolist()
+      [True, False, True]
+    """
+    if not isinstance(mask, PackedMask):
+        return mask
+    last = mask.like.shape[-2]
+    return jnp.unpackbits(mask.bits, axis=-1, count=last).astype(bool)
+
+
+def apply(masks: PyTree, tree: PyTree) -> PyTree:
+    """Sets every missing weight to exactly zero: ``where(mask, x, 0)``.
+
+    Where, not multiplication: ``inf * 0`` is NaN.
+
+    Args:
+      masks: A mask tree.
+      tree: A tree of the same structure; leaves under a hole pass through.
+
+    Returns:
+      The masked tree, dtypes unchanged.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> mask = {"w": jnp.array([True, False])}
+      >>> masks.apply(mask, {"w": jnp.array([2.0, jnp.inf])})["w"].tolist()
+      [2.0, 0.0]
+    """
+    kept, _ = flatten(masks)
+    flat, structure = jax.tree.flatten(tree, is_leaf=is_hole)
+    check_shapes(kept, flat, leaf_names(tree), caller="masks.apply")
+    return jax.tree.unflatten(
+        structure,
+        [
+            x if is_hole(m) else jnp.where(unpack(m), x, jnp.zeros((), x.dtype))
+            for m, x in zip(kept, flat, strict=True)
+        ],
+    )
+
+
+def mask_shape(mask: Any) -> tuple[int, ...]:
+    """Shape of a plain or packed mask.
+
+    Args:
+      mask: A boolean array or a ``PackedMask``.
+
+    Returns:
+      The shape of the weights it speaks of.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.mask_shape(masks.pack(jnp.ones((3, 10), bool)))
+      (3, 10)
+    """
+    return mask.like.shape[:-1] if isinstance(mask, PackedMask) else mask.shape
+
+
+def check_shapes(
+    masks: Sequence[Any], params: Sequence[Any], names: Sequence[str], *, caller: str
+) -> None:
+    """Raises unless each mask has the shape of its parameter.
+
+    Args:
+      masks: Leaves of a mask tree.
+      params: Leaves of the parameters, in the same order.
+      names: Their names, for the message.
+      caller: The name that the error starts with.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.check_shapes([jnp.ones(2, bool)], [jnp.ones(2)], ["w"], caller="doc")
+    """
+    if len(masks) != len(params):
+        raise ValueError(
+            f"{caller}: the masks have {len(masks)} leaves and the parameters "
+            f"{len(params)}; the structures must be equal. Pass the tree that the "
+            "masks were made for."
+        )
+    for mask, param, name in zip(masks, params, names, strict=True):
+        if not is_hole(mask) and mask_shape(mask) != tuple(param.shape):
+            raise ValueError(
+                f"{caller}: the mask of {name!r} has shape {mask_shape(mask)} and the "
+                f"parameter {tuple(param.shape)}; they must be equal. Pass masks "
+                "made for these parameters."
+            )
+
+
+def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
+    """Combines mask trees leaf by leaf.
+
+    Args:
+      operator: A function of boolean arrays, such as ``jnp.logical_or``.
+      *masks: Mask trees of the same structure.
+
+    Returns:
+      A mask tree.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([True, True])}
+      >>> masks.combine(jnp.logical_and, a, b)["w"].tolist()
+      [True, False]
+    """
+    return jax.tree.map(
+        lambda m, *rest: (
+            m if is_hole(m) else operator(unpack(m), *(unpack(r) for r in rest))
+        ),
+        *masks,
+        is_leaf=is_mask,
+    )
+
+
+def count(masks: PyTree) -> int:
+    """Number of kept weights, as a Python integer.
+
+    Args:
+      masks: A concrete mask tree.
+
+    Returns:
+      The exact count over all leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.count({"w": jnp.array([True, False, True])})
+      2
+    """
+    kept = [m for m in flatten(masks)[0] if not is_hole(m)]
+    return sum(int(jnp.sum(unpack(m), dtype=jnp.int32)) for m in kept)
+
+
+def density(masks: PyTree) -> float:
+    """Kept weights over all weights that take part.
+
+    Args:
+      masks: A concrete mask tree.
+
+    Returns:
+      A number in [0, 1]; 1 for a tree in which nothing takes part.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.density({"w": jnp.array([True, False])})
+      0.5
+    """
+    shapes = [mask_shape(m) for m in flatten(masks)[0] if not is_hole(m)]
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    return count(masks) / size if size else 1.0
+
+
+def fill(masks: PyTree, params: PyTree) -> PyTree:
+    """Turns holes into all-True masks, so that every parameter has an array.
+
+    Args:
+      masks: A mask tree.
+      params: The parameters.
+
+    Returns:
+      A tree of boolean arrays with the structure of ``params``.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparse_optax import masks
+      >>> masks.fill({"b": optax.MaskedNode()}, {"b": jnp.zeros(2)})["b"].tolist()
+      [True, True]
+    """
+    kept, _ = flatten(masks)
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    check_shapes(kept, flat, leaf_names(params), caller="masks.fill")
+    filled = [
+        jnp.ones_like(x, dtype=bool) if is_hole(m) and not is_hole(x) else unpack(m)
+        for m, x in zip(kept, flat, strict=True)
+    ]
+    return jax.tree.unflatten(structure, filled)
+
+
+def leaf_key(key: jax.Array, name: str) -> jax.Array:
+    """A leaf's own random key: fold_in(key, crc32(name)).
+
+    It depends on the leaf's name alone, so that one more bias in the model changes
+    no mask.
+
+    Args:
+      key: Random key or key data.
+      name: The normalised name of the leaf.
+
+    Returns:
+      A random key.
+
+    Examples:
+      >>> import jax
+      >>> from sparse_optax import masks
+      >>> masks.leaf_key(jax.random.key(0), "Dense_0/kernel").shape
+      ()
+    """
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+
+
+def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
+    """Uniform uint32 scores for a leaf: without the ties of random floats.
+
+    Args:
+      key: Random key.
+      name: The normalised name of the leaf.
+      like: The leaf, concrete or abstract, whose shape and sharding they take.
+
+    Returns:
+      uint32 array of the shape of ``like``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.random_scores(jax.random.key(0), "w", jnp.zeros((2, 3))).shape
+      (2, 3)
+    """
+    sharding = jax.typeof(like).sharding
+    return jax.random.bits(
+        leaf_key(key, name),
+        like.shape,
+        jnp.uint32,
+        # Under an Explicit mesh the type of the result must be the leaf's own.
+        out_sharding=None if sharding.mesh.empty else sharding,
+    )
+
+
+def as_key(key: Key, *, caller: str) -> jax.Array:
+    """Turns a seed, raw key data or a typed key into a typed key.
+
+    Args:
+      key: An integer seed, key data (uint32) or a typed key.
+      caller: The name that an error starts with.
+
+    Returns:
+      A typed random key.
+
+    Raises:
+      ValueError: If ``key`` is none of these.
+
+    Examples:
+      >>> from sparse_optax import masks
+      >>> masks.as_key(0, caller="doc").shape
+      ()
+    """
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return jax.random.key(int(key))
+    if isinstance(key, (jax.Array, np.ndarray)):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if key.dtype == jnp.uint32 and key.ndim >= 1:
+            return jax.random.wrap_key_data(key)
+        # An integer that was injected as a hyper-parameter, or a seed under vmap.
+        if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
+            return jax.random.key(key)
+    raise ValueError(
+        f"{caller}: `key` must be an integer seed or a key from jax.random.key; got "
+        f"{key!r}. Pass, for instance, key=0."
+    )
+
+
+def select(
+    operands: Sequence[tuple[jax.Array, ...]],
+    counts: Sequence[Any],
+    axes: Sequence[int | None],
+    score: Callable[..., jax.Array],
+) -> list[jax.Array]:
+    """Masks of the highest-scored weights, a pool for every layer.
+
+    Args:
+      operands: For each leaf a tuple of arrays of its shape.
+      counts: For each leaf how many to keep: an integer, or one a slice, shape (L,).
+      axes: For each leaf the axis whose slices are layers, or None.
+      score: A module-level function of a leaf's arrays.
+
+    Returns:
+      A boolean array a leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.select([(jnp.array([1.0, -3.0]),)], [1], [None], jnp.abs)[0].tolist()
+      [False, True]
+    """
+    if not operands:
+        return []
+    front = [
+        xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
+        for xs, axis in zip(operands, axes, strict=True)
+    ]
+    chosen = selection.top_k_mask(front, list(counts), score=score)
+    return [
+        m if axis is None else jnp.moveaxis(m, 0, axis)
+        for m, axis in zip(chosen, axes, strict=True)
+    ]
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def random_masks(
+    key: Key,
+    params: PyTree,
+    budget: Any,
+    *,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> PyTree:
+    """Masks of exactly the budget's counts, uniformly at random within each layer.
+
+    Args:
+      key: An integer seed or a random key.
+      params: The parameters, concrete or abstract; only shapes are used.
+      budget: A density in (0, 1] for every layer, or a budget.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves that stack several layers.
+
+    Returns:
+      A mask tree; each mask has the sharding of its leaf.
+
+    Raises:
+      ValueError: If an argument does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> kept = masks.random_masks(0, {"w": jnp.zeros((20, 10))}, 0.05)
+      >>> masks.count(kept)
+      10
+    """
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    chosen = resolve_where(params, where, caller="random_masks")
+    plan = layout(params, chosen, stacked, caller="random_masks")
+    counts = flatten(budgets.resolve(budget, params, where=where, stacked=stacked))[0]
+    typed = as_key(key, caller="random_masks")
+    kept = select(
+        [
+            (random_scores(typed, name, flat[i]),)
+            for i, name in zip(plan.index, plan.names, strict=True)
+        ],
+        [counts[i] for i in plan.index],
+        plan.axes,
+        _identity,
+    )
+    return rebuild(structure, len(flat), plan.index, kept)
+
+
+def rebuild(
+    structure: Any, size: int, index: Sequence[int], values: Sequence[Any]
+) -> PyTree:
+    """Puts values at the chosen leaves of a tree and holes everywhere else.
+
+    Args:
+      structure: The tree structure.
+      size: Its number of leaves.
+      index: Positions of the chosen leaves.
+      values: One value a chosen leaf.
+
+    Returns:
+      The tree.
+
+    Examples:
+      >>> import jax
+      >>> from sparse_optax import masks
+      >>> masks.rebuild(jax.tree.structure({"b": 0, "w": 0}), 2, [1], [5])
+      {'b': MaskedNode(), 'w': 5}
+    """
+    full: list[Any] = [optax.MaskedNode()] * size
+    for i, value in zip(index, values, strict=True):
+        full[i] = value
+    return jax.tree.unflatten(structure, full)
+
+
+def magnitude_masks(
+    params: PyTree,
+    density: Any,
+    *,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> PyTree:
+    """Masks of the weights of largest magnitude, an exact number of them.
+
+    Args:
+      params: The parameters.
+      density: A density in (0, 1], or a budget.
+      scope: ``"global"`` ranks all weights in one pool, with the budget's total;
+        ``"leaf"`` ranks each layer alone, with the budget's count for it.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves that stack several layers.
+
+    Returns:
+      A mask tree.
+
+    Raises:
+      ValueError: If an argument does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> params = {"w": jnp.array([[0.1, -2.0], [0.3, 1.0]])}
+      >>> masks.magnitude_masks(params, 0.5)["w"].tolist()
+      [[False, True], [False, True]]
+    """
+    if scope not in ("global", "leaf"):
+        raise ValueError(
+            f"magnitude_masks: `scope` must be 'global' or 'leaf'; got {scope!r}. "
+            "Use 'leaf' to rank each layer alone."
+        )
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    chosen = resolve_where(params, where, caller="magnitude_masks")
+    plan = layout(params, chosen, stacked, caller="magnitude_masks")
+    pool = [(flat[i],) for i in plan.index]
+    if not pool:
+        return rebuild(structure, len(flat), (), ())
+    if scope == "global":
+        k = budgets.pool_size(density, params, where=where, stacked=stacked)
+        kept = selection.top_k_mask(pool, k, score=jnp.abs)
+    else:
+        counts = budgets.resolve(density, params, where=where, stacked=stacked)
+        leaf_counts = flatten(counts)[0]
+        kept = select(pool, [leaf_counts[i] for i in plan.index], plan.axes, jnp.abs)
+    return rebuild(structure, len(flat), plan.index, kept)

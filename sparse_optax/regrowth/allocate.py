@@ -1,0 +1,179 @@
+"""Whole counts: how many weights each layer loses and gets back, in integers.
+
+Floats that are rounded to counts differ in the last place from one mesh of devices
+to the next, and the totals with them. Here every floor and every share is integer
+arithmetic, on 64-bit pairs (``wide``).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparse_optax import wide
+
+
+def _pair(x: jax.Array) -> wide.Pair:
+    x = x.astype(jnp.uint32)
+    return jnp.zeros_like(x), x
+
+
+def floor_fraction(rate: jax.Array, n: jax.Array) -> jax.Array:
+    """floor(rate * n), exact for the float32 value of the rate.
+
+    Args:
+      rate: float32 in [0, 1], a scalar or one entry a layer.
+      n: int32 counts, one entry a layer.
+
+    Returns:
+      int32 vector.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> n = jnp.array([9, 2**30 + 1])
+      >>> regrowth.allocate.floor_fraction(jnp.float32(0.5), n).tolist()
+      [4, 536870912]
+    """
+    rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
+    bits = lax.bitcast_convert_type(rate, jnp.uint32)
+    exponent = bits >> 23
+    # rate = mantissa * 2**(exponent - 150); zero and subnormal rates move nothing.
+    mantissa = jnp.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0)
+    shift = jnp.minimum(150 - exponent.astype(jnp.int32), 63).astype(jnp.uint32)
+    mantissa, shift = (
+        jnp.broadcast_to(x.astype(jnp.uint32), n.shape) for x in (mantissa, shift)
+    )
+    one = jnp.ones_like(shift)
+    power = (
+        jnp.where(shift >= 32, one << (shift & 31), 0),
+        jnp.where(shift < 32, one << (shift & 31), 0),
+    )
+    quotient, _ = wide.divmod64(wide.mul32(mantissa, n.astype(jnp.uint32)), power)
+    return quotient[1].astype(jnp.int32)
+
+
+def prune_counts(
+    rate: jax.Array, active: jax.Array, sizes: jax.Array, shares: jax.Array
+) -> jax.Array:
+    """How many weights each layer loses: floor(p_i * nonzeros_i).
+
+    A layer that is dense and still growing could not take back what it loses. So
+    (edge case 2 of the sparse momentum paper), where a layer's sparsity is under
+    0.2 and its contribution over 1 / L, p_i is the smaller of p and that sparsity.
+
+    Args:
+      rate: The prune rate p, float32 in [0, 1].
+      active: int32 vector, active weights of each layer.
+      sizes: int32 vector, all weights of each layer.
+      shares: uint32 vector, each layer's contribution, not normalised.
+
+    Returns:
+      int32 vector.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.allocate.prune_counts(
+      ...     jnp.float32(0.5), jnp.array([90, 10]), jnp.array([100, 100]),
+      ...     jnp.array([3, 1], jnp.uint32)).tolist()
+      [9, 5]
+    """
+    counts = floor_fraction(rate, active)
+    missing = sizes - active
+    layers = jnp.full_like(sizes, len(sizes), dtype=jnp.uint32)
+    dense = wide.less64(wide.mul32(missing, jnp.full_like(layers, 5)), _pair(sizes))
+    total = wide.sum64(shares)
+    growing = wide.less64(
+        tuple(jnp.broadcast_to(t, shares.shape) for t in total),
+        wide.mul32(shares, layers),
+    )
+    # floor(sparsity * nonzeros) with sparsity = missing / size.
+    most, _ = wide.divmod64(wide.mul32(missing, active), _pair(sizes))
+    capped = jnp.minimum(counts, most[1].astype(jnp.int32))
+    return jnp.where(jnp.logical_and(dense, growing), capped, counts)
+
+
+def as_shares(shares: jax.Array) -> jax.Array:
+    """Shares as uint32: floats are quantised to 24 bits of the largest.
+
+    Args:
+      shares: Vector of non-negative numbers.
+
+    Returns:
+      uint32 vector.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.allocate.as_shares(jnp.array([0.5, 1.0])).tolist()
+      [8388608, 16777216]
+    """
+    if jnp.issubdtype(shares.dtype, jnp.integer):
+        return jnp.maximum(shares, 0).astype(jnp.uint32)
+    largest = jnp.max(shares, initial=0.0)
+    scaled = jnp.clip(shares / jnp.where(largest > 0, largest, 1.0), 0.0, 1.0)
+    return (scaled * 2**24).astype(jnp.uint32)
+
+
+def apportion(
+    total: jax.Array, shares: jax.Array, room: jax.Array, fallback: jax.Array
+) -> jax.Array:
+    """Splits a total over layers in proportion to shares, within each one's room.
+
+    ``g_i = floor(total * share_i / sum(shares))``; what the floors leave over goes
+    one each to the largest remainders, of equal ones to the earlier layer. What a
+    layer has no room for (edge case 1 of the sparse momentum paper) is spread
+    equally over the layers that have, again and again until all is placed; fewer
+    than there are such layers go one each to the first of them.
+
+    Args:
+      total: int32 scalar, at most ``sum(room)``.
+      shares: uint32 vector, one entry a layer.
+      room: int32 vector, the free places of each layer.
+      fallback: int32 vector, the split where all shares are zero.
+
+    Returns:
+      int32 vector whose sum is exactly ``total``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.allocate.apportion(
+      ...     jnp.int32(10), jnp.array([1, 2, 3], jnp.uint32),
+      ...     jnp.array([9, 9, 3]), jnp.array([0, 0, 0])).tolist()
+      [3, 4, 3]
+    """
+    layers = len(shares)
+    if not layers:
+        return jnp.zeros(0, jnp.int32)
+    shares = jnp.where(jnp.any(shares > 0), shares, fallback.astype(jnp.uint32))
+    whole = tuple(jnp.broadcast_to(t, (layers,)) for t in wide.sum64(shares))
+    whole = wide.where64(whole[0] + whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
+    product = wide.mul32(shares, jnp.full_like(shares, 1) * total.astype(jnp.uint32))
+    quotient, remainder = wide.divmod64(product, whole)
+    given = quotient[1].astype(jnp.int32)
+    # A layer's rank is the number of layers whose remainder comes before its own.
+    mine = tuple(r[:, None] for r in remainder)
+    theirs = tuple(r[None, :] for r in remainder)
+    order = jnp.arange(layers)
+    tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
+    ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
+    rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    left = total - jnp.sum(given, dtype=jnp.int32)
+    given = given + (rank < left).astype(jnp.int32)
+
+    def spill(carry):
+        given, excess = carry
+        free = room - given
+        open_layers = free > 0
+        each = excess // jnp.maximum(jnp.sum(open_layers, dtype=jnp.int32), 1)
+        turn = jnp.cumsum(open_layers, dtype=jnp.int32)
+        offer = jnp.where(each > 0, each, (turn <= excess).astype(jnp.int32))
+        taken = jnp.where(open_layers, jnp.minimum(offer, free), 0)
+        return given + taken, excess - jnp.sum(taken, dtype=jnp.int32)
+
+    over = jnp.sum(jnp.maximum(given - room, 0), dtype=jnp.int32)
+    given, _ = lax.while_loop(
+        lambda carry: carry[1] > 0, spill, (jnp.minimum(given, room), over)
+    )
+    return given

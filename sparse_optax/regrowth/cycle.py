@@ -1,0 +1,182 @@
+"""One cycle as a pure function: prune, redistribute, grow."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax.regrowth import allocate
+from sparse_optax.regrowth.rules import (
+    Evidence,
+    Rule,
+    axes_of,
+    layer_counts,
+    layer_sizes,
+    split_layers,
+)
+
+
+class Cycle(NamedTuple):
+    """What a cycle decided.
+
+    Attributes:
+      masks: The new masks, one a leaf.
+      kept: The masks after the prune, before the growth. A weight of ``masks``
+        that is not in ``kept`` was grown, and starts from zero.
+      removed: int32 vector, weights removed from each layer.
+      grown: int32 vector, weights grown in each layer; the sum is the same.
+      ok: Whether all evidence was finite. Where it is False the masks are those
+        from before the cycle, and the counts zero.
+      states: The states of the three rules.
+    """
+
+    masks: tuple[jax.Array, ...]
+    kept: tuple[jax.Array, ...]
+    removed: jax.Array
+    grown: jax.Array
+    ok: jax.Array
+    states: tuple[Any, Any, Any]
+
+
+def init_rules(
+    rules: tuple[Rule, Rule, Rule],
+    params: tuple[jax.Array, ...],
+    masks: tuple[jax.Array, ...],
+) -> tuple[Any, Any, Any]:
+    """Initial states of the prune, the redistribution and the growth rule.
+
+    Args:
+      rules: The three rules.
+      params: One array a sparse leaf.
+      masks: Their masks.
+
+    Returns:
+      The three states.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> rules = regrowth.prune.magnitude, regrowth.redistribute.none, None
+      >>> rules = (*rules[:2], regrowth.grow.random)
+      >>> regrowth.init_rules(rules, (), ())
+      ((), (), ())
+    """
+    prune, redistribute, grow = (rule.init(params, masks) for rule in rules)
+    return prune, redistribute, grow
+
+
+def all_finite(*groups: tuple[jax.Array, ...] | None) -> jax.Array:
+    """Whether every number of every array is finite.
+
+    Args:
+      *groups: Tuples of floating arrays; None is passed over.
+
+    Returns:
+      bool scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.regrowth.cycle import all_finite
+      >>> bool(all_finite((jnp.array([1.0, jnp.inf]),), None))
+      False
+    """
+    finite = jnp.asarray(True)
+    for group in groups:
+        for x in group or ():
+            finite = jnp.logical_and(finite, jnp.all(jnp.isfinite(x)))
+    return finite
+
+
+def cycle(
+    evidence: Evidence,
+    *,
+    prune: Rule,
+    redistribute: Rule,
+    grow: Rule,
+    prune_rate: jax.Array | float,
+    states: tuple[Any, Any, Any] | None = None,
+) -> Cycle:
+    """One cycle: prune, redistribute, grow, with exactly as many grown as removed.
+
+    With p the prune rate, a_i the active weights of layer i and c_i its share::
+
+        removed_i = floor(p_i * a_i)           (p_i: ``allocate.prune_counts``)
+        grown_i   ~ sum(removed) * c_i / sum(c)       (``allocate.apportion``)
+
+    Args:
+      evidence: What the rules may look at; ``counts`` is filled in here.
+      prune: The prune rule.
+      redistribute: The redistribution rule.
+      grow: The growth rule.
+      prune_rate: p, a scalar in [0, 1].
+      states: The rules' states, from ``init_rules``; None makes fresh ones.
+
+    Returns:
+      A ``Cycle``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> evidence = regrowth.Evidence(
+      ...     params=(jnp.array([3.0, 1.0, 0.0, 0.0]),),
+      ...     masks=(jnp.array([True, True, False, False]),),
+      ...     momentum=(jnp.array([1.0, 1.0, 2.0, 5.0]),))
+      >>> new = regrowth.cycle(
+      ...     evidence, prune=regrowth.prune.magnitude,
+      ...     redistribute=regrowth.redistribute.momentum,
+      ...     grow=regrowth.grow.momentum, prune_rate=0.5)
+      >>> new.masks[0].tolist()
+      [True, False, False, True]
+    """
+    if states is None:
+        states = init_rules(
+            (prune, redistribute, grow), evidence.params, evidence.masks
+        )
+    axes, before = axes_of(evidence), evidence.masks
+    sizes = jnp.asarray(layer_sizes(before, axes).astype(np.int32))
+    active = layer_counts(before, axes)
+    evidence = evidence._replace(counts=None)
+
+    shares, share_state = None, states[1]
+    if not redistribute.after_prune:
+        shares, share_state = redistribute.apply(evidence, states[1])
+    rate = jnp.asarray(prune_rate, jnp.float32)
+    even = jnp.zeros_like(sizes, dtype=jnp.uint32)
+    to_remove = allocate.prune_counts(
+        rate, active, sizes, even if shares is None else allocate.as_shares(shares)
+    )
+    kept, prune_state = prune.apply(
+        evidence._replace(counts=split_layers(to_remove, before, axes)), states[0]
+    )
+    # A rule prunes what is active and nothing else.
+    kept = tuple(jnp.logical_and(k, m) for k, m in zip(kept, before, strict=True))
+    removed = active - layer_counts(kept, axes)
+    evidence = evidence._replace(masks=kept)
+    if shares is None:
+        shares, share_state = redistribute.apply(evidence, states[1])
+    to_grow = allocate.apportion(
+        jnp.sum(removed, dtype=jnp.int32),
+        allocate.as_shares(shares),
+        sizes - active + removed,
+        removed,
+    )
+    grown, grow_state = grow.apply(
+        evidence._replace(counts=split_layers(to_grow, before, axes)), states[2]
+    )
+    new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, grown, strict=True))
+
+    ok = all_finite(evidence.params, evidence.gradient, evidence.momentum)
+    if jnp.issubdtype(shares.dtype, jnp.floating):
+        ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
+
+    def if_ok(after: Any, otherwise: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, otherwise)
+
+    return Cycle(
+        masks=if_ok(new, before),
+        kept=if_ok(kept, before),
+        removed=if_ok(removed, jnp.zeros_like(removed)),
+        grown=if_ok(to_grow, jnp.zeros_like(removed)),
+        ok=ok,
+        states=if_ok((prune_state, share_state, grow_state), states),
+    )

@@ -1,0 +1,265 @@
+"""The types of the algebra: the evidence that a rule sees, and what a rule is."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Evidence(NamedTuple):
+    """All that a rule may look at. Each tuple has one entry a sparse leaf.
+
+    A layer is a leaf, or one slice of a leaf that stacks layers. "Per layer" below
+    means an int32 scalar a leaf, or shape (L,) for a leaf of L stacked layers.
+
+    Attributes:
+      params: The weights, missing ones zero.
+      masks: Boolean arrays, True where a weight is active. A growth rule sees the
+        masks after the prune: what it may grow is where they are False.
+      gradient: The dense gradient of this step, or None.
+      momentum: The smoothed gradient, of missing weights too, or None.
+      counts: Per layer, how many weights to prune or to grow. A prune rule that
+        sets its own numbers may ignore it; a growth rule must meet it exactly.
+      key: A random key, new for each cycle.
+      step: int32 scalar, the number of finished updates.
+      names: The leaves' names, for keys of their own.
+      axes: For each leaf the axis whose slices are layers, or None.
+    """
+
+    params: tuple[jax.Array, ...]
+    masks: tuple[jax.Array, ...]
+    gradient: tuple[jax.Array, ...] | None = None
+    momentum: tuple[jax.Array, ...] | None = None
+    counts: tuple[jax.Array, ...] | None = None
+    key: jax.Array | None = None
+    step: jax.Array | int = 0
+    names: tuple[str, ...] | None = None
+    axes: tuple[int | None, ...] | None = None
+
+
+class Rule(NamedTuple):
+    """One rule: two functions, in a tuple.
+
+    A tuple, not a bare function, because ``optax.inject_hyperparams`` takes every
+    callable argument for a schedule.
+
+    Attributes:
+      init: ``init(params, masks) -> state``: tuples of arrays in, a pytree of
+        arrays out, ``()`` where the rule remembers nothing.
+      apply: ``apply(evidence, state) -> (result, state)``. The result of a prune
+        rule is a tuple of masks of the weights that stay; of a redistribution rule
+        a vector of shares, one a layer, in proportion to which the removed weights
+        come back (uint32, or float, which is quantised); of a growth rule a tuple
+        of masks of the new weights.
+      after_prune: Whether a redistribution rule sees the masks after the prune.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    after_prune: bool = False
+
+
+def stateless(
+    function: Callable[[Evidence], Any], *, after_prune: bool = False
+) -> Rule:
+    """Lifts a plain function of the evidence to a rule.
+
+    Args:
+      function: ``function(evidence) -> result``.
+      after_prune: See ``Rule``.
+
+    Returns:
+      A rule without memory.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> rule = regrowth.stateless(lambda evidence: evidence.masks)
+      >>> rule.init((), ())
+      ()
+    """
+    return Rule(
+        init=lambda params, masks: (),
+        apply=lambda evidence, state: (function(evidence), state),
+        after_prune=after_prune,
+    )
+
+
+def require(evidence: Evidence, field: str, *, rule: str) -> Any:
+    """A field of the evidence, or an error that says what the rule needs.
+
+    Args:
+      evidence: The evidence.
+      field: The name of the field.
+      rule: The name of the rule that asks.
+
+    Returns:
+      The field.
+
+    Raises:
+      ValueError: If the field is None.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> evidence = regrowth.Evidence(params=(), masks=(), counts=())
+      >>> regrowth.rules.require(evidence, "counts", rule="doc")
+      ()
+    """
+    cure = {
+        "momentum": "Wrap an optimizer that keeps a momentum, or give momentum=0.9.",
+        "gradient": "Wrap the optimizer with regrow, so that it sees the gradient.",
+        "counts": "Give a prune_rate.",
+        "key": "Give a random key.",
+    }
+    value = getattr(evidence, field)
+    if value is None:
+        raise ValueError(
+            f"{rule} needs `{field}` in its evidence, and there is none. "
+            f"{cure.get(field, 'Use another rule.')}"
+        )
+    return value
+
+
+def axes_of(evidence: Evidence) -> tuple[int | None, ...]:
+    """The stacked axis of each leaf; all None where the evidence has no axes.
+
+    Args:
+      evidence: The evidence.
+
+    Returns:
+      One entry a leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> evidence = regrowth.Evidence((jnp.ones(2),), (jnp.ones(2, bool),))
+      >>> regrowth.rules.axes_of(evidence)
+      (None,)
+    """
+    return evidence.axes or (None,) * len(evidence.masks)
+
+
+def layer_sizes(leaves: tuple[Any, ...], axes: tuple[int | None, ...]) -> np.ndarray:
+    """Number of weights in each layer.
+
+    Args:
+      leaves: Arrays, concrete or abstract.
+      axes: For each the stacked axis, or None.
+
+    Returns:
+      int64 vector, one entry a layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> leaves = (jnp.zeros((2, 3)), jnp.zeros((2, 4, 5)))
+      >>> regrowth.rules.layer_sizes(leaves, (None, 0)).tolist()
+      [6, 20, 20]
+    """
+    sizes: list[int] = []
+    for leaf, axis in zip(leaves, axes, strict=True):
+        n = int(np.prod(leaf.shape, dtype=np.int64))
+        layers = 1 if axis is None else leaf.shape[axis]
+        sizes += [n // max(layers, 1)] * layers
+    return np.asarray(sizes, np.int64)
+
+
+def layer_counts(
+    masks: tuple[jax.Array, ...], axes: tuple[int | None, ...]
+) -> jax.Array:
+    """Number of True entries in each layer.
+
+    Args:
+      masks: Boolean arrays.
+      axes: For each the stacked axis, or None.
+
+    Returns:
+      int32 vector, one entry a layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.rules.layer_counts((jnp.eye(3) > 0,), (None,)).tolist()
+      [3]
+    """
+    counts = [
+        jnp.sum(mask, axis=other_axes(mask, axis), dtype=jnp.int32).reshape(-1)
+        for mask, axis in zip(masks, axes, strict=True)
+    ]
+    return jnp.concatenate(counts) if counts else jnp.zeros(0, jnp.int32)
+
+
+def other_axes(leaf: Any, axis: int | None) -> tuple[int, ...]:
+    """All axes of a leaf but the one that stacks layers.
+
+    Args:
+      leaf: An array.
+      axis: The stacked axis, or None.
+
+    Returns:
+      The axes within a layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.rules.other_axes(jnp.zeros((2, 3, 4)), 0)
+      (1, 2)
+    """
+    return tuple(d for d in range(len(leaf.shape)) if d != axis)
+
+
+def split_layers(
+    vector: jax.Array, leaves: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[jax.Array, ...]:
+    """Cuts a vector over layers into one entry a leaf.
+
+    Args:
+      vector: One entry a layer.
+      leaves: Arrays, concrete or abstract.
+      axes: For each the stacked axis, or None.
+
+    Returns:
+      For each leaf a scalar, or an array of shape (L,) where it stacks L layers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> leaves = (jnp.zeros((2, 3)), jnp.zeros((2, 4, 5)))
+      >>> parts = regrowth.rules.split_layers(jnp.arange(3), leaves, (None, 0))
+      >>> [p.tolist() for p in parts]
+      [0, [1, 2]]
+    """
+    parts, start = [], 0
+    for leaf, axis in zip(leaves, axes, strict=True):
+        if axis is None:
+            parts.append(vector[start])
+            start += 1
+        else:
+            parts.append(vector[start : start + leaf.shape[axis]])
+            start += leaf.shape[axis]
+    return tuple(parts)
+
+
+def per_weight(values: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
+    """Shapes a leaf's per-layer values so that they broadcast against the leaf.
+
+    Args:
+      values: A scalar, or shape (L,).
+      leaf: The leaf.
+      axis: Its stacked axis, or None.
+
+    Returns:
+      An array of the leaf's rank, or a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> regrowth.rules.per_weight(jnp.arange(2), jnp.zeros((3, 2, 4)), 1).shape
+      (1, 2, 1)
+    """
+    if axis is None:
+        return values.reshape(())
+    shape = [1] * leaf.ndim
+    shape[axis] = leaf.shape[axis]
+    return values.reshape(shape)

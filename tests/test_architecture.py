@@ -1,0 +1,282 @@
+"""The rules of the house that no single function can break: imports, sizes, docs."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import sparse_optax
+
+PACKAGE = pathlib.Path(sparse_optax.__file__).parent
+
+# Dependencies only point upward in this list; an entry ending in a slash is a folder.
+# A new file gets its place here, above all that import it.
+ORDER = (
+    "wide.py",
+    "_keys.py",
+    "selection.py",
+    "leaves.py",
+    "apportion.py",
+    "budgets.py",
+    "masks.py",
+    "schedules.py",
+    "state.py",
+    "gsm.py",
+    "regrowth/",
+    "methods/",
+    "lottery.py",
+    "sensitivity.py",
+    "specialization.py",
+    "speedup.py",
+    "compaction.py",
+    "report.py",
+    "__init__.py",
+    "experiments/",
+)
+# What the core may import; the rest of the environment serves experiments and tests.
+CORE_NEEDS = {"jax", "optax", "numpy", "sparse_optax"}
+
+
+def _files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _place(path):
+    """Rank in ORDER of a file of the package, or None."""
+    name = path.relative_to(PACKAGE).as_posix()
+    for rank, entry in enumerate(ORDER):
+        if name == entry or (entry.endswith("/") and name.startswith(entry)):
+            return rank
+    return None
+
+
+def _is_core(path):
+    return not path.relative_to(PACKAGE).as_posix().startswith("experiments/")
+
+
+def _module_file(name):
+    """The file of ``sparse_optax.a.b``, or None if it is not a module."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _imports(path):
+    """Full names of all modules that a file imports, inside functions too."""
+    package = ["sparse_optax", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*up, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                inside = base.startswith("sparse_optax") and _module_file(whole)
+                yield whole if inside else base
+
+
+def _imported_files(path):
+    for name in _imports(path):
+        if name.split(".")[0] == "sparse_optax":
+            found = _module_file(name)
+            if found is not None and found != path:
+                yield found
+
+
+def _ids(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+CORE = [path for path in _files() if _is_core(path)]
+
+
+# --- imports --------------------------------------------------------------------------
+
+
+def test_every_file_has_its_place():
+    assert [_ids(p) for p in _files() if _place(p) is None] == []
+
+
+@pytest.mark.parametrize("path", _files(), ids=_ids)
+def test_dependencies_point_upward(path):
+    below = [
+        f"{_ids(path)} imports {_ids(found)}"
+        for found in _imported_files(path)
+        if _place(found) > _place(path)
+    ]
+    assert below == []
+
+
+def test_no_cycles():
+    """Within a folder too, where the list above says nothing."""
+    graph = {path: set(_imported_files(path)) for path in _files()}
+    # A package's __init__ gathers what its files define; they may not ask it back.
+    while graph:
+        free = [path for path, needs in graph.items() if not needs & graph.keys()]
+        assert free, f"a cycle among {sorted(map(_ids, graph))}"
+        for path in free:
+            del graph[path]
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids)
+def test_core_imports_jax_optax_numpy_and_nothing_else(path):
+    allowed = CORE_NEEDS | sys.stdlib_module_names
+    foreign = {name for name in _imports(path) if name.split(".")[0] not in allowed}
+    assert foreign == set()
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids)
+def test_core_does_not_import_private_parts_of_others(path):
+    private = {
+        name
+        for name in _imports(path)
+        if name.split(".")[0] in ("jax", "optax") and "._src" in name
+    }
+    assert private == set()
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids)
+def test_core_does_not_import_experiments(path):
+    names = [n for n in _imports(path) if n.startswith("sparse_optax.experiments")]
+    assert names == []
+
+
+IMPORT = """
+import importlib.abc, sys
+
+BLOCKED = {"flax", "matplotlib", "chex", "orbax", "sklearn", "scipy", "pooch", "tyro",
+           "rich", "pandas", "tensorflow", "torch", "hypothesis", "pytest"}
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        # What jax and optax need themselves is theirs to import.
+        frame = sys._getframe(1)
+        while frame and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        asks = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] in BLOCKED and asks.split(".")[0] not in NEEDS:
+            raise ImportError(f"{asks} asks for {name}, which is blocked")
+
+NEEDS = {"jax", "jaxlib", "optax", "numpy", "ml_dtypes", "opt_einsum", "scipy", "absl"}
+import jax, optax, numpy
+before = set(sys.modules)
+sys.meta_path.insert(0, Refuse())
+import sparse_optax
+import jax.numpy as jnp
+tx = sparse_optax.sparse_momentum_regrow(
+    optax.sgd(0.1, momentum=0.9), density=0.5, update_period=1, update_stop=4, key=0)
+params = {"w": jnp.ones((4, 4))}
+state = tx.init(params)
+for _ in range(2):
+    updates, state = tx.update(params, state, params)
+print(sparse_optax.masks.count(sparse_optax.get_masks(state)))
+roots = {m.split(".")[0] for m in set(sys.modules) - before}
+print(*sorted(roots - NEEDS - set(sys.stdlib_module_names)))
+"""
+
+
+def test_import_and_use_without_the_extras(tmp_path):
+    """In a process where flax and its kin cannot be imported by this package."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT],
+        cwd=tmp_path,
+        env={"PATH": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    count, imported = done.stdout.splitlines()
+    assert count == "8"
+    assert imported.split() == ["sparse_optax"]
+
+
+def test_importing_touches_no_configuration():
+    """No ``config.update``, no environment variable, no device at import."""
+    for path in CORE:
+        for node in ast.parse(path.read_text()).body:
+            text = ast.unparse(node) if isinstance(node, ast.Expr) else ""
+            assert "config.update" not in text, f"{_ids(path)}: {text}"
+            assert "environ" not in text, f"{_ids(path)}: {text}"
+
+
+# --- sizes and docs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids)
+def test_no_core_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids)
+def test_no_future_annotations(path):
+    """Optax reads the annotations of factories: they must be objects, not text."""
+    assert "from __future__ import annotations" not in path.read_text()
+
+
+def _public():
+    """``(name, object)`` of all public functions and classes of the core."""
+    found = {}
+    for path in CORE:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if any(p.startswith("_") and p != "__init__" for p in parts):
+            continue
+        dotted = ".".join(["sparse_optax", *(p for p in parts if p != "__init__")])
+        module = importlib.import_module(dotted)
+        for name, thing in vars(module).items():
+            if name.startswith("_") or isinstance(thing, types.ModuleType):
+                continue
+            own = getattr(thing, "__module__", None) == dotted
+            if own and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                found[f"{dotted}.{name}"] = thing
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize(("name", "thing"), _public(), ids=[n for n, _ in _public()])
+def test_public_names_have_docs_with_examples(name, thing):
+    """Functions show an example; records say what each field is."""
+    doc = inspect.getdoc(thing) or ""
+    if inspect.isclass(thing) and issubclass(thing, tuple):
+        # The docstring that NamedTuple makes by itself is no documentation.
+        assert "Attributes:" in doc, f"{name} does not describe its fields"
+        for field in thing._fields:
+            assert f"{field}:" in doc, f"{name} does not describe {field}"
+        return
+    if inspect.isclass(thing):
+        assert doc, f"{name} has no docstring"
+        return
+    assert "Examples:" in doc, f"{name} has no example"
+    assert ">>>" in doc.split("Examples:")[1], f"{name} has an empty example"
+    parameters = inspect.signature(thing).parameters
+    for parameter in parameters:
+        assert f"{parameter}:" in doc, f"{name} does not describe {parameter}"
+
+
+PROMISED = (
+    "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
+    "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
+    "selection masks budgets schedules regrowth methods"
+).split()
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_promised_surface(name):
+    assert hasattr(sparse_optax, name)
+    assert name in sparse_optax.__doc__, "the docstring of the package is the map"
+
+
+def test_public_names_are_the_same_object_everywhere():
+    """A transformation is one object, under its short and its long name."""
+    for name in PROMISED:
+        thing = getattr(sparse_optax, name)
+        if not isinstance(thing, types.ModuleType):
+            module = importlib.import_module(thing.__module__)
+            assert getattr(module, name) is thing

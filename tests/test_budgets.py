@@ -1,0 +1,755 @@
+"""Budgets against brute force in fractions and against numbers worked out by hand."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_optax import budgets
+
+HOLE = optax.MaskedNode()
+LENET = {
+    "Dense_0": {"kernel": (784, 300), "bias": (300,)},
+    "Dense_1": {"kernel": (300, 100), "bias": (100,)},
+    "Dense_2": {"kernel": (100, 10), "bias": (10,)},
+}
+
+
+def abstract(shapes, dtype=jnp.float32):
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def kernels(counts):
+    return [counts[f"Dense_{i}"]["kernel"] for i in range(3)]
+
+
+# --- the oracle -----------------------------------------------------------------------
+def exact_shares(lines, lows, highs, goal, costs):
+    """Shares base + x * slope within bounds, by trying who sits at which bound."""
+    for ends in itertools.product(("low", "free", "high"), repeat=len(lines)):
+        at = {
+            i: (lows if end == "low" else highs)[i]
+            for i, end in enumerate(ends)
+            if end != "free"
+        }
+        free = [i for i in range(len(lines)) if i not in at]
+        rest = goal - sum(costs[i] * s for i, s in at.items())
+        rest -= sum(costs[i] * lines[i][0] for i in free)
+        slope = sum(costs[i] * lines[i][1] for i in free)
+        if slope == 0:
+            if rest == 0:
+                return [Fraction(at[i]) for i in range(len(lines))]
+            continue
+        x = Fraction(rest) / slope
+        shares = [base + x * rise for base, rise in lines]
+        right = {
+            "low": lambda i, s: s <= lows[i],
+            "free": lambda i, s: lows[i] <= s <= highs[i],
+            "high": lambda i, s: s >= highs[i],
+        }
+        if all(
+            right[end](i, s)
+            for i, (end, s) in enumerate(zip(ends, shares, strict=True))
+        ):
+            return [Fraction(at.get(i, s)) for i, s in enumerate(shares)]
+    raise AssertionError("no shares add up to the goal")
+
+
+def largest_remainder(shares, budget, costs):
+    counts = [math.floor(s) for s in shares]
+    order = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
+    for i in order:
+        spent = sum(n * c for n, c in zip(counts, costs, strict=True))
+        if shares[i] != counts[i] and spent + costs[i] <= budget:
+            counts[i] += 1
+    return counts
+
+
+def expected(lines, sizes, goal, costs=None, budget=None):
+    costs = [1] * len(sizes) if costs is None else costs
+    shares = exact_shares(lines, [1] * len(sizes), sizes, goal, costs)
+    return largest_remainder(
+        shares, math.floor(goal) if budget is None else budget, costs
+    )
+
+
+SLOPES = {
+    "uniform": lambda s: math.prod(s),
+    "erdos_renyi": lambda s: Fraction(s[-2] + s[-1], s[-2] * s[-1]) * math.prod(s),
+    "erdos_renyi_kernel": lambda s: Fraction(sum(s), math.prod(s)) * math.prod(s),
+    "linear": lambda s: s[-2] + s[-1],
+}
+
+sides = st.integers(1, 9)
+layer = st.one_of(st.tuples(sides, sides), st.tuples(sides, sides, sides, sides))
+networks = st.lists(layer, min_size=1, max_size=4)
+
+
+# --- count ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("d", "n", "kept"),
+    [
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, 57),
+        (0.1, 8_000_000_000, 800_000_000),
+        (1 / 3, 9_999_999_999, 3_333_333_333),
+        (1 / 60, 266_200, 4_436),
+        (0.005, 266_200, 1_331),
+        (1.0, 7, 7),
+        (1, 7, 7),
+        (0.5, 1, 0),
+        (0.5, 0, 0),
+        (Fraction(2, 3), 3, 2),
+        (np.float32(0.29), 100, 29),
+        (np.float64(0.29), 100, 29),
+        (jnp.float32(0.29), 100, 29),
+        (0.5, np.int64(2**40), 2**39),
+    ],
+)
+def test_count(d, n, kept):
+    got = budgets.count(d, n)
+    assert got == kept
+    assert type(got) is int
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(0, 10**12))
+def test_count_means_the_decimal_or_the_ratio_that_was_typed(a, b, n):
+    a, b = min(a, b), max(a, b)
+    assert budgets.count(a / b, n) == a * n // b
+
+
+@pytest.mark.parametrize("d", [0, 0.0, -0.1, 1.0000001, math.nan, math.inf, True, "1"])
+def test_count_refuses(d):
+    with pytest.raises(ValueError, match=r"count: `d` must be a number in \(0, 1\]"):
+        budgets.count(d, 10)
+
+
+@pytest.mark.parametrize("n", [-1, 0.5, math.nan, None])
+def test_count_refuses_a_number_of_weights(n):
+    with pytest.raises(ValueError, match="count: `n` must be a whole number"):
+        budgets.count(0.5, n)
+
+
+def test_count_refuses_a_traced_density():
+    with pytest.raises(ValueError, match=r"`d` is a traced value.*static_args"):
+        jax.jit(lambda d: budgets.count(d, 10))(0.5)
+
+
+# --- by hand --------------------------------------------------------------------------
+def test_lenet_uniform_one_percent():
+    counts = budgets.uniform(0.01).counts(abstract(LENET))
+    assert kernels(counts) == [2352, 300, 10]
+    assert all(counts[name]["bias"] == HOLE for name in counts)
+    assert all(type(c) is int for c in kernels(counts))
+
+
+def test_lenet_erdos_renyi_one_percent():
+    # eps * (1084, 400, 110) with eps = 2662 / 1594: 1810.3, 668.0, 183.7.
+    for budget in (budgets.erdos_renyi, budgets.erdos_renyi_kernel, budgets.linear):
+        assert kernels(budget(0.01).counts(abstract(LENET))) == [1810, 668, 184]
+
+
+def test_kernel_size_tells_the_distributions_apart():
+    net = abstract({"conv": (3, 3, 16, 32), "head": (64, 72)})
+    total = 921  # of 4,608 + 4,608 weights at 0.1
+    per_layer = {
+        # eps * (48 * 9, 136)
+        "erdos_renyi": Fraction(total * 432, 568),
+        # eps * (3 + 3 + 16 + 32, 136)
+        "erdos_renyi_kernel": Fraction(total * 54, 190),
+        # eps * (48, 136)
+        "linear": Fraction(total * 48, 184),
+    }
+    for name, conv in per_layer.items():
+        counts = getattr(budgets, name)(0.1).counts(net)
+        assert abs(counts["conv"] - conv) < 1, name
+        assert counts["conv"] + counts["head"] == total
+
+
+def test_a_full_layer_is_made_dense_and_the_rest_solved_again():
+    net = abstract([(20, 20), (2, 10), (10, 4)])
+    # At 0.5: 230 weights; eps * (40, 12, 14) fills the second (20) and the third (40).
+    assert budgets.erdos_renyi_kernel(0.5).counts(net) == [170, 20, 40]
+    # At 0.3: 138 weights; 83.6, 25.1, 29.3. The second keeps 20, the others share 118
+    # as 40 to 14 ...
+    assert budgets.erdos_renyi_kernel(0.3).counts(net) == [87, 20, 31]
+    # ... or, spilling equally, get 2.55 each.
+    assert budgets.linear(0.3).counts(net) == [86, 20, 32]
+
+
+def test_every_layer_keeps_a_weight():
+    net = abstract([(100, 100), (3, 3), (2, 2)])
+    assert budgets.uniform(0.001).counts(net) == [8, 1, 1]
+    assert budgets.nonzeros(3).counts(net) == [1, 1, 1]
+
+
+def test_ties_go_to_the_earlier_layer():
+    net = abstract([(3, 3), (3, 3), (3, 3)])
+    assert budgets.nonzeros(14).counts(net) == [5, 5, 4]
+    assert budgets.uniform(0.5).counts(net) == [5, 4, 4]
+
+
+def test_dense_and_overrides_stay_inside_the_total():
+    budget = budgets.uniform(0.05, dense=["Dense_2/kernel"])
+    assert kernels(budget.counts(abstract(LENET))) == [10917, 1393, 1000]
+    budget = budgets.uniform(0.05, overrides={"Dense_1/kernel": 0.2})
+    assert kernels(budget.counts(abstract(LENET))) == [7279, 6000, 31]
+    budget = budgets.uniform(
+        0.05, dense="Dense_2/kernel", overrides={"Dense_1/kernel": 0.00001}
+    )
+    assert kernels(budget.counts(abstract(LENET))) == [12309, 1, 1000]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        budgets.erdos_renyi(0.05, dense=["Dense_2/kernel"]),
+        budgets.erdos_renyi_kernel(0.05, dense=["Dense_2/kernel"]),
+        budgets.linear(0.05, dense=["Dense_2/kernel"]),
+        budgets.nonzeros(13310, dense=["Dense_2/kernel"]),
+    ],
+)
+def test_every_budget_takes_dense_leaves(budget):
+    first, second, third = kernels(budget.counts(abstract(LENET)))
+    assert third == 1000
+    assert first + second == 12310
+    if not isinstance(budget, budgets.Nonzeros):
+        assert abs(first - Fraction(12310 * 1084, 1484)) < 1
+
+
+def test_everything_dense():
+    for budget in (
+        budgets.uniform(1.0),
+        budgets.erdos_renyi(1),
+        budgets.erdos_renyi_kernel(1.0),
+        budgets.linear(1.0),
+        budgets.nonzeros(266_200),
+        budgets.num_bytes(10**9),
+        budgets.num_flops(10**9, {f"Dense_{i}/kernel": 2 for i in range(3)}),
+    ):
+        counts = kernels(budget.counts(abstract(LENET)))
+        assert counts == [235200, 30000, 1000]
+
+
+# --- against brute force --------------------------------------------------------------
+@pytest.mark.parametrize("name", ["uniform", "erdos_renyi", "erdos_renyi_kernel"])
+@given(networks, st.fractions(0, 1, max_denominator=999))
+def test_proportional_budgets(name, shapes, d):
+    sizes = [math.prod(s) for s in shapes]
+    goal = d * sum(sizes)
+    if math.floor(goal) < len(sizes):
+        return
+    lines = [(0, SLOPES[name](s)) for s in shapes]
+    counts = getattr(budgets, name)(float(d)).counts(abstract(shapes))
+    assert counts == expected(lines, sizes, goal)
+    assert sum(counts) == budgets.count(float(d), sum(sizes))
+
+
+@given(networks, st.fractions(0, 1, max_denominator=999))
+def test_linear_spills_equally(shapes, d):
+    sizes = [math.prod(s) for s in shapes]
+    goal = d * sum(sizes)
+    if math.floor(goal) < len(sizes):
+        return
+    neurons = [SLOPES["linear"](s) for s in shapes]
+    lines = [(goal * n / sum(neurons), 1) for n in neurons]
+    counts = budgets.linear(float(d)).counts(abstract(shapes))
+    assert counts == expected(lines, sizes, goal)
+
+
+@given(networks, st.data())
+def test_nonzeros(shapes, data):
+    sizes = [math.prod(s) for s in shapes]
+    n = data.draw(st.integers(len(sizes), sum(sizes)))
+    counts = budgets.nonzeros(n).counts(abstract(shapes))
+    assert counts == expected([(0, s) for s in sizes], sizes, n)
+    assert sum(counts) == n
+
+
+@given(networks, st.data())
+def test_fixed_leaves_are_taken_out_and_the_rest_solved(shapes, data):
+    sizes = [math.prod(s) for s in shapes]
+    dense = data.draw(st.sets(st.sampled_from(range(len(shapes)))))
+    free = [i for i in range(len(shapes)) if i not in dense]
+    fixed = sum(sizes[i] for i in dense)
+    n = data.draw(st.integers(fixed + len(free), sum(sizes)))
+    budget = budgets.nonzeros(n, dense=[str(i) for i in dense])
+    counts = budget.counts(abstract(shapes))
+    assert [counts[i] for i in dense] == [sizes[i] for i in dense]
+    inner = [sizes[i] for i in free]
+    want = expected([(0, s) for s in inner], inner, n - fixed)
+    assert [counts[i] for i in free] == want
+
+
+@given(
+    networks,
+    st.data(),
+    st.lists(st.fractions(0, 50, max_denominator=4), min_size=4, max_size=4),
+)
+def test_num_flops(shapes, data, costs):
+    sizes, costs = [math.prod(s) for s in shapes], costs[: len(shapes)]
+    low, high = sum(costs), sum(s * c for s, c in zip(sizes, costs, strict=True))
+    n = low + data.draw(st.fractions(0, 1, max_denominator=99)) * (high - low)
+    if n == 0:
+        return
+    counts = budgets.num_flops(n, costs).counts(abstract(shapes))
+    assert sum(k * c for k, c in zip(counts, costs, strict=True)) <= n
+    if n == high:
+        assert counts == sizes
+    else:
+        assert counts == expected([(0, s) for s in sizes], sizes, n, costs, n)
+
+
+@given(networks, st.sampled_from(["float32", "bfloat16"]), st.data())
+def test_num_bytes_is_the_largest_number_that_fits(shapes, dtype, data):
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    size = sum(math.prod(s) for s in shapes)
+    n = data.draw(
+        st.integers(len(shapes) * width + (size + 7) // 8, (size + 2) * width)
+    )
+    params = abstract(shapes, dtype)
+    counts = budgets.num_bytes(n).counts(params)
+    fitting = [
+        k
+        for k in range(len(shapes), size + 1)
+        if width * k + math.ceil(Fraction(size, 8)) <= n
+    ]
+    assert sum(counts) == max(fitting)
+    assert counts == budgets.nonzeros(max(fitting)).counts(params)
+
+
+def test_num_bytes_of_two_dtypes():
+    params = {
+        "a": jax.ShapeDtypeStruct((10, 10), jnp.float32),
+        "v": jax.ShapeDtypeStruct((10, 10), jnp.bfloat16),
+    }
+    # 25 bytes of mask; 300 bytes hold both at a half, 303 one bfloat16 more.
+    assert budgets.num_bytes(325).counts(params) == {"a": 50, "v": 50}
+    assert budgets.num_bytes(328).counts(params) == {"a": 50, "v": 51}
+    assert budgets.num_bytes(331).counts(params) == {"a": 51, "v": 51}
+
+
+# --- layers of a leaf -----------------------------------------------------------------
+@given(
+    st.tuples(sides, sides, sides),
+    st.integers(0, 2),
+    layer,
+    st.sampled_from(["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"]),
+    st.sampled_from([0.1, 0.25, 1 / 3, 0.5, 0.9]),
+)
+def test_a_slice_is_a_layer(shape, axis, other, name, d):
+    """A stacked leaf gets what its slices get as leaves of their own."""
+    piece = shape[:axis] + shape[axis + 1 :]
+    copies = shape[axis]
+    apart = abstract([piece] * copies + [other])
+    together = abstract([shape, other])
+    budget = getattr(budgets, name)(d)
+    size = math.prod(shape) + math.prod(other)
+    if budgets.count(d, size) <= copies:
+        return
+    want = budget.counts(apart)
+    stacked, last = budget.counts(together, stacked={"0": axis - 3})
+    assert stacked.dtype == np.int64
+    assert stacked.tolist() == want[:-1]
+    assert last == want[-1]
+
+
+def test_ties_go_to_the_earlier_slice():
+    counts = budgets.nonzeros(7).counts(abstract([(3, 2, 2)]), stacked={"0": 0})
+    assert counts[0].tolist() == [3, 2, 2]
+
+
+def test_fixed_density_holds_for_each_slice():
+    budget = budgets.nonzeros(20, overrides={"0": 0.5})
+    stacked, rest = budget.counts(abstract([(3, 5, 1), (4, 4)]), stacked={"0": 0})
+    assert stacked.tolist() == [2, 2, 2]  # floor(2.5) each
+    assert rest == 14
+
+
+# --- trees ----------------------------------------------------------------------------
+def test_eight_billion_weights_without_an_array():
+    huge = abstract({"a": (80_000, 100_000), "v": (2_000, 7)})
+    counts = budgets.uniform(0.1).counts(huge)
+    assert counts == {"a": 800_000_000, "v": 1_400}
+    assert budgets.total(counts) == 800_001_400
+    assert budgets.erdos_renyi(0.3).counts(huge)["v"] == 14_000
+    stack = abstract({"a": (10, 80_000, 100_000)})
+    slices = budgets.uniform(0.29).counts(stack, stacked={"a": 0})["a"]
+    assert slices.tolist() == [2_320_000_000] * 10
+    assert budgets.total(slices) == 23_200_000_000
+
+
+def test_structure_is_kept():
+    params = {
+        "none": None,
+        "hole": HOLE,
+        "layers": [{"w": jnp.ones((2, 5))}, (jnp.ones((5, 2)),)],
+        "steps": jnp.zeros((3, 3), jnp.int32),
+        "empty": {},
+    }
+    assert budgets.uniform(0.5).counts(params) == {
+        "none": None,
+        "hole": HOLE,
+        "layers": [{"w": 5}, (5,)],
+        "steps": HOLE,
+        "empty": {},
+    }
+
+
+@pytest.mark.parametrize("empty", [{}, None, [], {"a": HOLE}])
+def test_a_tree_without_arrays_has_no_counts(empty):
+    """``optax.tree.map_params`` and ``optax.partition`` hand such trees to init."""
+    budget = budgets.erdos_renyi(0.1, dense=["w"])
+    assert budget.counts(empty) == empty
+    assert budgets.num_flops(5, {"w": 2}).counts(empty) == empty
+    assert budgets.resolve(0.5, empty) == empty
+    assert budgets.pool(0.5, empty).costs is None
+
+
+def test_a_leaf_without_weights_keeps_none():
+    params = abstract({"a": (0, 4), "v": (2, 4)})
+    for budget in (budgets.uniform(0.5), budgets.erdos_renyi(0.5), budgets.linear(0.5)):
+        assert budget.counts(params) == {"a": 0, "v": 4}
+
+
+def test_where_chooses():
+    params = abstract(LENET)
+    counts = budgets.uniform(0.1).counts(
+        params, where=lambda name, _: name.startswith("Dense_2")
+    )
+    assert kernels(counts) == [HOLE, HOLE, 100]
+    assert counts["Dense_2"]["bias"] == 1
+
+
+def test_vectors_are_one_row():
+    counts = budgets.erdos_renyi(0.5).counts(
+        abstract({"a": (10,), "v": (20, 20)}), where=lambda *_: True
+    )
+    assert counts == {"a": 10, "v": 195}
+
+
+def test_linen_and_nnx_agree():
+    model = linen.Sequential([linen.Dense(30), linen.Dense(10)])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 20)))
+    plain = budgets.uniform(0.1).counts(shapes["params"])
+    twin = nnx.eval_shape(
+        lambda: nnx.Sequential(
+            nnx.Linear(20, 30, rngs=nnx.Rngs(0)), nnx.Linear(30, 10, rngs=nnx.Rngs(0))
+        )
+    )
+    counts = budgets.uniform(0.1).counts(nnx.state(twin, nnx.Param))
+    assert jax.tree.leaves(plain) == jax.tree.leaves(counts) == [60, 30]
+
+
+def test_traced_params_are_enough():
+    @jax.jit
+    def kept(params):
+        return jnp.zeros(budgets.uniform(0.5).counts(params)["w"])
+
+    assert kept({"w": jnp.ones((4, 6))}).shape == (12,)
+
+
+def test_budgets_pass_through_inject_hyperparams():
+    def method(density, rate):
+        assert isinstance(density, budgets.ErdosRenyi)
+        return optax.scale(rate)
+
+    tx = optax.inject_hyperparams(method)(density=budgets.erdos_renyi(0.5), rate=2.0)
+    state = tx.init({"w": jnp.ones(3)})
+    updates, _ = jax.jit(tx.update)({"w": jnp.ones(3)}, state)
+    assert updates["w"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_budgets_are_values():
+    made = [
+        budgets.uniform(0.1, overrides={"a": 0.2}, dense=["b"]),
+        budgets.erdos_renyi(0.1),
+        budgets.erdos_renyi_kernel(0.1),
+        budgets.linear(0.1, axes=[0, 1]),
+        budgets.nonzeros(1e3),
+        budgets.num_bytes(4e6),
+        budgets.num_flops(1e6, {"a": 2.5, "b": HOLE}),
+    ]
+    assert len(set(made)) == len(made)
+    assert not any(callable(budget) for budget in made)
+    assert made[4] == budgets.nonzeros(1000)
+    assert made[6].costs == (("a", Fraction(5, 2)),)
+
+
+def test_axes_for_kernels_that_lead_with_channels():
+    last = {"conv": (3, 3, 8, 16), "head": (30, 40)}
+    first = {"conv": (16, 8, 3, 3), "head": (40, 30)}
+    for factory in (budgets.erdos_renyi, budgets.linear):
+        want = factory(0.2).counts(abstract(last))
+        assert factory(0.2, axes=(0, 1)).counts(abstract(first)) == want
+        assert factory(0.2).counts(abstract(first)) != want
+    kernel = budgets.erdos_renyi_kernel(0.2)
+    assert kernel.counts(abstract(first)) == kernel.counts(abstract(last))
+
+
+def test_costs_as_a_tree_or_by_name():
+    params = abstract(LENET)
+    tree = jax.tree.map(lambda _: 2, params)
+    by_name = {f"Dense_{i}/kernel": 2 for i in range(3)}
+    got = budgets.num_flops(5324, tree).counts(params)
+    assert kernels(got) == [2352, 300, 10]
+    assert budgets.num_flops(5324, by_name).counts(params) == got
+    assert budgets.num_flops(5325, by_name).counts(params) == got
+
+
+def test_weights_that_cost_nothing_follow_the_common_density():
+    counts = budgets.num_flops(10, {"a": 2, "v": 0}).counts(
+        abstract({"a": (2, 5), "v": (1, 31)})
+    )
+    assert counts == {"a": 5, "v": 16}  # 15.5, and the half costs nothing
+
+
+# --- errors ---------------------------------------------------------------------------
+PARAMS = abstract({"a": (10, 10), "b": (3,), "c": (5, 4)})
+COSTS = {"a": 2, "c": 3}
+
+
+@pytest.mark.parametrize("bad", [0, 0.0, -1, 1.01, 20, math.nan, True, None, "x", [1]])
+@pytest.mark.parametrize(
+    "name", ["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"]
+)
+def test_densities_out_of_range(name, bad):
+    with pytest.raises(ValueError, match=rf"^{name}: `density` must .*\(0, 1\]"):
+        getattr(budgets, name)(bad)
+    with pytest.raises(ValueError, match=rf"^{name}: `overrides\['a'\]` must"):
+        getattr(budgets, name)(0.5, overrides={"a": bad})
+
+
+@pytest.mark.parametrize("bad", [0, -5, 2.5, math.nan, math.inf, None, True])
+@pytest.mark.parametrize("name", ["nonzeros", "num_bytes"])
+def test_numbers_out_of_range(name, bad):
+    with pytest.raises(ValueError, match=f"^{name}: `n` must be a whole number"):
+        getattr(budgets, name)(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: budgets.num_flops(0, COSTS), "`n` must be a finite number above 0"),
+        (lambda: budgets.num_flops(math.inf, COSTS), "`n` must be a finite number"),
+        (lambda: budgets.num_flops(5, {"a": -1}), "`costs` must be .* got -1 for 'a'"),
+        (lambda: budgets.num_flops(5, {"a": "x"}), "`costs` must be finite numbers"),
+        (
+            lambda: budgets.num_flops(900, {"a": 1}).counts(PARAMS),
+            r"`costs` lacks \['c'\]; it must give .*\['a', 'c'\]",
+        ),
+        (
+            lambda: budgets.num_flops(900, COSTS | {"z": 1}).counts(PARAMS),
+            r"`costs` names \['z'\]",
+        ),
+        (
+            lambda: budgets.num_flops(4, COSTS).counts(PARAMS),
+            "`n` leaves 4 for the weights and must leave at least 5.*Raise `n` by 1",
+        ),
+        (
+            lambda: budgets.num_bytes(22).counts(PARAMS),
+            "`n` leaves 7 for the weights and must leave at least 8.*Raise `n` by 1",
+        ),
+        (
+            lambda: budgets.nonzeros(1).counts(PARAMS),
+            "n=1 keeps 1 of 120 weights, fewer than 2.*Keep 2 or more",
+        ),
+        (
+            lambda: budgets.nonzeros(121).counts(PARAMS),
+            "n=121 keeps 121 of 120 weights, but there are only 120. Keep 120 or fewer",
+        ),
+        (
+            lambda: budgets.uniform(0.01).counts(PARAMS),
+            r"^uniform: density=0.01 keeps 1 of 120 .*a density of 2/120",
+        ),
+        (
+            lambda: budgets.uniform(0.5, dense=["a"]).counts(PARAMS),
+            "density=0.5 keeps 60 of 120 weights, fewer than 101",
+        ),
+        (
+            lambda: budgets.uniform(0.9, overrides={"a": 0.5}).counts(PARAMS),
+            "keeps 108 .*`overrides` leave room for 70.*raise the overrides",
+        ),
+        (
+            lambda: budgets.linear(0.5, dense=["z"]).counts(PARAMS),
+            r"`overrides` or `dense` names \['z'\].*some of \['a', 'c'\]",
+        ),
+        (
+            lambda: budgets.linear(0.5, overrides={"b": 0.5}).counts(PARAMS),
+            r"^linear: `overrides` or `dense` names \['b'\]",
+        ),
+        (
+            lambda: budgets.linear(0.5, overrides={"a": 0.5}, dense=["a"]),
+            r"\['a'\] stand in `overrides` and in `dense`",
+        ),
+        (lambda: budgets.linear(0.5, axes=(1, 1)), "`axes` must be two different"),
+        (lambda: budgets.erdos_renyi(0.5, axes=(1,)), "`axes` must be two different"),
+        (
+            lambda: budgets.erdos_renyi(0.5, axes=(-3, 1)).counts(PARAMS),
+            r"`axes`=\(-3, 1\) does not fit 'a', a layer of shape \(10, 10\)",
+        ),
+        (
+            lambda: budgets.uniform(0.5).counts(PARAMS, stacked={"z": 0}),
+            r"^uniform: `stacked` names \['z'\]",
+        ),
+        (
+            lambda: budgets.uniform(0.5).counts(PARAMS, where=lambda *_: False),
+            r"^uniform: no leaf takes part; at least one of \['a', 'b', 'c'\] must",
+        ),
+        (
+            lambda: budgets.Uniform(2.0).counts(PARAMS),
+            r"^uniform: `density` must be a number in \(0, 1\]",
+        ),
+    ],
+)
+def test_messages(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- resolve --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "density",
+    [
+        0.25,
+        Fraction(1, 4),
+        np.float32(0.25),
+        np.asarray(0.25),
+        jnp.float32(0.25),
+        budgets.uniform(0.25),
+        budgets.nonzeros(30),
+        {"a": 25, "b": HOLE, "c": 5},
+        {"a": np.int32(25), "b": HOLE, "c": np.asarray(5)},
+    ],
+)
+def test_resolve(density):
+    counts = budgets.resolve(density, PARAMS)
+    assert counts == {"a": 25, "b": HOLE, "c": 5}
+    assert type(counts["a"]) is int
+
+
+def test_resolve_takes_its_own_counts():
+    params = abstract({"a": (2, 5, 5), "b": (3,), "c": (5, 4)})
+    for budget in (budgets.erdos_renyi(0.33), budgets.linear(0.5)):
+        counts = budget.counts(params, stacked={"a": 0})
+        again = budgets.resolve(counts, params, stacked={"a": 0})
+        assert again["a"].tolist() == counts["a"].tolist()
+        assert again["c"] == counts["c"]
+    listed = budgets.resolve({"a": [1, 2], "b": HOLE, "c": 3}, params, stacked={"a": 0})
+    assert listed["a"].tolist() == [1, 2]
+    assert budgets.resolve(5, jax.ShapeDtypeStruct((3, 3), jnp.float32)) == 5
+
+
+def test_resolve_takes_a_budget_of_the_users_own():
+    class Ones:
+        def counts(self, params, *, where=None, stacked=None):
+            return jax.tree.map(lambda x: x.shape[0], params)
+
+    assert budgets.resolve(Ones(), PARAMS) == {"a": 10, "b": 3, "c": 5}
+    assert budgets.pool_size(Ones(), abstract({"a": (4, 4), "c": (5, 4)})) == 9
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        (0.0, r"^tx: `density` must be a number in \(0, 1\]; got 0.0"),
+        (1.5, r"^tx: `density` must be a number in \(0, 1\]; got 1.5"),
+        (1, "must be a float .* got 1. Write 1.0 to keep every weight"),
+        (True, "must be a float"),
+        ("0.5", "must be a float"),
+        (None, "must be a float"),
+        (lambda step: 0.5, "must be a float"),
+        (budgets.uniform, "must be a float"),
+        (budgets.Uniform, "must be a float"),
+        ({"a": 25}, "must be a float"),
+        ({"a": 25, "b": 1, "c": 5}, "has 1 for 'b', which does not take part"),
+        ({"a": HOLE, "b": HOLE, "c": 5}, r"'a' must be an integer in \[1, 100\]"),
+        ({"a": 0, "b": HOLE, "c": 5}, r"'a' must be an integer in \[1, 100\]; got 0"),
+        ({"a": 25, "b": HOLE, "c": 21}, r"'c' must be an integer in \[1, 20\]; got 21"),
+        ({"a": 2.5, "b": HOLE, "c": 5}, "'a' must be an integer .* got 2.5"),
+        ({"a": True, "b": HOLE, "c": 5}, "'a' must be an integer"),
+        ({"a": [1, [2]], "b": HOLE, "c": 5}, "'a' must be an integer"),
+    ],
+)
+def test_resolve_refuses(density, message):
+    with pytest.raises(ValueError, match=message):
+        budgets.resolve(density, PARAMS, caller="tx")
+
+
+def test_resolve_refuses_counts_of_another_number_of_slices():
+    params = abstract({"a": (2, 5, 5)})
+    for bad in (5, np.array([1, 2, 3]), np.array([0, 1]), np.array([1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"'a' must be 2 integers in \[1, 25\]"):
+            budgets.resolve({"a": bad}, params, stacked={"a": 0})
+
+
+def test_resolve_refuses_traced_values():
+    with pytest.raises(ValueError, match=r"^tx: `density` is a traced"):
+        jax.jit(lambda d: budgets.resolve(d, PARAMS, caller="tx"))(0.5)
+
+
+# --- pools ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("density", "size"),
+    [
+        (0.25, 30),
+        (1.0, 120),
+        (0.01, 1),  # one pool owes no layer a weight
+        (budgets.uniform(0.25), 30),
+        (budgets.erdos_renyi(0.29), 34),
+        (budgets.linear(0.25), 30),
+        (budgets.nonzeros(1), 1),
+        (budgets.nonzeros(120), 120),
+        (budgets.num_bytes(15 + 4 * 30 + 3), 30),
+        (budgets.num_bytes(10**9), 120),
+        (budgets.num_flops(61, {"a": 2, "c": 2}), 30),
+        (budgets.num_flops(0.7, {"a": 0.1, "c": 0.1}), 7),
+        (budgets.num_flops(5, {"a": 0, "c": 0}), 120),
+        ({"a": 25, "b": HOLE, "c": 7}, 32),
+    ],
+)
+def test_pool_of_weights(density, size):
+    assert budgets.pool(density, PARAMS) == (size, None)
+    assert budgets.pool_size(density, PARAMS) == size
+
+
+def test_pool_of_costs():
+    pool = budgets.pool(budgets.num_flops(50, COSTS), PARAMS)
+    assert pool == (50, {"a": 2, "b": HOLE, "c": 3})
+    assert budgets.pool(budgets.num_flops(10**9, COSTS), PARAMS).budget == 260
+    halves = budgets.pool(budgets.num_flops(50.5, {"a": 2.5, "c": 3}), PARAMS)
+    assert halves == (Fraction(101, 2), {"a": Fraction(5, 2), "b": HOLE, "c": 3})
+    mixed = PARAMS | {"c": jax.ShapeDtypeStruct((5, 4), jnp.bfloat16)}
+    pool = budgets.pool(budgets.num_bytes(115), mixed)
+    assert pool == (100, {"a": 4, "b": HOLE, "c": 2})
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        (0.001, "pays for less than one of 120 weights"),
+        (budgets.num_bytes(18), "pays for less than one of 120 weights"),
+        (budgets.num_flops(1, COSTS), "pays for less than one of 120 weights"),
+        (budgets.nonzeros(121), r"n=121 exceeds the 120 .*in \[1, 120\]"),
+        (budgets.uniform(0.5, dense=["a"]), "fixes the counts of leaves"),
+        (budgets.uniform(0.5, overrides={"a": 0.5}), "fixes the counts of leaves"),
+        (0.0, r"`density` must be a number in \(0, 1\]"),
+        (3, "Write 1.0 to keep every weight"),
+        (budgets.num_flops(50, COSTS), "weights differ in cost.*nonzeros"),
+    ],
+)
+def test_pool_refuses(density, message):
+    with pytest.raises(ValueError, match=f"^tx: .*{message}"):
+        budgets.pool_size(density, PARAMS, caller="tx")

@@ -1,0 +1,280 @@
+"""Data sets: shapes, splits, and what happens to missing, cut or altered files."""
+
+import gc
+import gzip
+import hashlib
+import http.server
+import lzma
+import os
+import pickle
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+data = pytest.importorskip("sparse_optax.experiments.data")
+
+ROOT = os.environ.get(data.VARIABLE)
+needs_files = pytest.mark.skipif(
+    not ROOT, reason=f"{data.VARIABLE} is not set: no MNIST files to read"
+)
+
+
+def test_digits_shapes_and_normalisation():
+    digits = data.load("digits")
+    assert digits.train_x.shape == (1293, 8, 8, 1)
+    assert digits.valid_x.shape == (144, 8, 8, 1)
+    assert digits.test_x.shape == (360, 8, 8, 1)
+    assert digits.train_x.dtype == np.float32
+    assert digits.train_y.dtype == np.int32
+    assert sorted(set(digits.test_y.tolist())) == list(range(10))
+    train = np.concatenate([digits.train_x, digits.valid_x])
+    assert abs(train.mean()) < 0.01
+    assert abs(train.std() - 1) < 0.01
+
+
+def test_full_split_trains_on_the_validation_images_too():
+    lee, full = data.load("digits"), data.load("digits", split="full")
+    assert full.valid_x.shape == (0, 8, 8, 1)
+    np.testing.assert_array_equal(
+        full.train_x, np.concatenate([lee.train_x, lee.valid_x])
+    )
+    np.testing.assert_array_equal(full.test_y, lee.test_y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "svhn"}, "load: name='svhn'; choose one of digits, mnist"),
+        ({"name": "digits", "split": "80/20"}, "load: split='80/20'; choose 'lee'"),
+    ],
+)
+def test_wrong_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        data.load(**arguments)
+
+
+# -- a small data set of our own, in the real formats ------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    magic = {3: 2051, 1: 2049}[array.ndim]
+    return np.array([magic, *array.shape], ">i4").tobytes() + array.tobytes()
+
+
+def source(path: Path, content: bytes) -> data.Source:
+    """Writes a compressed file and describes it as the loader wants."""
+    compress = gzip.compress if path.suffix == ".gz" else lzma.compress
+    path.write_bytes(compress(content))
+    md5s = (hashlib.md5(bytes_).hexdigest() for bytes_ in (content, path.read_bytes()))
+    return data.Source(path.name, *md5s, url=None)
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """Twenty training and ten test images under the name ``mnist``."""
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    contents = {
+        "train images": idx(rng.integers(0, 256, (20, 28, 28), np.uint8)),
+        "train labels": idx(np.arange(20, dtype=np.uint8) % 10),
+        "test images": idx(rng.integers(0, 256, (10, 28, 28), np.uint8)),
+        "test labels": idx(np.arange(10, dtype=np.uint8)),
+    }
+    origin = data.ORIGINS["mnist"]
+    sources = {
+        role: source(folder / origin.sources[role].file, content)
+        for role, content in contents.items()
+    }
+    monkeypatch.setitem(data.ORIGINS, "mnist", origin._replace(sources=sources))
+    monkeypatch.setenv(data.VARIABLE, str(tmp_path))
+    return folder
+
+
+def test_idx_files_are_read(small_mnist):
+    mnist = data.load("mnist")
+    assert mnist.train_x.shape == (18, 28, 28, 1)
+    assert mnist.valid_x.shape == (2, 28, 28, 1)
+    assert mnist.train_y.tolist() == [*range(10), *range(8)]
+    with gzip.open(small_mnist / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16)
+    np.testing.assert_allclose(
+        mnist.test_x.ravel(), (pixels / 255 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_missing_file_is_named_with_its_md5(small_mnist):
+    path = small_mnist / "train-labels-idx1-ubyte.gz"
+    path.unlink()
+    md5 = data.ORIGINS["mnist"].sources["train labels"].file_md5
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("mnist")
+    assert str(path) in str(caught.value)
+    assert md5 in str(caught.value)
+    assert data.VARIABLE in str(caught.value)
+
+
+def test_truncated_file(small_mnist):
+    path = small_mnist / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    found = hashlib.md5(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="truncated or altered") as caught:
+        data.load("mnist")
+    expected = data.ORIGINS["mnist"].sources["train images"].file_md5
+    for word in (str(path), expected, found, "fetch it again"):
+        assert word in str(caught.value)
+
+
+def test_altered_file_that_still_decompresses(small_mnist):
+    path = small_mnist / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[-1] ^= 1
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(ValueError, match="truncated or altered") as caught:
+        data.load("mnist")
+    expected = data.ORIGINS["mnist"].sources["test labels"].content_md5
+    found = hashlib.md5(content).hexdigest()
+    for word in (str(path), expected, found):
+        assert word in str(caught.value)
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    """Five batches of four images and a test batch, pickled as CIFAR-10 is."""
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    origin = data.ORIGINS["cifar10"]
+    sources = {
+        role: source(
+            folder / real.file,
+            pickle.dumps(
+                {
+                    b"data": rng.integers(0, 256, (4, 3072), np.uint8),
+                    b"labels": [0, 1, 2, 3],
+                },
+                protocol=2,
+            ),
+        )
+        for role, real in origin.sources.items()
+    }
+    monkeypatch.setitem(data.ORIGINS, "cifar10", origin._replace(sources=sources))
+    monkeypatch.setenv(data.VARIABLE, str(tmp_path))
+    return folder
+
+
+def test_cifar_batches_become_nhwc(small_cifar):
+    cifar = data.load("cifar10", split="full")
+    assert cifar.train_x.shape == (20, 32, 32, 3)
+    raw = pickle.loads(lzma.decompress((small_cifar / "test_batch.xz").read_bytes()))
+    green = raw[b"data"][2].reshape(3, 32, 32)[1]
+    np.testing.assert_allclose(
+        cifar.test_x[2, :, :, 1], (green / 255 - 0.4822) / 0.1994, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_altered_pickle_is_not_opened(small_cifar, tmp_path):
+    """A pickle can run code: this one would leave a file behind."""
+    trace = tmp_path / "the pickle ran"
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    path = small_cifar / "data_batch_3.xz"
+    path.write_bytes(lzma.compress(pickle.dumps(Trap())))
+    with pytest.raises(ValueError, match="truncated or altered"):
+        data.load("cifar10")
+    assert not trace.exists()
+    pickle.loads(lzma.decompress(path.read_bytes()))
+    assert trace.exists(), "the trap does not work, so the test proves nothing"
+
+
+@pytest.fixture
+def mirror(small_mnist, tmp_path, monkeypatch):
+    """The small MNIST behind a web server, an empty cache, and no variable set."""
+    pooch = pytest.importorskip("pooch")
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=small_mnist)
+
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    monkeypatch.delenv(data.VARIABLE)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}/"
+        origin = data.ORIGINS["mnist"]
+        sources = {
+            role: real._replace(url=base + real.file)
+            for role, real in origin.sources.items()
+        }
+        monkeypatch.setitem(data.ORIGINS, "mnist", origin._replace(sources=sources))
+        yield asked
+        server.shutdown()
+    # pooch leaves the socket of a refused answer to the garbage collector, which
+    # warns; here and not in whichever test it would run.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+def test_download_is_cached(mirror):
+    assert data.load("mnist").test_y.tolist() == list(range(10))
+    assert len(mirror) == 4
+    data.load("mnist")
+    assert len(mirror) == 4
+
+
+def test_altered_download_is_refused(mirror, small_mnist):
+    altered = small_mnist / "t10k-labels-idx1-ubyte.gz"
+    altered.write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ValueError, match="does not have md5") as caught:
+        data.load("mnist")
+    assert data.ORIGINS["mnist"].sources["test labels"].file_md5 in str(caught.value)
+
+
+def test_failed_download_says_what_to_do(mirror, small_mnist):
+    (small_mnist / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="404") as caught:
+        data.load("mnist")
+    md5 = data.ORIGINS["mnist"].sources["train images"].file_md5
+    for word in (data.VARIABLE, "mnist/train-images-idx3-ubyte.gz", md5):
+        assert word in str(caught.value)
+
+
+# -- the real files ----------------------------------------------------------------
+
+
+@needs_files
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("mnist", [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
+        ("fashion-mnist", [6000] * 10),
+    ],
+)
+def test_real_idx_sets(name, counts):
+    whole = data.load(name, split="full")
+    assert whole.train_x.shape == (60_000, 28, 28, 1)
+    assert whole.test_x.shape == (10_000, 28, 28, 1)
+    assert np.bincount(whole.train_y).tolist() == counts
+    assert abs(whole.train_x.mean()) < 1e-2
+    assert abs(whole.train_x.std() - 1) < 1e-2
+
+
+@needs_files
+@pytest.mark.slow
+def test_real_cifar():
+    cifar = data.load("cifar10")
+    assert cifar.train_x.shape == (45_000, 32, 32, 3)
+    assert cifar.valid_x.shape == (5_000, 32, 32, 3)
+    assert np.bincount(cifar.test_y).tolist() == [1000] * 10

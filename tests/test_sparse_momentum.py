@@ -1,0 +1,905 @@
+"""Sparse momentum: one cycle, the training step, and what people do to optimizers."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from helpers import (
+    at_step,
+    kept,
+    kernels,
+    mask_tree,
+    network,
+    random_gradients,
+    run_cycle,
+    stepper,
+)
+
+import sparse_optax
+from sparse_optax import sparse_momentum_regrow
+
+# --- one cycle against the oracle -----------------------------------------------------
+
+STRUCTURES = (
+    ((1, 1),),
+    ((6, 5),),
+    ((4, 3), (3, 7), (7, 2)),
+    ((2, 3), (16, 8), (1, 5), (3, 3, 2, 4)),
+)
+
+
+def _layer_values(rng, kind, shape):
+    if kind == "zero":
+        return np.zeros(shape, np.float32)
+    if kind == "equal":
+        return np.full(shape, rng.choice([-0.5, 0.5]), np.float32)
+    if kind == "ties":
+        return rng.integers(-2, 3, shape).astype(np.float32)
+    if kind == "few":
+        return (rng.normal(size=shape) * (rng.random(shape) < 0.1)).astype(np.float32)
+    scale = {"normal": 1.0, "tiny": 1e-9, "huge": 1e15}[kind]
+    return (scale * rng.normal(size=shape)).astype(np.float32)
+
+
+VALUES = st.sampled_from(["normal", "ties", "equal", "zero", "few", "tiny", "huge"])
+# How many weights of a layer are active; "nearly" is below 20 percent sparsity.
+ACTIVE = st.sampled_from(["none", "one", "some", "nearly", "all but one", "all"])
+RATES = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.9, 1.0])
+
+
+def _active(rng, how, size):
+    some = int(rng.integers(0, size + 1))
+    nearly = size - size // 8
+    table = {"none": 0, "one": 1, "some": some, "nearly": nearly, "all": size}
+    return table.get(how, size - 1)
+
+
+@st.composite
+def cycles(draw):
+    """Weights, masks and momentum of a network, and a prune rate."""
+    shapes = draw(st.sampled_from(STRUCTURES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    params, mask, momentum = [], [], []
+    for shape in shapes:
+        size = int(np.prod(shape))
+        flat = np.arange(size) < _active(rng, draw(ACTIVE), size)
+        active = rng.permutation(flat).reshape(shape)
+        mask.append(active)
+        params.append(np.where(active, _layer_values(rng, draw(VALUES), shape), 0))
+        momentum.append(_layer_values(rng, draw(VALUES), shape))
+    return params, mask, momentum, draw(RATES)
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(cycles())
+def test_cycle_equals_the_oracle(example):
+    params, mask, momentum, rate = example
+    wanted_masks, wanted_removed, wanted_grown, _ = oracles.sparse_momentum_cycle(
+        params, mask, momentum, rate
+    )
+    new, removed, grown = run_cycle(params, mask, momentum, rate)
+    np.testing.assert_array_equal(removed, wanted_removed)
+    np.testing.assert_array_equal(grown, wanted_grown)
+    for got, wanted in zip(new, wanted_masks, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(cycles())
+def test_cycle_keeps_the_total(example):
+    params, mask, momentum, rate = example
+    new, removed, grown = run_cycle(params, mask, momentum, rate)
+    assert sum(m.sum() for m in new) == sum(m.sum() for m in mask)
+    assert sum(removed) == sum(grown)
+    for before, after, r, g in zip(mask, new, removed, grown, strict=True):
+        assert after.sum() == before.sum() - r + g
+
+
+def test_cycle_by_hand():
+    """Two layers of eight; p = 1/2 takes two of four and one of two.
+
+    Means of 3 and 1 give the three places as 2.25 and 0.75, hence 2 and 1. In layer 0
+    the momenta 3.0 at indices 1 and 4, both just pruned, tie: the lower one grows.
+    """
+    momentum_0 = [3.0, 3.0, 7.0, 1.0, 3.0, 3.0, 2.0, 0.5]
+    weights__0 = [9.0, 0.1, 0.0, 0.0, 0.2, 8.0, 0.0, 0.0]
+    before___0 = [1, 1, 0, 0, 1, 1, 0, 0]
+    after____0 = [1, 1, 1, 0, 0, 1, 0, 0]
+    momentum_1 = [1.0, 1.0, 9.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    weights__1 = [0.3, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    before___1 = [1, 1, 0, 0, 0, 0, 0, 0]
+    after____1 = [0, 1, 1, 0, 0, 0, 0, 0]
+    new, removed, grown = run_cycle(
+        [np.float32(weights__0), np.float32(weights__1)],
+        [np.array(before___0, bool), np.array(before___1, bool)],
+        [np.float32(momentum_0), np.float32(momentum_1)],
+        0.5,
+    )
+    assert removed == [2, 1]
+    assert grown == [2, 1]
+    np.testing.assert_array_equal(new[0], np.array(after____0, bool))
+    np.testing.assert_array_equal(new[1], np.array(after____1, bool))
+
+
+def test_a_full_layer_spills_what_it_cannot_take():
+    """Edge case 1: all momentum is in a layer with one free place."""
+    mask = [np.ones(4, bool), np.arange(40) < 20, np.arange(40) < 20]
+    mask[0][3] = False
+    params = [np.where(m, 1.0 + np.arange(m.size), 0).astype(np.float32) for m in mask]
+    momentum = [np.full(4, 1, np.float32), *(np.zeros(40, np.float32),) * 2]
+    new, removed, grown = run_cycle(params, mask, momentum, 0.5)
+    # Sparsity 1/4 is not below 0.2, so layer 0 loses floor(3/2) = 1 and takes 2 of 21;
+    # the other 19 are shared as 9 and 9, and the last goes to the lower layer.
+    assert removed == [1, 10, 10]
+    assert grown == [2, 10, 9]
+    assert new[0].all()
+
+
+@pytest.mark.parametrize(("largest", "lost"), [(0, 9), (1, 45)])
+def test_a_dense_layer_that_still_grows_loses_little(largest, lost):
+    """Edge case 2: p_0 = min(p, sparsity_0) only where its contribution is > 1/L."""
+    mask = [np.arange(100) < 90, np.arange(100) < 10]
+    params = [np.where(m, 1.0, 0.0).astype(np.float32) for m in mask]
+    momentum = [np.full(100, 1.0 if i == largest else 0.1, np.float32) for i in (0, 1)]
+    _, removed, _ = run_cycle(params, mask, momentum, 0.5)
+    assert removed == [lost, 5]
+
+
+def test_a_full_growing_layer_loses_nothing():
+    mask = [np.ones(10, bool), np.arange(10) < 4]
+    params = [np.where(m, 1.0, 0.0).astype(np.float32) for m in mask]
+    momentum = [np.full(10, 1.0, np.float32), np.full(10, 0.5, np.float32)]
+    new, removed, grown = run_cycle(params, mask, momentum, 0.5)
+    assert removed == [0, 2]
+    assert grown == [0, 2]
+    assert new[0].all()
+
+
+def test_zero_momentum_regrows_what_each_layer_lost():
+    mask = [np.arange(20) < 10, np.arange(30) >= 24]
+    params = [np.where(m, 1.0, 0.0).astype(np.float32) for m in mask]
+    momentum = [np.zeros(20, np.float32), np.zeros(30, np.float32)]
+    new, removed, grown = run_cycle(params, mask, momentum, 0.5)
+    assert removed == [5, 3]
+    assert grown == [5, 3]
+    # Equal weights: the highest indices go. Equal momenta: the lowest places grow.
+    np.testing.assert_array_equal(new[0], np.arange(20) < 10)
+    np.testing.assert_array_equal(new[1], np.isin(np.arange(30), [0, 1, 2, 24, 25, 26]))
+
+
+def test_subnormal_momentum_keeps_the_total():
+    """XLA on a CPU may take subnormal numbers for zero; either way counts hold."""
+    mask = [np.arange(20) < 10, np.arange(30) < 6]
+    params = [np.where(m, 1.0, 0.0).astype(np.float32) for m in mask]
+    momentum = [np.full(m.size, 1e-40, np.float32) for m in mask]
+    new, removed, grown = run_cycle(params, mask, momentum, 0.5)
+    assert removed == [5, 3]
+    assert sum(grown) == 8
+    assert sum(m.sum() for m in new) == 16
+
+
+# --- the training step against the oracle ---------------------------------------------
+
+SHAPES = ((12, 9), (9, 7), (7, 5))
+PERIOD, STOP = 4, 20
+
+
+def _inner(nesterov=True, decay=5e-2):
+    return optax.chain(
+        optax.add_decayed_weights(decay),
+        optax.sgd(0.05, momentum=0.9, nesterov=nesterov),
+    )
+
+
+def _transformation(inner=None, **kwargs):
+    settings = dict(density=0.3, update_period=PERIOD, update_stop=STOP, key=1)
+    return sparse_momentum_regrow(
+        _inner() if inner is None else inner, **(settings | kwargs)
+    )
+
+
+def _budget(density=0.3, shapes=SHAPES):
+    return sparse_optax.budgets.count(density, sum(int(np.prod(s)) for s in shapes))
+
+
+@functools.cache
+def _default_step():
+    return stepper(_transformation())
+
+
+def _cosine(count):
+    return 0.25 * (1 + np.cos(np.pi * count / STOP))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(
+    ("prune_rate", "oracle_rate", "stop"),
+    [
+        (None, _cosine, STOP),
+        (0.4, lambda count: 0.4, STOP),
+        (lambda count: 0.5 - count / 64, lambda count: 0.5 - count / 64, None),
+    ],
+    ids=["cosine", "constant", "schedule"],
+)
+def test_training_equals_the_oracle(nesterov, prune_rate, oracle_rate, stop):
+    tx = _transformation(_inner(nesterov), prune_rate=prune_rate, update_stop=stop)
+    step, params = stepper(tx), network(SHAPES)
+    steps = STOP + PERIOD + 2
+    grads = random_gradients(3, params, steps)
+    state = tx.init(params)
+    oracle = oracles.train_sparse_momentum(
+        [k.astype(np.float64) for k in kernels(params)],
+        kept(state),
+        [
+            [k.astype(np.float64) for k in kernels(at_step(grads, t))]
+            for t in range(steps)
+        ],
+        period=PERIOD,
+        stop=stop,
+        rate=oracle_rate,
+        lr=0.05,
+        beta=0.9,
+        nesterov=nesterov,
+        decay=5e-2,
+    )
+    changes = []
+    for t, (weights, mask, _, removed, grown) in enumerate(oracle):
+        before = kept(state)
+        params, state = step(params, state, at_step(grads, t))
+        for got, wanted in zip(kept(state), mask, strict=True):
+            np.testing.assert_array_equal(got, wanted, err_msg=f"mask, step {t + 1}")
+        for got, wanted in zip(kernels(params), weights, strict=True):
+            np.testing.assert_allclose(
+                got, wanted, rtol=2e-4, atol=2e-6, err_msg=f"weights, step {t + 1}"
+            )
+        np.testing.assert_array_equal(jax.tree.leaves(state.removed), removed)
+        np.testing.assert_array_equal(jax.tree.leaves(state.grown), grown)
+        if any((a != b).any() for a, b in zip(before, kept(state), strict=True)):
+            changes.append(t)
+    # Cycles open the updates after full periods: 5, 9, 13, 17, counted from one.
+    last = steps if stop is None else STOP
+    assert changes == list(range(PERIOD, last, PERIOD))
+
+
+def test_biases_are_the_inner_optimizers():
+    params = network(SHAPES)
+    grads = random_gradients(4, params, 10)
+    alone, wrapped = _inner(), _transformation()
+    state_alone, state_wrapped = alone.init(params), wrapped.init(params)
+    step_alone, step_wrapped = stepper(alone), _default_step()
+    params_alone = params
+    for t in range(10):
+        params_alone, state_alone = step_alone(
+            params_alone, state_alone, at_step(grads, t)
+        )
+        params, state_wrapped = step_wrapped(params, state_wrapped, at_step(grads, t))
+    for name, layer in params.items():
+        np.testing.assert_allclose(
+            layer["bias"], params_alone[name]["bias"], rtol=1e-6, atol=1e-7
+        )
+
+
+def _train(steps, seed=5, tx=None, **kwargs):
+    """Yields ``(finished steps, params before, params, state)`` after each step."""
+    tx = _transformation(**kwargs) if tx is None else tx
+    step = stepper(tx) if kwargs else _default_step()
+    params = network(SHAPES)
+    grads = random_gradients(seed, params, steps)
+    state = tx.init(params)
+    for t in range(steps):
+        before = params
+        params, state = step(params, state, at_step(grads, t))
+        yield t + 1, before, params, state
+
+
+def test_a_period_ends_with_a_trained_net():
+    """At the end of a period every kept weight has moved; none waits at zero."""
+    alive = {
+        finished: sum(int((k != 0).sum()) for k in kernels(params))
+        for finished, _, params, _ in _train(STOP)
+    }
+    assert {alive[t] for t in range(PERIOD, STOP + 1, PERIOD)} == {_budget()}
+    # Right after a cycle some do wait: pruned, and regrown in their own place.
+    assert min(alive[t] for t in range(PERIOD + 1, STOP, PERIOD)) < _budget()
+
+
+def test_evaluating_at_a_periods_end_loses_nothing_to_the_cycle():
+    """The masked forward pass of the evaluated params is that of the params."""
+    for finished, _, params, state in _train(STOP):
+        if finished % PERIOD == 0:
+            sparse = sparse_optax.sparsify(params, state)
+            for a, b in zip(kernels(params), kernels(sparse), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_no_cycle_follows_the_last_step():
+    """The run ends at a multiple of the period: the mask is the trained one."""
+    masks = {0: None}
+    for finished, _, _, state in _train(STOP + 2 * PERIOD):
+        masks[finished] = kept(state)
+    changed = [
+        t
+        for t in range(2, STOP + 2 * PERIOD + 1)
+        if any((a != b).any() for a, b in zip(masks[t - 1], masks[t], strict=True))
+    ]
+    assert changed == [5, 9, 13, 17]
+
+
+def test_pruned_weights_stop_and_grown_weights_start_from_zero():
+    tx = _transformation()
+    params = network(SHAPES)
+    grads = random_gradients(5, params, 6)
+    step, state = _default_step(), tx.init(params)
+    for t in range(PERIOD):
+        params, state = step(params, state, at_step(grads, t))
+    momentum = kernels(optax.tree.get(state.inner_state, "trace"))
+    before, weights = kept(state), kernels(params)
+    new, _, _, pruned = oracles.sparse_momentum_cycle(
+        weights, before, momentum, _cosine(PERIOD)
+    )
+    regrown = [p & n for p, n in zip(pruned, new, strict=True)]
+    assert sum(r.sum() for r in regrown) > 0, "the example must hold a regrown weight"
+    g = kernels(at_step(grads, PERIOD))
+    params, state = step(params, state, at_step(grads, PERIOD))
+    after = kernels(params)
+    for i, (old, mask) in enumerate(zip(before, new, strict=True)):
+        np.testing.assert_array_equal(kept(state)[i], mask)
+        np.testing.assert_array_equal(after[i][pruned[i]], 0.0)
+        fresh = mask & ~old
+        z = g[i] + 0.9 * momentum[i]
+        np.testing.assert_allclose(
+            after[i][fresh], (-0.05 * (g[i] + 0.9 * z))[fresh], rtol=1e-5, atol=1e-7
+        )
+        stay = mask & old & ~pruned[i]
+        decayed = g[i] + 5e-2 * weights[i]
+        z = decayed + 0.9 * momentum[i]
+        np.testing.assert_allclose(
+            after[i][stay],
+            (weights[i] - 0.05 * (decayed + 0.9 * z))[stay],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    params, state = step(params, state, at_step(grads, PERIOD + 1))
+    for r, k in zip(regrown, kernels(params), strict=True):
+        assert (k[r] != 0).all(), "a regrown weight moves again at the next step"
+
+
+# --- exact zeros, exact counts --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "grad_dtype"),
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+        (jnp.float32, jnp.bfloat16),
+    ],
+    ids=["float32", "bfloat16", "float32 with bfloat16 gradients"],
+)
+def test_missing_weights_are_exactly_zero_for_100_steps(param_dtype, grad_dtype):
+    tx = _transformation(update_stop=100, update_period=7)
+    params = jax.tree.map(lambda p: p.astype(param_dtype), network(SHAPES))
+    grads = jax.tree.map(
+        lambda g: g.astype(grad_dtype), random_gradients(6, params, 100)
+    )
+
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        pairs = [
+            (params[name]["kernel"], mask["kernel"])
+            for name, mask in sparse_optax.get_masks(state).items()
+        ]
+        # The bits, because -0.0 == 0.0 and NaN compares with nothing.
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[param_dtype.dtype.itemsize]
+        dirty = sum(
+            jnp.sum(~m & (jax.lax.bitcast_convert_type(w, unsigned) != 0))
+            for w, m in pairs
+        )
+        count = sum(jnp.sum(m, dtype=jnp.int32) for _, m in pairs)
+        alive = sum(jnp.sum(w != 0) for w, _ in pairs)
+        return (params, state), (dirty, count, alive)
+
+    (params, state), (dirty, count, alive) = jax.jit(
+        lambda carry: jax.lax.scan(step, carry, grads)
+    )((params, tx.init(params)))
+    np.testing.assert_array_equal(dirty, 0)
+    np.testing.assert_array_equal(count, _budget())
+    assert int(alive[-1]) > 0.9 * _budget()
+    assert int(state.skipped) == 0
+    for layer in params.values():
+        assert layer["kernel"].dtype == param_dtype
+
+
+# --- broken numbers -------------------------------------------------------------------
+
+
+def _poison(tree, where, value, masks):
+    """Puts ``value`` at the first active or missing weight of the second kernel."""
+    mask = kernels(masks)[1]
+    index = tuple(np.argwhere(mask == (where == "active"))[0])
+    kernel = tree["Dense_1"]["kernel"].at[index].set(value)
+    return tree | {"Dense_1": tree["Dense_1"] | {"kernel": kernel}}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["active", "missing"])
+@pytest.mark.parametrize("what", ["params", "momentum"])
+def test_broken_numbers_never_change_a_mask(value, where, what):
+    tx, step = _transformation(), _default_step()
+    params = network(SHAPES)
+    grads = random_gradients(7, params, PERIOD + 2)
+    state = tx.init(params)
+    for t in range(PERIOD):
+        grad = at_step(grads, t)
+        if what == "momentum" and t == PERIOD - 1:
+            grad = _poison(grad, where, value, sparse_optax.get_masks(state))
+        params, state = step(params, state, grad)
+    if what == "params":
+        params = _poison(params, where, value, sparse_optax.get_masks(state))
+    before = kept(state)
+    old = kernels(params)
+    params, state = step(params, state, at_step(grads, PERIOD))
+    for a, b in zip(before, kept(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(state.skipped) == 1
+    assert int(state.count) == PERIOD + 1
+    # The update passes through: the other layers train on.
+    assert (kernels(params)[0] != old[0])[before[0]].all()
+    params, state = step(params, state, at_step(grads, PERIOD + 1))
+    assert int(state.skipped) == 1, "a step without a due cycle skips nothing"
+
+
+def test_a_broken_gradient_of_the_opening_step_is_not_evidence():
+    """The cycle reads the stored momentum, which the new gradient has not entered."""
+    tx, step = _transformation(), _default_step()
+    params = network(SHAPES)
+    grads = random_gradients(7, params, PERIOD + 1)
+    state = tx.init(params)
+    for t in range(PERIOD):
+        params, state = step(params, state, at_step(grads, t))
+    before = kept(state)
+    grad = _poison(
+        at_step(grads, PERIOD), "missing", np.nan, sparse_optax.get_masks(state)
+    )
+    _, state = step(params, state, grad)
+    assert int(state.skipped) == 0
+    assert any((a != b).any() for a, b in zip(before, kept(state), strict=True))
+
+
+# --- what the momentum is -------------------------------------------------------------
+
+
+def _trace(grads, beta):
+    z = 0.0
+    for g in grads:
+        z = g + beta * z
+    return z
+
+
+def _ema(grads, beta):
+    m = 0.0
+    for g in grads:
+        m = beta * m + (1 - beta) * g
+    return m
+
+
+def _adam(grads):
+    return _ema(grads, 0.9) / (np.sqrt(_ema([g * g for g in grads], 0.999)) + 1e-8)
+
+
+def _rmsprop(grads):
+    nu, z = 0.0, 0.0
+    for g in grads:
+        nu = 0.9 * nu + 0.1 * g * g
+        z = -1e-2 * g / np.sqrt(nu + 1e-8) + 0.9 * z
+    return z
+
+
+_ALL = lambda tree: jax.tree.map(lambda _: True, tree)  # noqa: E731
+_LABELS = lambda tree: {name: "ab"[name == "Dense_1"] for name in tree}  # noqa: E731
+SGD = optax.sgd(1e-2, momentum=0.8)
+
+MOMENTA = {
+    "sgd": (SGD, lambda gs: _trace(gs, 0.8)),
+    "nesterov": (
+        optax.sgd(1e-2, momentum=0.8, nesterov=True),
+        lambda gs: _trace(gs, 0.8),
+    ),
+    "adam": (optax.adam(1e-3), _adam),
+    "adamw": (optax.adamw(1e-3), _adam),
+    "lion": (optax.lion(1e-3), lambda gs: _ema(gs, 0.99)),
+    "rmsprop": (optax.rmsprop(1e-2, momentum=0.9), _rmsprop),
+    "chain": (
+        optax.chain(optax.clip(1e3), optax.add_decayed_weights(0.0), SGD),
+        lambda gs: _trace(gs, 0.8),
+    ),
+    "masked": (optax.masked(SGD, _ALL), lambda gs: _trace(gs, 0.8)),
+    "partition": (
+        optax.partition({"a": SGD, "b": optax.sgd(3e-2, momentum=0.8)}, _LABELS),
+        lambda gs: _trace(gs, 0.8),
+    ),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2, momentum=0.8),
+        lambda gs: _trace(gs, 0.8),
+    ),
+    # Without a momentum of its own, or with several kinds: the engine's average.
+    "plain sgd": (optax.sgd(1e-2), lambda gs: _ema(gs, 0.9)),
+    "several kinds": (
+        optax.partition({"a": SGD, "b": optax.adam(1e-3)}, _LABELS),
+        lambda gs: _ema(gs, 0.9),
+    ),
+}
+
+
+def _first_cycle(inner, momentum_of, *, seed=8, **kwargs):
+    """Masks after the first cycle, and the oracle's for this momentum."""
+    tx = _transformation(inner, prune_rate=0.4, **kwargs)
+    step, params = stepper(tx), network(SHAPES)
+    grads = random_gradients(seed, params, PERIOD + 1)
+    state = tx.init(params)
+    before = kept(state)
+    for t in range(PERIOD):
+        params, state = step(params, state, at_step(grads, t))
+    history = [kernels(at_step(grads, t)) for t in range(PERIOD)]
+    momentum = [momentum_of([np.float64(h[i]) for h in history]) for i in range(3)]
+    wanted, *_ = oracles.sparse_momentum_cycle(kernels(params), before, momentum, 0.4)
+    _, state = step(params, state, at_step(grads, PERIOD))
+    return kept(state), wanted
+
+
+@pytest.mark.parametrize("name", MOMENTA)
+def test_momentum_is_found(name):
+    got, wanted = _first_cycle(*MOMENTA[name])
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_momentum_of_ones_own():
+    """A float asks for the engine's average, though the inner trace is there."""
+    got, wanted = _first_cycle(SGD, lambda gs: _ema(gs, 0.5), momentum=0.5)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_missing_weights_have_momentum():
+    """The inner optimizer sees the dense gradient."""
+    *_, (_, _, _, state) = _train(3)
+    trace = kernels(optax.tree.get(state.inner_state, "trace"))
+    for m, z in zip(kept(state), trace, strict=True):
+        assert (z[~m] != 0).all()
+
+
+# --- jit, scan, vmap, wrappers --------------------------------------------------------
+
+
+def _scan(tx, params, grads):
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry, _ = jax.lax.scan(step, (params, tx.init(params)), grads)
+    return carry
+
+
+def test_scan_equals_a_loop_over_jitted_steps():
+    params = network(SHAPES)
+    grads = random_gradients(5, params, 10)
+    scanned, state = jax.jit(lambda p, g: _scan(_transformation(), p, g))(params, grads)
+    *_, (_, _, looped, other) = _train(10)
+    for a, b in zip(kept(state), kept(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(kernels(scanned), kernels(looped), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_without_jit():
+    tx, params = _transformation(update_period=1, update_stop=4), network(SHAPES)
+    grads = random_gradients(5, params, 3)
+    state = tx.init(params)
+    for t in range(3):
+        updates, state = tx.update(at_step(grads, t), state, params)
+        params = optax.apply_updates(params, updates)
+    compiled, other = jax.jit(
+        lambda p, g: _scan(_transformation(update_period=1, update_stop=4), p, g)
+    )(network(SHAPES), grads)
+    for a, b in zip(kept(state), kept(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sum(m.sum() for m in kept(state)) == _budget()
+    for a, b in zip(kernels(params), kernels(compiled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_over_seeds_gives_each_its_own_mask():
+    params = network(SHAPES)
+    grads = random_gradients(9, params, 10)
+    seeds = jnp.arange(3)
+
+    def run(seed):
+        return _scan(_transformation(key=jax.random.key(seed)), params, grads)
+
+    trained, states = jax.jit(jax.vmap(run))(seeds)
+    together = [np.asarray(m) for m in jax.tree.leaves(sparse_optax.get_masks(states))]
+    single = jax.jit(run)
+    for seed in range(3):
+        alone, state = single(seed)
+        for a, b in zip(together, kept(state), strict=True):
+            np.testing.assert_array_equal(a[seed], b)
+        for a, b in zip(kernels(trained), kernels(alone), strict=True):
+            np.testing.assert_allclose(a[seed], b, rtol=1e-5, atol=1e-6)
+        assert sum(m[seed].sum() for m in together) == _budget()
+    assert (together[0][0] != together[0][1]).any()
+    assert (together[0][1] != together[0][2]).any()
+
+
+def test_vmap_with_cycles_due_at_different_steps():
+    """Members of a batch that stand at different counts, one due and one not."""
+    tx, step = _transformation(), _default_step()
+    params = network(SHAPES)
+    grads = random_gradients(9, params, PERIOD + 1)
+    members, state = [], tx.init(params)
+    for t in range(PERIOD):
+        members.append((params, state))
+        params, state = step(params, state, at_step(grads, t))
+    members = [members[1], (params, state)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    grad = at_step(grads, PERIOD)
+
+    @jax.jit
+    def both(params, state):
+        return jax.vmap(lambda p, s: tx.update(grad, s, p))(params, state)
+
+    _, states = both(*stacked)
+    together = jax.tree.leaves(sparse_optax.get_masks(states))
+    for i, (params, state) in enumerate(members):
+        before = kept(state)
+        _, state = step(params, state, grad)
+        changed = any((a != b).any() for a, b in zip(before, kept(state), strict=True))
+        assert changed == (i == 1)
+        for a, b in zip(together, kept(state), strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+STATIC = ("inner", "density", "update_period", "update_stop", "key")
+
+
+def test_inject_hyperparams_of_the_prune_rate():
+    make = optax.inject_hyperparams(sparse_momentum_regrow, static_args=STATIC)
+    settings = dict(density=0.3, update_period=PERIOD, update_stop=STOP, key=1)
+    injected = make(inner=_inner(), prune_rate=0.4, **settings)
+    plain = _transformation(prune_rate=0.4)
+    params = network(SHAPES)
+    grads = random_gradients(5, params, 10)
+    run = jax.jit(_scan, static_argnums=0)
+    (a, state_a), (b, state_b) = run(injected, params, grads), run(plain, params, grads)
+    for x, y in zip(kept(state_a), kept(state_b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for x, y in zip(kernels(a), kernels(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    # Set to zero by hand, the injected rate stops the exchange of weights.
+    state = state_a._replace(hyperparams={"prune_rate": jnp.zeros([])})
+    before, step = kept(state), stepper(injected)
+    for t in range(PERIOD):
+        a, state = step(a, state, at_step(grads, t))
+    for x, y in zip(before, kept(state), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_multi_steps_outside():
+    """Mini-steps leave parameters alone; a cycle counts real steps; zeros survive."""
+    tx = optax.MultiSteps(_transformation(), 2)
+    params = network(SHAPES)
+    grads = random_gradients(5, params, 2 * PERIOD + 2)
+    step, state = stepper(tx), tx.init(params)
+    plain, plain_params = _transformation(), params
+    plain_step, plain_state = _default_step(), plain.init(params)
+    for t in range(2 * PERIOD + 2):
+        before = params
+        params, state = step(params, state, at_step(grads, t))
+        if t % 2 == 0:
+            for a, b in zip(kernels(before), kernels(params), strict=True):
+                np.testing.assert_array_equal(a, b)
+        else:
+            mean = jax.tree.map(lambda g: (g[t - 1] + g[t]) / 2, grads)  # noqa: B023
+            plain_params, plain_state = plain_step(plain_params, plain_state, mean)
+            for a, b in zip(kernels(params), kernels(plain_params), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+            for m, w in zip(kept(state), kernels(params), strict=True):
+                np.testing.assert_array_equal(w[~m], 0.0)
+    for a, b in zip(kept(state), kept(plain_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(optax.tree.get(state, "RegrowState").count) == PERIOD + 1
+
+
+def test_unknown_extra_arguments_pass():
+    tx, params = _transformation(), network(SHAPES)
+    tx.update(params, tx.init(params), params, loss=jnp.zeros([]))
+
+
+def test_no_retrace():
+    """The second call finds its state as the first one found its own."""
+    traces = []
+    tx, params = _transformation(), network(SHAPES)
+
+    @jax.jit
+    def step(params, state, grads):
+        traces.append(0)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state, params)
+    assert len(traces) == 1
+
+
+def test_abstract_init():
+    params = network(SHAPES)
+    tx = _transformation()
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    shapes = jax.eval_shape(tx.init, abstract)
+    concrete = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tx.init(params)
+    )
+    assert shapes == concrete
+
+
+# --- containers -----------------------------------------------------------------------
+
+
+def test_none_leaves_and_empty_trees():
+    params = {"Dense_0": {"kernel": jnp.ones((4, 5)), "bias": None}, "rest": ()}
+    tx = _transformation(SGD, update_period=1)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params["Dense_0"]["bias"] is None
+    assert int((params["Dense_0"]["kernel"] != 0).sum()) <= 6
+    assert sparse_optax.masks.count(sparse_optax.get_masks(state)) == 6
+    for empty in ({}, (), None):
+        state = tx.init(empty)
+        updates, state = tx.update(empty, state, empty)
+        assert updates == empty
+
+
+def test_given_masks_are_the_start_and_the_budget():
+    rng = np.random.default_rng(2)
+    given = mask_tree([rng.random(s) < 0.2 for s in SHAPES])
+    count = sparse_optax.masks.count(given)
+    settings = dict(update_period=2, update_stop=10, key=0)
+    for kwargs in (dict(density=None), {}):
+        try:
+            tx = sparse_momentum_regrow(_inner(), masks=given, **kwargs, **settings)
+        except TypeError:
+            continue
+        break
+    params = network(SHAPES)
+    state = tx.init(params)
+    for a, b in zip(kept(state), kernels(given), strict=True):
+        np.testing.assert_array_equal(a, b)
+    _, state = _scan_from(tx, params, state, random_gradients(0, params, 6))
+    assert sum(m.sum() for m in kept(state)) == count
+    assert any((a != b).any() for a, b in zip(kept(state), kernels(given), strict=True))
+
+
+def _scan_from(tx, params, state, grads):
+    step = stepper(tx)
+    for t in range(jax.tree.leaves(grads)[0].shape[0]):
+        params, state = step(params, state, at_step(grads, t))
+    return params, state
+
+
+def test_stacked_slices_are_layers():
+    """A scanned leaf with two slices trains as two layers do."""
+    rng = np.random.default_rng(3)
+    flat = [rng.normal(size=(6, 5)).astype(np.float32) for _ in range(2)]
+    momentum = [rng.normal(size=(6, 5)).astype(np.float32) for _ in range(2)]
+    momentum[1] *= 3
+    params = {"block": {"kernel": jnp.stack([jnp.asarray(w) for w in flat], axis=1)}}
+    grad = {"block": {"kernel": jnp.stack([jnp.asarray(m) for m in momentum], axis=1)}}
+    tx = sparse_momentum_regrow(
+        optax.sgd(0.0, momentum=0.5),
+        density=0.5,
+        update_period=1,
+        prune_rate=0.4,
+        key=0,
+        stacked={"block/kernel": 1},
+    )
+    step, state = stepper(tx), tx.init(params)
+    (start,) = kept(state)
+    assert [int(start[:, i].sum()) for i in (0, 1)] == [15, 15]
+    params, state = step(params, state, grad)
+    sparse = [np.where(start[:, i], w, 0) for i, w in enumerate(flat)]
+    wanted, removed, grown, _ = oracles.sparse_momentum_cycle(
+        sparse, [start[:, 0], start[:, 1]], momentum, 0.4
+    )
+    params, state = step(params, state, grad)
+    (after,) = kept(state)
+    for i in (0, 1):
+        np.testing.assert_array_equal(after[:, i], wanted[i])
+    assert grown[0] < grown[1]
+    np.testing.assert_array_equal(jax.tree.leaves(state.removed)[0], removed)
+    np.testing.assert_array_equal(jax.tree.leaves(state.grown)[0], grown)
+
+
+def test_packed_masks_train_the_same():
+    params = network(SHAPES)
+    grads = random_gradients(5, params, 6)
+    run = jax.jit(_scan, static_argnums=0)
+    plain, state = run(_transformation(), params, grads)
+    packed, packed_state = run(_transformation(packed=True), params, grads)
+    for a, b in zip(kernels(plain), kernels(packed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    unpacked = jax.tree.leaves(sparse_optax.get_masks(packed_state))
+    for a, b in zip(kept(state), unpacked, strict=True):
+        np.testing.assert_array_equal(a, b)
+    size = lambda s: sum(x.nbytes for x in jax.tree.leaves(s.regrow_masks))  # noqa: E731
+    assert size(packed_state) < 0.3 * size(state)
+
+
+def test_reset_moments_of_grown_weights():
+    """`reset_moments="grown"` starts a grown weight without a history."""
+    params = network(SHAPES)
+    grads = random_gradients(5, params, PERIOD + 1)
+    traces = {}
+    for reset in ("none", "grown"):
+        tx = _transformation(
+            optax.sgd(0.05, momentum=0.9), prune_rate=0.4, reset_moments=reset
+        )
+        _, state = _scan_from(tx, params, tx.init(params), at_step(grads, slice(0, 4)))
+        before = kept(state)
+        _, state = stepper(tx)(params, state, at_step(grads, PERIOD))
+        fresh = [n & ~o for n, o in zip(kept(state), before, strict=True)]
+        traces[reset] = kernels(optax.tree.get(state.inner_state, "trace")), fresh
+    last = kernels(at_step(grads, PERIOD))
+    for (kept_z, fresh), (reset_z, other) in zip(
+        zip(*traces["none"], strict=True),
+        zip(*traces["grown"], strict=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(fresh, other)
+        assert fresh.any()
+        np.testing.assert_array_equal(kept_z[~fresh], reset_z[~fresh])
+    for (z, fresh), g in zip(zip(*traces["grown"], strict=True), last, strict=True):
+        np.testing.assert_allclose(z[fresh], g[fresh], rtol=1e-6)
+    for (z, fresh), g in zip(zip(*traces["none"], strict=True), last, strict=True):
+        assert not np.isclose(z[fresh], g[fresh]).any()
+
+
+def test_alone_at_the_end_of_a_chain():
+    """Without `inner` the evidence is the incoming update; all zero: no cycle."""
+    tx = optax.chain(
+        optax.sgd(0.05, momentum=0.9),
+        sparse_momentum_regrow(
+            density=0.3, update_period=PERIOD, update_stop=STOP, prune_rate=0.4, key=1
+        ),
+    )
+    params = network(SHAPES)
+    grads = random_gradients(5, params, PERIOD + 1)
+    state = tx.init(params)
+    params, state = _scan_from(tx, params, state, at_step(grads, slice(0, PERIOD)))
+    before = kept(state)
+    updates, new_state = jax.jit(tx.update)(at_step(grads, PERIOD), state, params)
+    trace = kernels(optax.tree.get(new_state, "trace"))
+    wanted, *_ = oracles.sparse_momentum_cycle(kernels(params), before, trace, 0.4)
+    for a, b in zip(kept(new_state), wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    frozen = optax.chain(
+        optax.sgd(0.0, momentum=0.9),
+        sparse_momentum_regrow(
+            density=0.3, update_period=PERIOD, update_stop=STOP, prune_rate=0.4, key=1
+        ),
+    )
+    _, state = jax.jit(frozen.update)(at_step(grads, PERIOD), state, params)
+    for a, b in zip(kept(state), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert updates is not None

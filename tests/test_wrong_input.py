@@ -1,0 +1,437 @@
+"""What bad input gets: one error that names argument, value, range and cure.
+
+Every row of the tables is a call and the parts that its message must hold. The check
+of the parts is ``helpers.refuses``; the cure is an order to the caller.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import mask_tree, network, refuses
+
+import sparse_optax
+from sparse_optax import (
+    budgets,
+    gsm,
+    gsm_gap,
+    gsm_log_decay,
+    gsm_mask,
+    masks,
+    regrowth,
+    schedules,
+    selection,
+    sparse_momentum_regrow,
+)
+
+SHAPES = ((4, 3), (3, 5))
+SGD = optax.sgd(0.1, momentum=0.9)
+NAN = float("nan")
+PARAMS = network(SHAPES)
+BIASES = {"Dense_0": {"bias": jnp.ones(3)}}
+
+
+def regrow(inner=SGD, params=PARAMS, **kwargs):
+    """Makes sparse momentum and its state; None takes an argument out."""
+    settings = dict(density=0.5, update_period=4, update_stop=20, key=0) | kwargs
+    tx = sparse_momentum_regrow(inner, **settings)
+    return tx, tx.init(params)
+
+
+def ones(*shapes):
+    """Masks of ones for kernels of these shapes."""
+    return mask_tree([np.ones(s, bool) for s in shapes])
+
+
+# --- a density outside (0, 1] ---------------------------------------------------------
+
+DENSITY_USERS = {
+    "gsm_mask": lambda d: gsm_mask(d),
+    "gsm": lambda d: gsm(0.1, d),
+    "gsm_gap": lambda d: gsm_gap(PARAMS, d),
+    "sparse_momentum_regrow": lambda d: regrow(density=d),
+    "random_masks": lambda d: masks.random_masks(0, PARAMS, d),
+    "magnitude_masks": lambda d: masks.magnitude_masks(PARAMS, d),
+    "uniform": lambda d: budgets.uniform(d),
+    "erdos_renyi": lambda d: budgets.erdos_renyi(d),
+    "erdos_renyi_kernel": lambda d: budgets.erdos_renyi_kernel(d),
+    "linear": lambda d: budgets.linear(d),
+    "count": lambda d: budgets.count(d, 10),
+}
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5, 2, NAN, float("inf")])
+@pytest.mark.parametrize("user", DENSITY_USERS)
+def test_density_outside_its_range(user, density):
+    with refuses(user, "density", str(density), r"\(0, 1\]"):
+        DENSITY_USERS[user](density)
+
+
+@pytest.mark.parametrize("density", ["0.5", True, None])
+def test_density_that_is_no_number(density):
+    with refuses("gsm_mask", "density", str(density), r"\(0, 1\]"):
+        gsm_mask(density)
+
+
+# --- the number of weights to select --------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["top_k_mask", "kth_largest"])
+@pytest.mark.parametrize("k", [28, -1])
+def test_k_beyond_the_pool(function, k):
+    with refuses(function, "k", str(k), "27"):
+        getattr(selection, function)([jnp.ones((3, 4)), jnp.ones((3, 5))], k)
+
+
+def test_k_of_another_structure():
+    with refuses("top_k_mask", "k"):
+        selection.top_k_mask({"a": jnp.ones(3), "b": jnp.ones(4)}, {"a": 1})
+
+
+@pytest.mark.parametrize("n", [0, -3, 28])
+def test_a_count_of_nonzeros_that_cannot_be(n):
+    with refuses("nonzeros", "", str(n)):
+        budgets.nonzeros(n).counts(PARAMS)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_budget_of_no_bytes(n):
+    with refuses("num_bytes", "", str(n)):
+        budgets.num_bytes(n).counts(PARAMS)
+
+
+# --- unknown names --------------------------------------------------------------------
+
+CHOICES = {
+    "ties": (
+        lambda: gsm_mask(0.5, ties="random"),
+        "gsm_mask",
+        "'random'",
+        "'exact'.*'paper'",
+    ),
+    "scope": (
+        lambda: masks.magnitude_masks(PARAMS, 0.5, scope="layer"),
+        "magnitude_masks",
+        "'layer'",
+        "'global'.*'leaf'",
+    ),
+    "momentum": (
+        lambda: regrow(momentum="adam"),
+        "sparse_momentum_regrow",
+        "'adam'",
+        r"'auto'|\"auto\"",
+    ),
+    "reset_moments": (
+        lambda: regrow(reset_moments="all"),
+        "sparse_momentum_regrow",
+        "'all'",
+        "none.*grown",
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", CHOICES)
+def test_unknown_choice(argument):
+    call, function, value, allowed = CHOICES[argument]
+    with refuses(function, argument, value, allowed):
+        call()
+
+
+# --- numbers out of their range -------------------------------------------------------
+
+NUMBERS = [
+    ("sparse_momentum_regrow", "update_period", 0, "1", regrow),
+    ("sparse_momentum_regrow", "update_period", -5, "1", regrow),
+    ("sparse_momentum_regrow", "update_period", 2.5, "integer", regrow),
+    ("sparse_momentum_regrow", "update_stop", 0, "1|positive|greater", regrow),
+    ("sparse_momentum_regrow", "prune_rate", 1.5, r"\[0, 1\]", regrow),
+    ("sparse_momentum_regrow", "prune_rate", -0.1, r"\[0, 1\]", regrow),
+    ("sparse_momentum_regrow", "prune_rate", NAN, r"\[0, 1\]", regrow),
+    ("sparse_momentum_regrow", "momentum", 1.0, r"\[0, 1\)", regrow),
+    ("sparse_momentum_regrow", "momentum", -0.5, r"\[0, 1\)", regrow),
+    ("sparse_momentum_regrow", "key", 0.5, "seed|integer", regrow),
+    ("gsm", "momentum", 1.0, r"\[0, 1\)", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm", "momentum", -0.1, r"\[0, 1\)", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm", "weight_decay", -1e-4, "0", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm", "gate", 0.0, r"\(0, ", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm", "gate", 1.5, r"\(0, ", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm", "settle_start", -1, "0", lambda **k: gsm(0.1, 0.5, **k)),
+    ("gsm_log_decay", "momentum", 1.0, r"\[0, 1\)", None),
+    ("gsm_log_decay", "weight_decay", -1.0, "0", None),
+    ("gsm_log_decay", "steps", -1, "0", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "value", "allowed", "call"),
+    NUMBERS,
+    ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in NUMBERS],
+)
+def test_number_out_of_range(function, argument, value, allowed, call):
+    if call is None:
+        given = dict(learning_rate=0.1, momentum=0.9, weight_decay=1e-4, steps=10)
+        call = lambda **k: gsm_log_decay(**(given | k))  # noqa: E731
+    with refuses(function, argument, str(value), allowed):
+        call(**{argument: value})
+
+
+def test_no_prune_rate_and_no_end():
+    """The default rate is a cosine to zero: it must know where."""
+    with refuses("sparse_momentum_regrow", "update_stop", "None", "prune_rate"):
+        regrow(update_stop=None)
+
+
+# --- an empty selection ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("sparse_momentum_regrow", lambda where: regrow(where=where)),
+        ("gsm_mask", lambda where: gsm_mask(0.5, where=where).init(PARAMS)),
+        ("gsm", lambda where: gsm(0.1, 0.5, where=where).init(PARAMS)),
+    ],
+)
+def test_where_chooses_nothing(function, call):
+    with refuses(function, "where"):
+        call(lambda path, leaf: False)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("sparse_momentum_regrow", lambda: regrow(params=BIASES)),
+        ("gsm_mask", lambda: gsm_mask(0.5).init(BIASES)),
+    ],
+)
+def test_params_with_nothing_to_make_sparse(function, call):
+    with refuses(function, "where"):
+        call()
+
+
+@pytest.mark.parametrize("where", [{"Dense_0": True}, {"other": {"kernel": True}}])
+def test_where_of_another_structure(where):
+    with refuses("sparse_momentum_regrow", "where"):
+        regrow(where=where)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, "yes", None])
+def test_where_that_is_not_made_of_bools(value):
+    where = jax.tree.map(lambda _: True, PARAMS)
+    where["Dense_0"]["kernel"] = value
+    with refuses("sparse_momentum_regrow", "where", str(value)):
+        regrow(where=where)
+
+
+def test_where_chooses_integers():
+    params = PARAMS | {"table": jnp.ones((3, 4), jnp.int32)}
+    for function, call in (
+        ("sparse_momentum_regrow", lambda where: regrow(params=params, where=where)),
+        ("gsm_mask", lambda where: gsm_mask(0.5, where=where).init(params)),
+    ):
+        with refuses(function, "where", "int32", "floating"):
+            call(lambda path, leaf: leaf.ndim == 2)
+
+
+def test_params_of_integers_only():
+    params = {"kernel": jnp.ones((3, 4), jnp.int32)}
+    for function, call in (
+        ("sparse_momentum_regrow", lambda: regrow(params=params)),
+        ("gsm_mask", lambda: gsm_mask(0.5).init(params)),
+    ):
+        with refuses(function, ""):
+            call()
+
+
+def test_stacked_leaf_that_is_not_there():
+    with refuses("sparse_momentum_regrow", "stacked", "Dense_9/kernel"):
+        regrow(stacked={"Dense_9/kernel": 0})
+
+
+def test_stacked_axis_that_is_not_there():
+    with refuses("sparse_momentum_regrow", "stacked", "2", "1"):
+        regrow(stacked={"Dense_0/kernel": 2})
+
+
+# --- structures and shapes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "tx"),
+    [
+        ("sparse_momentum_regrow", regrow()[0]),
+        ("gsm_mask", gsm_mask(0.5)),
+    ],
+    ids=["sparse_momentum_regrow", "gsm_mask"],
+)
+class TestUpdate:
+    """Calls of update that do not fit the call of init."""
+
+    def test_without_params(self, function, tx):
+        with refuses(function, "params", "None"):
+            tx.update(PARAMS, tx.init(PARAMS))
+
+    def test_with_params_of_another_structure(self, function, tx):
+        other = PARAMS | {"Dense_2": {"bias": jnp.ones(2), "kernel": jnp.ones((5, 2))}}
+        with refuses(function, "params"):
+            tx.update(other, tx.init(PARAMS), other)
+
+    def test_with_gradients_of_another_structure(self, function, tx):
+        other = {"Dense_0": PARAMS["Dense_0"]}
+        with refuses(function, ""):
+            tx.update(other, tx.init(PARAMS), PARAMS)
+
+    def test_with_params_of_another_shape(self, function, tx):
+        other = network(((4, 3), (5, 3)))
+        with refuses(function, "params"):
+            tx.update(other, tx.init(PARAMS), other)
+
+
+def test_given_masks_of_another_shape():
+    with refuses("sparse_momentum_regrow", "masks", r"\(3, 4\)", r"\(4, 3\)"):
+        regrow(density=None, masks=ones((3, 4), (3, 5)))
+
+
+def test_given_masks_of_another_structure():
+    with refuses("sparse_momentum_regrow", "masks"):
+        regrow(density=None, masks=ones((4, 3)))
+
+
+def test_given_masks_that_are_not_boolean():
+    wrong = mask_tree([np.ones(s, np.float32) for s in SHAPES])
+    with refuses("sparse_momentum_regrow", "masks", "float32", "bool"):
+        regrow(density=None, masks=wrong)
+
+
+def test_given_masks_of_another_density():
+    """The count of given masks is the budget; another one contradicts it."""
+    with refuses("sparse_momentum_regrow", "density", "0.5"):
+        regrow(density=0.5, masks=ones(*SHAPES))
+
+
+def test_set_masks_of_another_shape():
+    _, state = regrow()
+    with refuses("set_masks", "mask", r"\(3, 4\)", r"\(4, 3\)"):
+        sparse_optax.set_masks(state, ones((3, 4), (3, 5)))
+
+
+def test_set_masks_of_another_structure():
+    _, state = regrow()
+    with refuses("set_masks", "mask"):
+        sparse_optax.set_masks(state, ones((4, 3)))
+
+
+def test_sparsify_with_masks_of_another_shape():
+    with refuses("sparsify", "mask", r"\(3, 4\)", r"\(4, 3\)"):
+        sparse_optax.sparsify(PARAMS, ones((3, 4), (3, 5)))
+
+
+def test_sparsify_with_masks_of_other_leaves():
+    with refuses("sparsify", "Dense_2/kernel", "Dense_0/kernel"):
+        sparse_optax.sparsify(PARAMS, ones((4, 3), (3, 5), (5, 2)))
+
+
+@pytest.mark.parametrize("function", ["apply", "fill"])
+def test_masks_of_another_shape(function):
+    with refuses(f"masks.{function}", "mask", r"\(3, 4\)", r"\(4, 3\)"):
+        getattr(masks, function)(ones((3, 4), (3, 5)), PARAMS)
+
+
+def test_a_state_without_masks():
+    for call in (
+        sparse_optax.get_masks,
+        lambda state: sparse_optax.set_masks(state, ones(*SHAPES)),
+    ):
+        with refuses("", "opt_state"):
+            call(SGD.init(PARAMS))
+
+
+def test_a_state_with_two_masks_for_a_leaf():
+    tx = optax.chain(*(regrow(key=i)[0] for i in (0, 1)))
+    with refuses("get_masks", "Dense_0/kernel"):
+        sparse_optax.get_masks(tx.init(PARAMS))
+
+
+# --- optimizers that cannot be wrapped ------------------------------------------------
+
+
+def test_multi_steps_inside():
+    with refuses("sparse_momentum_regrow", "MultiSteps", "", "outside"):
+        regrow(inner=optax.MultiSteps(SGD, 2).gradient_transformation())
+
+
+def test_multi_steps_inside_a_chain():
+    steps = optax.MultiSteps(SGD, 2).gradient_transformation()
+    with refuses("sparse_momentum_regrow", "MultiSteps", "", "outside"):
+        regrow(inner=optax.chain(optax.clip(1.0), steps))
+
+
+def test_two_momenta_for_a_leaf():
+    """The error names both places and the argument that settles it."""
+    inner = optax.chain(optax.trace(0.9), optax.scale_by_adam())
+    with refuses("sparse_momentum_regrow", "momentum=", "0/trace", "1/mu"):
+        regrow(inner=inner)
+    regrow(inner=inner, momentum=0.9)
+
+
+def test_an_inner_that_is_no_optimizer():
+    with refuses("sparse_momentum_regrow", "inner", "0.1"):
+        regrow(inner=0.1)
+
+
+def test_a_rule_that_is_a_bare_function():
+    """`optax.inject_hyperparams` would take it for a schedule."""
+    with refuses("regrow", "prune", "", "Rule|stateless"):
+        regrowth.regrow(
+            SGD,
+            density=0.5,
+            prune=lambda evidence: evidence.masks,
+            redistribute=regrowth.redistribute.none,
+            grow=regrowth.grow.random,
+            update_period=4,
+            update_stop=20,
+            key=0,
+        )
+
+
+@pytest.mark.parametrize("field", ["gradient", "momentum"])
+def test_a_rule_that_needs_what_is_not_there(field):
+    evidence = regrowth.Evidence(
+        params=(jnp.ones((4, 3)),), masks=(jnp.ones((4, 3), bool),)
+    )
+    with refuses(f"grow.{field}", field):
+        regrowth.cycle(
+            evidence,
+            prune=regrowth.prune.magnitude,
+            redistribute=regrowth.redistribute.none,
+            grow=getattr(regrowth.grow, field),
+            prune_rate=0.5,
+        )
+
+
+# --- nothing is checked that may be traced --------------------------------------------
+
+
+def test_traced_numbers_are_not_checked():
+    """A check of a tracer would raise under `inject_hyperparams`."""
+
+    @jax.jit
+    def run(rate, density):
+        tx = sparse_momentum_regrow(
+            SGD, density=0.5, update_period=4, prune_rate=rate, key=0
+        )
+        first, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        gate = gsm_mask(lambda count: density)
+        second, _ = gate.update(PARAMS, gate.init(PARAMS), PARAMS)
+        return first, second
+
+    run(0.3, 0.4)
+
+
+def test_schedules_refuse_bad_numbers():
+    for name in ("cosine", "linear", "constant"):
+        if not hasattr(schedules, name):
+            continue
+        with refuses(name, "", "1.5"):
+            getattr(schedules, name)(1.5, 100)
