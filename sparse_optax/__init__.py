@@ -6,9 +6,12 @@ From top to bottom, each module uses only those above it:
 - ``selection``: the k largest of a tree, exactly, without a sort.
 - ``leaves``: which leaves take part, and what they are called.
 - ``budgets``: how many weights each leaf may keep.
-- ``masks``, ``state``: mask trees, and the masks in an optimizer state.
+- ``mask_trees``, ``masks``, ``state``: masks as data, making and counting them,
+  and the masks in an optimizer state.
+- ``clipping``: by the norm of active weights.
 - ``schedules``: prune rates, density ramps, when to act.
-- ``gsm``: ``gsm_mask``, and the ready-made optimizer around it.
+- ``gsm``, ``gsm_analysis``: ``gsm_mask``, the ready-made optimizer around it, and
+  whether a run can reach, and did reach, its goal.
 - ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
 - ``methods``: one short file per paper, each a composition of rules.
 - ``experiments`` (extra ``[experiments]``): models, data, training, tables.
@@ -25,12 +28,12 @@ from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
 from sparse_optax import state as state
 from sparse_optax.clipping import clip_by_active_norm as clip_by_active_norm
-from sparse_optax.gsm import GsmGap as GsmGap
 from sparse_optax.gsm import GsmState as GsmState
 from sparse_optax.gsm import gsm as gsm
-from sparse_optax.gsm import gsm_gap as gsm_gap
-from sparse_optax.gsm import gsm_log_decay as gsm_log_decay
 from sparse_optax.gsm import gsm_mask as gsm_mask
+from sparse_optax.gsm_analysis import GsmGap as GsmGap
+from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
+from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
 from sparse_optax.regrowth import RegrowState as RegrowState

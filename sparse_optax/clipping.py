@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_optax import masks
+from sparse_optax import mask_trees
 from sparse_optax.leaves import is_hole
 
 
@@ -51,7 +51,7 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
                 "method. Wrap it: sparse_momentum_regrow(optax.chain("
                 "clip_by_active_norm(...), optax.sgd(...)), ...)."
             )
-        kept, _ = masks.flatten(regrow_masks)
+        kept, _ = mask_trees.flatten(regrow_masks)
         flat = jax.tree.leaves(updates, is_leaf=is_hole)
         squares = [
             jnp.sum(jnp.square(jnp.where(True if is_hole(m) else m, u, 0)))

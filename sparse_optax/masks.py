@@ -7,12 +7,11 @@ boolean array of its shape, True where the weight is kept; a leaf that does not 
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sparse_optax import budgets, selection
 from sparse_optax.leaves import (
@@ -23,99 +22,13 @@ from sparse_optax.leaves import (
     leaf_names,
     resolve_where,
 )
+from sparse_optax.mask_trees import PackedMask as PackedMask
+from sparse_optax.mask_trees import check_shapes, is_mask, mask_shape, rebuild
+from sparse_optax.mask_trees import flatten as flatten
+from sparse_optax.mask_trees import pack as pack
+from sparse_optax.mask_trees import unpack as unpack
 
 Key = jax.Array | int
-
-
-class PackedMask(NamedTuple):
-    """A boolean array stored with one bit a weight.
-
-    Attributes:
-      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
-      like: bool, the mask's shape followed by 0: it holds no element, and keeps the
-        shape without a static field in the optimizer state.
-    """
-
-    bits: jax.Array
-    like: jax.Array
-
-
-def is_mask(node: Any) -> bool:
-    """Tells whether a node of a mask tree is to be taken as one leaf.
-
-    Args:
-      node: Any node.
-
-    Returns:
-      True for a hole or a packed mask.
-
-    Examples:
-      >>> import optax
-      >>> from sparse_optax import masks
-      >>> masks.is_mask(optax.MaskedNode())
-      True
-    """
-    return is_hole(node) or isinstance(node, PackedMask)
-
-
-def flatten(masks: PyTree) -> tuple[list[Any], Any]:
-    """Flattens a mask tree; holes and packed masks count as leaves.
-
-    Args:
-      masks: A mask tree.
-
-    Returns:
-      The list of its leaves and its tree structure.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> from sparse_optax import masks
-      >>> tree = {"b": optax.MaskedNode(), "w": jnp.ones((2, 2), bool)}
-      >>> len(masks.flatten(tree)[0])
-      2
-    """
-    return jax.tree.flatten(masks, is_leaf=is_mask)
-
-
-def pack(mask: jax.Array) -> PackedMask:
-    """Stores a boolean array with one bit a weight, eight along the last axis.
-
-    Args:
-      mask: Boolean array of any shape with at least one dimension.
-
-    Returns:
-      A ``PackedMask`` of ceil(last / 8) bytes a row.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> packed = masks.pack(jnp.ones((3, 10), bool))
-      >>> packed.bits.shape, bool(masks.unpack(packed).all())
-      ((3, 2), True)
-    """
-    like = jnp.zeros((*mask.shape, 0), bool)
-    return PackedMask(jnp.packbits(mask, axis=-1), like)
-
-
-def unpack(mask: jax.Array | PackedMask) -> jax.Array:
-    """Gives back the boolean array of a packed mask; a plain mask passes.
-
-    Args:
-      mask: A ``PackedMask`` or a boolean array.
-
-    Returns:
-      A boolean array.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> masks.unpack(masks.pack(jnp.array([True, False, True]))).tolist()
-      [True, False, True]
-    """
-    if not isinstance(mask, PackedMask):
-        return mask
-    last = mask.like.shape[-2]
-    return jnp.unpackbits(mask.bits, axis=-1, count=last).astype(bool)
 
 
 def apply(masks: PyTree, tree: PyTree) -> PyTree:
@@ -150,58 +63,6 @@ def apply(masks: PyTree, tree: PyTree) -> PyTree:
             for m, x in zip(kept, flat, strict=True)
         ],
     )
-
-
-def mask_shape(mask: Any) -> tuple[int, ...]:
-    """Shape of a plain or packed mask.
-
-    Args:
-      mask: A boolean array or a ``PackedMask``.
-
-    Returns:
-      The shape of the weights it speaks of.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> masks.mask_shape(masks.pack(jnp.ones((3, 10), bool)))
-      (3, 10)
-    """
-    return mask.like.shape[:-1] if isinstance(mask, PackedMask) else mask.shape
-
-
-def check_shapes(
-    masks: Sequence[Any], params: Sequence[Any], names: Sequence[str], *, caller: str
-) -> None:
-    """Raises unless each mask has the shape of its parameter.
-
-    Args:
-      masks: Leaves of a mask tree.
-      params: Leaves of the parameters, in the same order.
-      names: Their names, for the message.
-      caller: The name that the error starts with.
-
-    Raises:
-      ValueError: If the numbers of leaves or a shape differ.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> masks.check_shapes([jnp.ones(2, bool)], [jnp.ones(2)], ["w"], caller="doc")
-    """
-    if len(masks) != len(params):
-        raise ValueError(
-            f"{caller}: the masks have {len(masks)} leaves and the parameters "
-            f"{len(params)}; the structures must be equal. Pass the tree that the "
-            "masks were made for."
-        )
-    for mask, param, name in zip(masks, params, names, strict=True):
-        if not is_hole(mask) and mask_shape(mask) != tuple(param.shape):
-            raise ValueError(
-                f"{caller}: the mask of {name!r} has shape {mask_shape(mask)} and the "
-                f"parameter {tuple(param.shape)}; they must be equal. Pass masks "
-                "made for these parameters."
-            )
 
 
 def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
@@ -428,6 +289,7 @@ def random_masks(
     *,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    caller: str = "random_masks",
 ) -> PyTree:
     """Masks of exactly the budget's counts, uniformly at random within each layer.
 
@@ -437,6 +299,7 @@ def random_masks(
       budget: A density in (0, 1] for every layer, or a budget.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      caller: The name that an error starts with.
 
     Returns:
       A mask tree; each mask has the sharding of its leaf.
@@ -452,10 +315,12 @@ def random_masks(
       10
     """
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    chosen = resolve_where(params, where, caller="random_masks")
-    plan = layout(params, chosen, stacked, caller="random_masks")
-    counts = flatten(budgets.resolve(budget, params, where=where, stacked=stacked))[0]
-    typed = as_key(key, caller="random_masks")
+    chosen = resolve_where(params, where, caller=caller)
+    plan = layout(params, chosen, stacked, caller=caller)
+    counts = flatten(
+        budgets.resolve(budget, params, where=where, stacked=stacked, caller=caller)
+    )[0]
+    typed = as_key(key, caller=caller)
     kept = select(
         [
             (random_scores(typed, name, flat[i]),)
@@ -466,32 +331,6 @@ def random_masks(
         _identity,
     )
     return rebuild(structure, len(flat), plan.index, kept)
-
-
-def rebuild(
-    structure: Any, size: int, index: Sequence[int], values: Sequence[Any]
-) -> PyTree:
-    """Puts values at the chosen leaves of a tree and holes everywhere else.
-
-    Args:
-      structure: The tree structure.
-      size: Its number of leaves.
-      index: Positions of the chosen leaves.
-      values: One value a chosen leaf.
-
-    Returns:
-      The tree.
-
-    Examples:
-      >>> import jax
-      >>> from sparse_optax import masks
-      >>> masks.rebuild(jax.tree.structure({"b": 0, "w": 0}), 2, [1], [5])
-      {'b': MaskedNode(), 'w': 5}
-    """
-    full: list[Any] = [optax.MaskedNode()] * size
-    for i, value in zip(index, values, strict=True):
-        full[i] = value
-    return jax.tree.unflatten(structure, full)
 
 
 def magnitude_masks(
@@ -537,10 +376,16 @@ def magnitude_masks(
     if not pool:
         return rebuild(structure, len(flat), (), ())
     if scope == "global":
-        k = budgets.pool_size(density, params, where=where, stacked=stacked)
-        kept = selection.top_k_mask(pool, k, score=jnp.abs)
+        k, costs = budgets.pool(
+            density, params, where=where, stacked=stacked, caller="magnitude_masks"
+        )
+        if costs is not None:
+            costs = [c for c in flatten(costs)[0] if not is_hole(c)]
+        kept = selection.top_k_mask(pool, k, score=jnp.abs, costs=costs)
     else:
-        counts = budgets.resolve(density, params, where=where, stacked=stacked)
+        counts = budgets.resolve(
+            density, params, where=where, stacked=stacked, caller="magnitude_masks"
+        )
         leaf_counts = flatten(counts)[0]
         kept = select(pool, [leaf_counts[i] for i in plan.index], plan.axes, jnp.abs)
     return rebuild(structure, len(flat), plan.index, kept)

@@ -80,7 +80,9 @@ def _prepare(leaves, k, score, costs, axis_name, caller):
     is_leaf = _is_score_tuple if score is not None else None
     paths, treedef = jax.tree_util.tree_flatten_with_path(leaves, is_leaf=is_leaf)
     if not paths:
-        raise ValueError(f"{caller}: leaves = {leaves!r} holds no array; give at least one.")
+        raise ValueError(
+            f"{caller}: leaves = {leaves!r} holds no array; give at least one."
+        )
     names = [jax.tree_util.keystr(path) or "the leaf" for path, _ in paths]
     args = tuple(
         tuple(map(jnp.asarray, x)) if isinstance(x, tuple) else (jnp.asarray(x),)
@@ -255,7 +257,9 @@ class _Keyed:
     """The leaves of a selection with their keys, pools and costs."""
 
     def __init__(self, args, plan):
-        structs = [jax.eval_shape(functools.partial(_score, plan.score), *a) for a in args]
+        structs = [
+            jax.eval_shape(functools.partial(_score, plan.score), *a) for a in args
+        ]
         self.args, self.plan = args, plan
         self.score_dtypes = tuple(s.dtype for s in structs)
         self.dtype = _keys.key_dtype(self.score_dtypes, plan.caller)
@@ -270,9 +274,11 @@ class _Keyed:
             self.starts.append(filled.get(first, 0))
             self.sizes.append(size)
             filled[first] = filled.get(first, 0) + size * shards
-        self.totals = wide_constants([filled.get(p, 0) for p in range(self.pools)]) if not any(
-            s for _, _, s in plan.pools
-        ) else self._stacked_totals(filled)
+        self.totals = (
+            wide_constants([filled.get(p, 0) for p in range(self.pools)])
+            if not any(s for _, _, s in plan.pools)
+            else self._stacked_totals(filled)
+        )
 
     def _stacked_totals(self, filled):
         totals = []
@@ -287,7 +293,9 @@ class _Keyed:
         """The pools' values for leaf i, shaped to broadcast against it."""
         first, count, stacked = self.plan.pools[i]
         if stacked:
-            return x[first : first + count].reshape((count,) + (1,) * (len(self.shapes[i]) - 1))
+            return x[first : first + count].reshape(
+                (count,) + (1,) * (len(self.shapes[i]) - 1)
+            )
         return x[first].reshape((1,) * len(self.shapes[i]))
 
     def chosen(self, i, arrays, bound, end):
@@ -364,15 +372,13 @@ def _boundary(keyed, limit):
     def halve(state):
         low, high = state
         middle = low + (high - low) // np.array(2, dtype)
-        spent = keyed.cost(
-            lambda i, a: keyed.keys(a) > keyed.per_leaf(i, middle)
-        )
+        spent = keyed.cost(lambda i, a: keyed.keys(a) > keyed.per_leaf(i, middle))
         fits = jnp.logical_not(wide.less64(limit, spent))
-        return jnp.where(fits, low, middle + np.array(1, dtype)), jnp.where(fits, middle, high)
+        return jnp.where(fits, low, middle + np.array(1, dtype)), jnp.where(
+            fits, middle, high
+        )
 
-    low, _ = lax.while_loop(
-        lambda s: jnp.any(s[0] < s[1]), halve, (zero, ~zero)
-    )
+    low, _ = lax.while_loop(lambda s: jnp.any(s[0] < s[1]), halve, (zero, ~zero))
 
     def halve_positions(state):
         # The last position that fits, so the middle is rounded up.
@@ -382,7 +388,9 @@ def _boundary(keyed, limit):
         middle = wide.min64(wide.add64(start, half), stop)
         spent = keyed.cost(lambda i, a: keyed.chosen(i, a, low, middle))
         fits = jnp.logical_not(wide.less64(limit, spent))
-        before = wide.where64(wide.less64(start, middle), wide.sub64(middle, wide.pair64(1)), middle)
+        before = wide.where64(
+            wide.less64(start, middle), wide.sub64(middle, wide.pair64(1)), middle
+        )
         return wide.where64(fits, middle, start), wide.where64(fits, stop, before)
 
     end, _ = lax.while_loop(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax.leaves import PyTree, is_hole, leaf_names
-from sparse_optax.masks import (
+from sparse_optax.mask_trees import (
     PackedMask,
     check_shapes,
     flatten,
@@ -114,8 +114,8 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
                 raise ValueError(
                     f"set_masks: the mask of {name!r} must have shape "
                     f"{mask_shape(previous)}; got "
-                    f"{'a hole' if is_hole(mask) else mask_shape(mask)}. Pass a boolean "
-                    "array of that shape."
+                    f"{'a hole' if is_hole(mask) else mask_shape(mask)}. "
+                    "Pass a boolean array of that shape."
                 )
             plain = jnp.asarray(unpack(mask), bool)
             new.append(pack(plain) if isinstance(previous, PackedMask) else plain)

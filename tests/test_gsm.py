@@ -23,7 +23,7 @@ N = 78
 def _passing(tx, grads, params):
     """The gradients of the kernels after one update."""
     updates, _ = tx.update(grads, tx.init(params), params)
-    return kernels(updates)
+    return [np.array(k) for k in kernels(updates)]
 
 
 # --- what passes ----------------------------------------------------------------------
@@ -54,7 +54,9 @@ def _cases(draw):
                 for s in shapes
             ]
         )
-    return shapes, *values, draw(st.sampled_from([0.02, 0.25, 0.5, 1.0]))
+    size = sum(int(np.prod(s)) for s in shapes)
+    share = draw(st.sampled_from([0.02, 0.25, 0.5, 1.0]))
+    return shapes, *values, max(share, 1 / size)
 
 
 @hypothesis.settings(max_examples=60)
@@ -222,7 +224,7 @@ def test_none_leaves_and_empty_trees():
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["bias"] is None
     assert int(updates["kernel"].sum()) == 4
-    for empty in ({}, (), None):
+    for empty in ({}, (), {"a": None}):
         updates, _ = tx.update(empty, tx.init(empty), empty)
         assert updates == empty
 
@@ -369,24 +371,20 @@ def test_log_decay_of_a_passive_weight(lr, beta, eta, steps, nesterov):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_log_decay_over_a_schedule(nesterov):
-    """The sum over the schedule is an approximation: within two percent here."""
-    schedule = lambda t: 1e-2 if t < 4_000 else (1e-3 if t < 8_000 else 1e-4)  # noqa: E731
-    steps = optax.piecewise_constant_schedule(1e-2, {4_000: 0.1, 8_000: 0.1})
+    """The schedule of the released code for LeNet, 280 epochs of 234 steps.
+
+    To first order, lr * eta / (1 - beta) a step, its decay is 19.2; the exact one
+    is a little more.
+    """
+    drops = {epoch * 234: 0.1 for epoch in (160, 200, 240)}
+    schedule = optax.piecewise_constant_schedule(1e-2, drops)
+    rate = lambda t: 1e-2 * 0.1 ** sum(t >= at for at in drops)  # noqa: E731
     simulated = oracles.passive_log_decay(
-        schedule, 0.98, 5e-4, 12_000, nesterov=nesterov
+        rate, 0.99, 5e-4, 280 * 234, nesterov=nesterov
     )
-    got = gsm_log_decay(steps, 0.98, 5e-4, 12_000, nesterov=nesterov)
-    assert math.isclose(got, simulated, rel_tol=0.02), (got, simulated)
-
-
-def test_log_decay_of_the_released_schedule():
-    """19.3 for the LeNet schedule of the authors' code."""
-    steps = 60_000 // 256
-    schedule = optax.piecewise_constant_schedule(
-        1e-2, {160 * steps: 0.1, 200 * steps: 0.1, 240 * steps: 0.1}
-    )
-    got = gsm_log_decay(schedule, 0.99, 5e-4, 280 * steps)
-    assert abs(got - 19.3) < 0.3
+    assert 19.2 < simulated < 20.5
+    got = gsm_log_decay(schedule, 0.99, 5e-4, 280 * 234, nesterov=nesterov)
+    assert math.isclose(got, simulated, rel_tol=1e-4), (got, simulated)
 
 
 def test_log_decay_decoupled():

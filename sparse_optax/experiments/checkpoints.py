@@ -103,7 +103,7 @@ class RunFolder:
 
     def finish(self, params: Any, record: records.Record) -> None:
         """Writes the final weights and the record, then deletes the checkpoints."""
-        flat = {
+        flat: dict[str, Any] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         }

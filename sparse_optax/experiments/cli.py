@@ -167,19 +167,20 @@ def _progress(*, disable: bool) -> rich.progress.Progress:
 
 def _print_record(record) -> None:
     table = rich.table.Table(title=record.name)
-    for column in ("layer", "shape", "weights", "non-zero", "density"):
+    for column in ("layer", "shape", "weights", "kept", "non-zero", "density"):
         table.add_column(column, justify="left" if column == "layer" else "right")
 
-    def add(name, shape, weights, nonzero):
-        density = f"{100 * nonzero / weights:.2f}%"
-        table.add_row(name, shape, f"{weights:,}", f"{nonzero:,}", density)
+    def add(name, shape, *counts):
+        weights, kept, _ = counts
+        numbers = (f"{count:,}" for count in counts)
+        table.add_row(name, shape, *numbers, f"{100 * kept / weights:.2f}%")
 
     for layer in record.layers:
         shape = " x ".join(map(str, layer["shape"]))
-        add(layer["name"], shape, layer["weights"], layer["nonzero"])
+        add(layer["name"], shape, layer["weights"], layer["kept"], layer["nonzero"])
     table.add_section()
     results = record.results
-    add("all", "", results["weights"], results["nonzeros"])
+    add("all", "", results["weights"], results["kept"], results["nonzeros"])
     _console.print(table)
     if record.base is not None:
         _console.print(
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="sparse-optax",
         description="Sparse training in JAX: experiments and the papers' tables.",
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
         command.run()

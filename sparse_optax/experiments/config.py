@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from sparse_optax.experiments import data, methods, models
 
@@ -16,24 +18,34 @@ else:  # the registries are the choices of the command line
     MethodName = Literal[tuple(methods.METHODS)]
 
 
+def _flag(metavar: str, default: str) -> Any:
+    """How ``--help`` shows a field whose default None stands for something."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+_RECIPE = "recipe of the data set"
+Count = Annotated[int | None, _flag("INT", _RECIPE)]
+Number = Annotated[float | None, _flag("FLOAT", _RECIPE)]
+Counts = Annotated[tuple[int, ...] | None, _flag("[INT ...]", _RECIPE)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """Dense training that comes before the method (GSM starts from a trained net).
 
     Attributes:
       epochs: epochs of dense training; 0 starts the method from fresh weights.
-        Default: 0, for GSM the recipe of the data set.
       batch_size: images a step.
       learning_rate: learning rate at the start.
       drop_epochs: epochs after which the learning rate is multiplied by drop_factor.
       momentum: momentum of SGD, in [0, 1).
     """
 
-    epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    drop_epochs: tuple[int, ...] | None = None
-    momentum: float | None = None
+    epochs: Annotated[int | None, _flag("INT", "0; for gsm, " + _RECIPE)] = None
+    batch_size: Count = None
+    learning_rate: Number = None
+    drop_epochs: Counts = None
+    momentum: Number = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +56,7 @@ class TrainConfig:
       dataset: images to train on. The digits are bundled with scikit-learn; the others
         are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded.
       model: network.
-      method: how the weights become sparse; "dense" keeps all of them.
+      method: how the weights become sparse; dense keeps all of them.
       density: share of the weights that is kept, in (0, 1]; biases are not counted.
       epochs: passes over the training images.
       batch_size: images a step; a last partial batch is left out of the epoch.
@@ -59,14 +71,13 @@ class TrainConfig:
       prune_rate: sparse momentum: share of the kept weights replaced in the first
         cycle; it falls to 0 along a half cosine.
       update_epochs: sparse momentum: epochs between two cycles.
-      gate: GSM: share of the weights whose gradient passes each step. Default: the
-        density.
+      gate: GSM: share of the weights whose gradient passes each step.
       settle_epoch: GSM: epoch from which only the largest weights are trained, the
-        rest decays. Default: never, as in the paper.
+        rest decays.
       base: dense training before the method.
       init: initial weights: PyTorch's default, or Xavier uniform with zero biases.
-      split: "lee" holds back the last tenth of the training images for validation,
-        "full" trains on all.
+      split: lee holds back the last tenth of the training images for validation, full
+        trains on all of them.
       seed: drives the initial weights, the order of the images and every random
         choice of the method.
     """
@@ -75,29 +86,65 @@ class TrainConfig:
     model: ModelName = "lenet-300-100"
     method: MethodName = "sparse_momentum"
     density: float = 0.05
-    epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    drop_steps: tuple[int, ...] | None = None
-    drop_epochs: tuple[int, ...] | None = None
+    epochs: Count = None
+    batch_size: Count = None
+    learning_rate: Number = None
+    drop_steps: Counts = None
+    drop_epochs: Counts = None
     drop_factor: float = 0.1
-    momentum: float | None = None
+    momentum: Number = None
     nesterov: bool = True
-    weight_decay: float | None = None
-    decay: Literal["all", "kernels"] | None = None
+    weight_decay: Number = None
+    decay: Annotated[
+        Literal["all", "kernels"] | None,
+        _flag("{all,kernels}", "all; for gsm, kernels"),
+    ] = None
     prune_rate: float = 0.5
     update_epochs: int = 1
-    gate: float | None = None
-    settle_epoch: int | None = None
+    gate: Annotated[float | None, _flag("FLOAT", "the density")] = None
+    settle_epoch: Annotated[int | None, _flag("INT", "never, as in the paper")] = None
     base: Base = Base()
-    init: Literal["torch", "xavier"] | None = None
+    init: Annotated[
+        Literal["torch", "xavier"] | None,
+        _flag("{torch,xavier}", "torch; for gsm, xavier"),
+    ] = None
     split: Literal["lee", "full"] = "lee"
     seed: int = 0
 
 
-_NO_BASE = dict(epochs=0, batch_size=0, learning_rate=0.0, drop_epochs=(), momentum=0.0)
-_SGD = dict(momentum=0.9, weight_decay=5e-4, decay="all", init="torch")
-_LEE_MNIST = dict(
+@dataclasses.dataclass(frozen=True)
+class ResolvedBase(Base):
+    """A :class:`Base` with every value filled in; no epochs, no base."""
+
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    drop_epochs: tuple[int, ...] = ()
+    momentum: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved(TrainConfig):
+    """A :class:`TrainConfig` with every value filled in, as :func:`resolve` gives it.
+
+    Only ``gate`` and ``settle_epoch`` may be None: the paper's GSM has neither.
+    """
+
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    drop_steps: tuple[int, ...] = ()
+    drop_epochs: tuple[int, ...] = ()
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay: Literal["all", "kernels"] = "all"
+    base: ResolvedBase = ResolvedBase()
+    init: Literal["torch", "xavier"] = "torch"
+
+
+_DENSE: dict[str, Any] = dict(method="dense", density=1.0)
+_SGD: dict[str, Any] = dict(momentum=0.9, weight_decay=5e-4, decay="all", init="torch")
+_LEE_MNIST: dict[str, Any] = dict(
     epochs=100, batch_size=100, learning_rate=0.1, drop_steps=(25_000, 50_000)
 )
 # Recipes by data set: the protocol of Lee et al. as the sparse momentum paper ran it
@@ -112,8 +159,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # GSM starts from a trained network and needs a momentum near one to carry the passive
 # weights to zero (https://arxiv.org/abs/1909.12778).
-_GSM = dict(momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier")
-_GSM_MNIST = dict(
+_GSM: dict[str, Any] = dict(
+    momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier"
+)
+_GSM_MNIST: dict[str, Any] = dict(
     epochs=240,
     batch_size=256,
     learning_rate=3e-2,
@@ -148,14 +197,14 @@ GSM_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig) -> Resolved:
     """Fills what was left out from the recipe, and checks every value.
 
     Args:
-      config: the run as it was asked for.
+      config: the run as it was asked for; a resolved one comes back unchanged.
 
     Returns:
-      The run with no None but ``gate`` and ``settle_epoch`` where they are not used.
+      The run with every value filled in.
 
     Raises:
       ValueError: for a value outside its range, naming it and the range.
@@ -169,45 +218,44 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _choose("dataset", config.dataset, data.NAMES)
     _choose("model", config.model, models.MODELS)
     _choose("method", config.method, methods.METHODS)
-    gsm = config.method == "gsm"
-    recipe = dict((GSM_RECIPES if gsm else RECIPES)[config.dataset])
-    recipe_base = recipe.pop("base", _NO_BASE)
-    recipe = {**(_GSM if gsm else _SGD), **recipe}
     if config.drop_steps and config.drop_epochs:
         raise ValueError(
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
-    if config.drop_steps is not None or config.drop_epochs is not None:
-        recipe.pop("drop_steps", None)
-        recipe.pop("drop_epochs", None)
-    recipe = {"drop_steps": (), "drop_epochs": (), **recipe}
-    filled = _fill(config, recipe)
-    base = _NO_BASE if config.base.epochs == 0 else _fill_base(config, recipe_base)
-    filled = dataclasses.replace(filled, base=Base(**base))
-    if config.method == "dense":
-        filled = dataclasses.replace(filled, density=1.0)
-    _check(filled)
-    return filled
-
-
-def _fill(config, recipe):
-    missing = {
-        name: value for name, value in recipe.items() if getattr(config, name) is None
+    gsm = config.method == "gsm"
+    recipe = {
+        **(_GSM if gsm else _SGD),
+        **(GSM_RECIPES if gsm else RECIPES)[config.dataset],
     }
-    return dataclasses.replace(config, **missing)
+    # Drops that are given replace the drops of the recipe, whatever their unit.
+    if config.drop_steps is not None or config.drop_epochs is not None:
+        recipe |= {"drop_steps": (), "drop_epochs": ()}
+    recipe["base"] = _resolve_base(config, recipe.get("base"))
+    given = _given(config) if config.method != "dense" else {**_given(config), **_DENSE}
+    resolved = Resolved(**{**recipe, **given, "base": recipe["base"]})
+    _check(resolved)
+    return resolved
 
 
-def _fill_base(config, recipe_base):
-    given = {k: v for k, v in dataclasses.asdict(config.base).items() if v is not None}
-    if given and "epochs" not in given and recipe_base is _NO_BASE:
+def _given(config) -> dict[str, Any]:
+    """The fields that are not None, without going into nested dataclasses."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _resolve_base(config, recipe) -> ResolvedBase:
+    given = _given(config.base)
+    if given.get("epochs") == 0:
+        return ResolvedBase()
+    if recipe is None and "epochs" in given:
+        recipe = GSM_RECIPES[config.dataset]["base"]
+    if recipe is None and given:
         raise ValueError(
             f"TrainConfig: base has {sorted(given)} but no epochs, and the recipe of "
             f"method={config.method!r} has no dense training before it; set "
             "base.epochs."
         )
-    if given.get("epochs") and recipe_base is _NO_BASE:
-        recipe_base = GSM_RECIPES[config.dataset]["base"]
-    return {**recipe_base, **given}
+    return ResolvedBase(**{**(recipe or {}), **given})
 
 
 def _choose(name, value, allowed):
@@ -222,11 +270,13 @@ def _check(config):
         if not ok:
             raise ValueError(f"TrainConfig: {name}={value!r} must be {allowed}.")
 
-    for name, stage in (("", config), ("base.", config.base)):
-        least = 1 if not name else 0
+    stages = {"": config}
+    if config.base != ResolvedBase():
+        stages["base."] = config.base
+    for name, stage in stages.items():
         for field in ("epochs", "batch_size"):
             value = getattr(stage, field)
-            need(value >= least, name + field, value, f"at least {least}")
+            need(value >= 1, name + field, value, "at least 1")
         rate = stage.learning_rate
         need(
             math.isfinite(rate) and rate >= 0,
@@ -260,7 +310,7 @@ def _check(config):
     )
 
 
-def base_of(config: TrainConfig) -> TrainConfig:
+def base_of(config: Resolved) -> Resolved:
     """The dense run that comes before ``config``, as a run of its own.
 
     Runs that differ only in what follows share it.
@@ -278,16 +328,16 @@ def base_of(config: TrainConfig) -> TrainConfig:
       (100, 0.9)
     """
     plain = TrainConfig()
+    # What only the later stage reads goes back to its default.
     return dataclasses.replace(
         config,
-        method="dense",
-        density=1.0,
+        **_DENSE,
         drop_steps=(),
         prune_rate=plain.prune_rate,
         update_epochs=plain.update_epochs,
         gate=None,
         settle_epoch=None,
-        base=Base(**_NO_BASE),
+        base=ResolvedBase(),
         **dataclasses.asdict(config.base),
     )
 
@@ -309,7 +359,7 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def default_name(config: TrainConfig) -> str:
+def default_name(config: Resolved) -> str:
     """A readable name of a resolved run, and a digest of all its values.
 
     Args:

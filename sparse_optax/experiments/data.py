@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -163,7 +163,7 @@ def _normalise(x, largest, mean, std):
 def _digits():
     from sklearn.datasets import load_digits
 
-    bundle = load_digits()
+    bundle: Any = load_digits()
     x, y = bundle.images[..., None], bundle.target
     # In the order of the file, so that the test set is written by other people.
     train = len(x) * 4 // 5
@@ -238,6 +238,9 @@ def _downloaded(name: str, origin: Origin) -> dict[str, bytes]:
 
     cache = pooch.os_cache("sparse_optax") / origin.folder
 
+    # Typed loosely: pooch's own class does not satisfy its protocol of downloaders.
+    downloader: Any = pooch.HTTPDownloader(timeout=60)
+
     def fetch(url, md5, file):
         try:
             return Path(
@@ -246,7 +249,7 @@ def _downloaded(name: str, origin: Origin) -> dict[str, bytes]:
                     known_hash=f"md5:{md5}",
                     fname=file,
                     path=cache,
-                    downloader=pooch.HTTPDownloader(timeout=60),
+                    downloader=downloader,
                 )
             )
         except ValueError as error:  # pooch's word for another md5

@@ -14,7 +14,7 @@ import optax
 import sparse_optax
 
 if TYPE_CHECKING:
-    from sparse_optax.experiments.config import TrainConfig
+    from sparse_optax.experiments.config import Resolved
 
 Params = Any
 
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     cut: Callable[[Params], Params] | None = None
 
 
-def learning_rate(config: "TrainConfig", steps_per_epoch: int) -> optax.Schedule:
+def learning_rate(config: "Resolved", steps_per_epoch: int) -> optax.Schedule:
     """The learning rate of a run, step by step.
 
     Args:
@@ -60,14 +60,14 @@ def learning_rate(config: "TrainConfig", steps_per_epoch: int) -> optax.Schedule
       (1.0, 0.1)
     """
     steps = config.drop_steps or [
-        epoch * steps_per_epoch for epoch in config.drop_epochs or ()
+        epoch * steps_per_epoch for epoch in config.drop_epochs
     ]
     return optax.piecewise_constant_schedule(
         config.learning_rate, {int(step): config.drop_factor for step in steps}
     )
 
 
-def sgd(config: "TrainConfig", steps_per_epoch: int) -> optax.GradientTransformation:
+def sgd(config: "Resolved", steps_per_epoch: int) -> optax.GradientTransformation:
     """SGD with momentum and L2 decay inside the gradient, the optimizer of all runs.
 
     Args:
@@ -98,15 +98,13 @@ def sgd(config: "TrainConfig", steps_per_epoch: int) -> optax.GradientTransforma
     )
 
 
-def dense(config: "TrainConfig", steps_per_epoch: int, key: jax.Array) -> Plan:
+def dense(config: "Resolved", steps_per_epoch: int, key: jax.Array) -> Plan:
     """No pruning at all: the baseline of every table."""
     del key
     return Plan(sgd(config, steps_per_epoch))
 
 
-def sparse_momentum(
-    config: "TrainConfig", steps_per_epoch: int, key: jax.Array
-) -> Plan:
+def sparse_momentum(config: "Resolved", steps_per_epoch: int, key: jax.Array) -> Plan:
     """Sparse momentum, a cycle every ``update_epochs`` epochs, from a random mask."""
     total = config.epochs * steps_per_epoch
     optimizer = sparse_optax.sparse_momentum_regrow(
@@ -120,7 +118,7 @@ def sparse_momentum(
     return Plan(optimizer, start=sparse_optax.sparsify, masks=sparse_optax.get_masks)
 
 
-def gsm(config: "TrainConfig", steps_per_epoch: int, key: jax.Array) -> Plan:
+def gsm(config: "Resolved", steps_per_epoch: int, key: jax.Array) -> Plan:
     """GSM, then a cut to the largest weights by magnitude over the whole network."""
     del key
     settle = config.settle_epoch
@@ -142,7 +140,7 @@ def gsm(config: "TrainConfig", steps_per_epoch: int, key: jax.Array) -> Plan:
     return Plan(optimizer, cut=cut)
 
 
-METHODS: dict[str, Callable[["TrainConfig", int, jax.Array], Plan]] = {
+METHODS: dict[str, Callable[["Resolved", int, jax.Array], Plan]] = {
     "dense": dense,
     "sparse_momentum": sparse_momentum,
     "gsm": gsm,

@@ -25,6 +25,12 @@ def errors(axes: Axes, records: Mapping[str, Record]) -> None:
     for (label, record), colour in zip(records.items(), _cycle(records), strict=True):
         history = record.history
         axes.plot(history["epoch"], history["test_error"], color=colour, label=label)
+        if record.base is not None:
+            base = record.base["results"]["test_error"]
+            axes.axhline(
+                base, color=colour, linestyle=":", label=f"{label}, dense before"
+            )
+            highest = max(highest, base)
         # The first epochs tower over the rest: the scale is that of the second half.
         half = history["test_error"][len(history["test_error"]) // 2 :]
         highest = max(highest, *half)
@@ -40,7 +46,7 @@ def errors(axes: Axes, records: Mapping[str, Record]) -> None:
             )
             highest = max(highest, cut)
     axes.set(xlabel="epoch", ylabel="test error (%)", ylim=(0, 1.6 * highest or 1.0))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
 
 
 def layers(axes: Axes, records: Mapping[str, Record]) -> None:
@@ -56,7 +62,7 @@ def layers(axes: Axes, records: Mapping[str, Record]) -> None:
     for i, ((label, record), colour) in enumerate(
         zip(records.items(), _cycle(records), strict=True)
     ):
-        shares = [100 * layer["nonzero"] / layer["weights"] for layer in record.layers]
+        shares = [100 * layer["kept"] / layer["weights"] for layer in record.layers]
         places = [j + (i - (len(records) - 1) / 2) * height for j in range(len(names))]
         bars = axes.barh(places, shares, height, color=colour, label=label)
         axes.bar_label(bars, fmt="%.3g%%", padding=3)
@@ -80,7 +86,9 @@ def small_weights(axes: Axes, record: Record) -> None:
         label = f"|w| < $10^{{{exponent}}}$"
         axes.plot(record.history["epoch"], share, color=colour, label=label)
     removed = 100 * (1 - record.config["density"])
-    axes.axhline(removed, color="black", linestyle="--", linewidth=0.8)
+    axes.axhline(
+        removed, color="black", linestyle="--", linewidth=0.8, label="cut at the end"
+    )
     axes.set(xlabel="epoch", ylabel="share of the weights (%)", ylim=(0, 103))
     axes.legend(frameon=False, loc="lower right")
 

@@ -95,10 +95,10 @@ def train(
       >>> from sparse_optax.experiments import config, train
       >>> run = config.TrainConfig(density=0.1, epochs=2)
       >>> trained = train.train(run, runs=None)
-      >>> trained.record.results["nonzeros"], trained.record.results["weights"]
+      >>> trained.record.results["kept"], trained.record.results["weights"]
       (5020, 50200)
     """
-    config = configs.resolve(config)
+    resolved = configs.resolve(config)
     if checkpoint_every < 1:
         raise ValueError(
             f"train: checkpoint_every={checkpoint_every} must be 1 or more."
@@ -106,11 +106,12 @@ def train(
     if record_path is not None:
         records.check_writable(Path(record_path).parent)
     dataset = data.load(config.dataset, split=config.split)
-    if config.batch_size > len(dataset.train_x):
-        raise ValueError(
-            f"TrainConfig: batch_size={config.batch_size} must be at most "
-            f"{len(dataset.train_x)}, the training images of {config.dataset}."
-        )
+    for name, stage in (("", resolved), ("base.", resolved.base)):
+        if stage.batch_size > len(dataset.train_x):
+            raise ValueError(
+                f"TrainConfig: {name}batch_size={stage.batch_size} must be at most "
+                f"{len(dataset.train_x)}, the training images of {config.dataset}."
+            )
     setting = _Setting(
         dataset,
         None if runs is None else Path(runs),
@@ -119,7 +120,7 @@ def train(
         command or records.command_line(),
         on_epoch or (lambda progress: None),
     )
-    trained = _train(config, setting, stage=config.method)
+    trained = _train(resolved, setting, stage=config.method)
     if record_path is not None:
         record = dataclasses.replace(trained.record, name=Path(record_path).stem)
         records.write(record_path, record)
@@ -143,7 +144,7 @@ class _Setting(NamedTuple):
     on_epoch: Callable[[Progress], None]
 
 
-def _train(config: configs.TrainConfig, setting: _Setting, stage: str) -> Trained:
+def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     """One stage in its folder, after the dense stage that it may start from."""
     dataset = setting.dataset
     init_key, order_key, method_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -176,7 +177,7 @@ def _train(config: configs.TrainConfig, setting: _Setting, stage: str) -> Traine
 class _Run(NamedTuple):
     """One stage: the epochs of one optimizer."""
 
-    config: configs.TrainConfig
+    config: configs.Resolved
     setting: _Setting
     stage: str
     apply: Callable[[Any, jax.Array], jax.Array]

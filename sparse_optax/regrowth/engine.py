@@ -10,6 +10,7 @@ Now and then a cycle moves the mask:
 A method is a triple of rules. ``regrow`` wraps any optimizer with such a triple.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,21 +18,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_optax import budgets, schedules
 from sparse_optax import masks as mask_trees
-from sparse_optax.leaves import (
-    Layout,
-    PyTree,
-    Where,
-    is_hole,
-    layout,
-    leaf_names,
-    resolve_where,
-)
+from sparse_optax import schedules
+from sparse_optax.leaves import PyTree, Where, is_hole, layout, leaf_names
 from sparse_optax.regrowth import guard
 from sparse_optax.regrowth import momentum as momenta
-from sparse_optax.regrowth.cycle import all_finite, cycle, init_rules
-from sparse_optax.regrowth.rules import Evidence, Rule, split_layers
+from sparse_optax.regrowth.arguments import (
+    check_arguments,
+    first_masks,
+    rate_schedule,
+    refuse_multi_steps,
+)
+from sparse_optax.regrowth.cycle import init_rules
+from sparse_optax.regrowth.opening import (
+    Operands,
+    no_cycle,
+    open_cycle,
+    reset_grown,
+    zip_equal,
+)
+from sparse_optax.regrowth.rules import Rule
 
 OWN_DECAY = 0.9
 
@@ -158,7 +164,7 @@ def regrow(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
-    _check_arguments(
+    check_arguments(
         caller,
         inner,
         density,
@@ -173,28 +179,28 @@ def regrow(
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
     rules = (prune, redistribute, grow)
-    rate_at = _rate_schedule(prune_rate, update_stop)
+    needs = {name for rule in rules for name in rule.needs}
+    rate_at = rate_schedule(prune_rate, update_stop)
 
     def init_fn(params):
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         seed = mask_trees.as_key(key, caller=caller)
-        plan, kept = _first_masks(
+        plan, kept = first_masks(
             params, density, masks, seed, where, stacked, caller=caller
         )
         sparse = tuple(flat[i] for i in plan.index)
         inner_state = inner_tx.init(params)
-        _refuse_multi_steps(inner_state, caller)
+        refuse_multi_steps(inner_state, caller)
 
         def tree(values):
             return mask_trees.rebuild(structure, len(flat), plan.index, values)
 
         def zeros():
-            return tree([_layer_zeros(x, a) for x, a in _zip(sparse, plan.axes)])
+            return tree([_layer_zeros(x, a) for x, a in zip_equal(sparse, plan.axes)])
 
         own = ()
-        if inner is not None and momentum is not None:
-            found = _find(inner_state, plan, sparse, caller)
-            if momentum != "auto" or found is None:
+        if inner is not None and "momentum" in needs:
+            if momentum != "auto" or not _find(inner_state, plan, sparse, caller):
                 own = tree([jnp.zeros_like(x, dtype=jnp.float32) for x in sparse])
         return RegrowState(
             count=jnp.zeros([], jnp.int32),
@@ -231,18 +237,20 @@ def regrow(
             return mask_trees.rebuild(mask_structure, len(flat), plan.index, values)
 
         moments = None
-        if inner is None:
+        if "momentum" not in needs:
+            pass
+        elif inner is None:
             moments = tuple((g, None) for g in pick(updates))
         elif jax.tree.leaves(state.momentum):
             moments = tuple((m, None) for m in pick(state.momentum))
-        elif momentum is not None:
+        else:
             found = _find(state.inner_state, plan, pick(params), caller) or ()
             moments = tuple((f.first, f.second) for f in found)
 
-        operands = _Operands(
+        operands = Operands(
             params=pick(params),
             masks=pick(state.regrow_masks),
-            gradient=None if inner is None else pick(updates),
+            gradient=pick(updates) if "gradient" in needs else None,
             moments=moments,
             rules=state.rules,
             key=state.key,
@@ -253,19 +261,19 @@ def regrow(
             skipped=state.skipped,
         )
 
-        def open_cycle(operands):
-            return _open_cycle(operands, plan, rules, idle=inner is None)
-
+        opened = functools.partial(
+            open_cycle, plan=plan, rules=rules, idle=inner is None
+        )
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
-        after = guard.run_if(due, open_cycle, _no_cycle, operands)
+        after = guard.run_if(due, opened, no_cycle, operands)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
         masked = list(flat)
-        for i, move in _zip(plan.index, moves):
+        for i, move in zip_equal(plan.index, moves):
             masked[i] = jnp.where(move, flat[i], jnp.zeros((), flat[i].dtype))
         inner_state = state.inner_state
         if reset_moments == "grown":
-            inner_state = _reset_grown(
+            inner_state = reset_grown(
                 inner_tx, inner_state, params, due, operands.masks, after, plan
             )
         new_updates, inner_state = inner_tx.update(
@@ -275,7 +283,7 @@ def regrow(
             **{**extra_args, "regrow_masks": tree(moves)},
         )
         emitted, update_structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
-        for i, move in _zip(plan.index, moves):
+        for i, move in zip_equal(plan.index, moves):
             # In the parameter's dtype: a rounded -p would leave a remainder.
             step = emitted[i].astype(flat[i].dtype)
             emitted[i] = jnp.where(move, step, -flat[i])
@@ -298,261 +306,10 @@ def regrow(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rate_schedule(prune_rate, update_stop):
-    if prune_rate is None:
-        return schedules.cosine_prune_rate(0.5, stop=update_stop)
-    if callable(prune_rate):
-        return prune_rate
-    return lambda count: jnp.asarray(prune_rate, jnp.float32)
-
-
-class _Operands(NamedTuple):
-    """What a cycle reads, as it is stored: nothing is derived outside the guard."""
-
-    params: tuple[jax.Array, ...]
-    masks: tuple[Any, ...]
-    gradient: tuple[jax.Array, ...] | None
-    moments: tuple[tuple[jax.Array, jax.Array | None], ...] | None
-    rules: Any
-    key: jax.Array
-    step: jax.Array
-    rate: jax.Array
-    removed: tuple[jax.Array, ...]
-    grown: tuple[jax.Array, ...]
-    skipped: jax.Array
-
-
-class _After(NamedTuple):
-    """What a cycle changes: ``moves`` is True where a weight takes its update now."""
-
-    masks: tuple[Any, ...]
-    moves: tuple[Any, ...]
-    rules: Any
-    removed: tuple[jax.Array, ...]
-    grown: tuple[jax.Array, ...]
-    skipped: jax.Array
-
-
-def _zip(*columns):
-    return zip(*columns, strict=True)
-
-
-def _no_cycle(operands: _Operands) -> _After:
-    return _After(
-        masks=operands.masks,
-        moves=operands.masks,
-        rules=operands.rules,
-        removed=operands.removed,
-        grown=operands.grown,
-        skipped=operands.skipped,
-    )
-
-
-def _open_cycle(
-    operands: _Operands, plan: Layout, rules: tuple[Rule, Rule, Rule], *, idle: bool
-) -> _After:
-    old = tuple(mask_trees.unpack(m) for m in operands.masks)
-    moments = operands.moments
-    evidence = Evidence(
-        params=tuple(
-            jnp.where(m, p, jnp.zeros((), p.dtype))
-            for m, p in _zip(old, operands.params)
-        ),
-        masks=old,
-        gradient=operands.gradient,
-        momentum=None if moments is None else tuple(momenta.value(*m) for m in moments),
-        key=jax.random.fold_in(jax.random.wrap_key_data(operands.key), operands.step),
-        step=operands.step,
-        names=plan.names,
-        axes=plan.axes,
-    )
-    prune, redistribute, grow = rules
-    result = cycle(
-        evidence,
-        prune=prune,
-        redistribute=redistribute,
-        grow=grow,
-        prune_rate=operands.rate,
-        states=operands.rules,
-    )
-    # A broken weight counts where it is missing too: it cannot be zeroed.
-    sound = jnp.logical_and(result.ok, all_finite(operands.params))
-    go = sound
-    if idle and evidence.momentum:
-        # An update that is zero everywhere (a learning rate of 0) is no evidence.
-        moving = [jnp.any(m != 0) for m in evidence.momentum]
-        go = jnp.logical_and(go, jnp.any(jnp.stack(moving)))
-    moves = tuple(
-        # Kept, or grown from missing. What was pruned rests for this update, also
-        # where the growth has brought it back.
-        jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
-        for new, kept, was in _zip(result.masks, result.kept, old)
-    )
-    removed = split_layers(result.removed, old, plan.axes)
-    grown = split_layers(result.grown, old, plan.axes)
-
-    def store(plain):
-        return tuple(
-            mask_trees.pack(x) if isinstance(m, mask_trees.PackedMask) else x
-            for x, m in _zip(plain, operands.masks)
-        )
-
-    proposed = _After(
-        masks=store(result.masks),
-        moves=store(moves),
-        rules=result.states,
-        removed=removed,
-        grown=grown,
-        skipped=operands.skipped,
-    )
-    chosen = jax.tree.map(
-        lambda a, b: jnp.where(go, a, b), proposed, _no_cycle(operands)
-    )
-    broken = jnp.logical_not(sound).astype(jnp.int32)
-    return chosen._replace(skipped=operands.skipped + broken)
-
-
 def _layer_zeros(leaf: Any, axis: int | None) -> jax.Array:
     return jnp.zeros(() if axis is None else (leaf.shape[axis],), jnp.int32)
-
-
-def _first_masks(params, density, masks, seed, where, stacked, *, caller):
-    """The sparse leaves and their first masks, given or random."""
-    flat = jax.tree.leaves(params, is_leaf=is_hole)
-    names = leaf_names(params)
-    if masks is not None and flat:
-        given = mask_trees.flatten(masks)[0]
-        mask_trees.check_shapes(given, flat, names, caller=caller)
-        plan = layout(params, [not is_hole(m) for m in given], stacked, caller=caller)
-        for i in plan.index:
-            dtype = getattr(given[i], "dtype", jnp.dtype(bool))
-            if dtype != jnp.dtype(bool):
-                raise ValueError(
-                    f"{caller}: the mask of {names[i]!r} has dtype {dtype}; it must "
-                    "be bool. Pass mask.astype(bool)."
-                )
-        # Copied: the caller may donate the state and keep the masks.
-        kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
-        _check_budget(density, masks, params, where, stacked, caller)
-    else:
-        chosen = resolve_where(params, where, caller=caller)
-        plan = layout(params, chosen, stacked, caller=caller)
-        random = mask_trees.random_masks(
-            jax.random.fold_in(seed, 0), params, density, where=where, stacked=stacked
-        )
-        kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
-    if not plan.index and any(not is_hole(x) for x in flat):
-        raise ValueError(
-            f"{caller}: no leaf of {names} is to be made sparse; there must be one. "
-            "Choose leaves with where=lambda name, leaf: ..., by default those of "
-            "two or more dimensions that are not biases or scales."
-        )
-    return plan, tuple(kept)
-
-
-def _check_budget(density, masks, params, where, stacked, caller):
-    abstract = any(
-        isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
-        for x in jax.tree.leaves(masks)
-    )
-    if density is None or abstract:
-        return
-    wanted = budgets.pool_size(density, params, where=where, stacked=stacked)
-    given = mask_trees.count(masks)
-    if wanted != given:
-        raise ValueError(
-            f"{caller}: `masks` keep {given} weights and `density` asks for {wanted}; "
-            "they must agree. Leave out `density`: the masks are the budget."
-        )
 
 
 def _find(inner_state, plan, sparse, caller):
     shapes = tuple(tuple(x.shape) for x in sparse)
     return momenta.find(inner_state, plan.names, shapes, caller=caller)
-
-
-def _reset_grown(inner_tx, inner_state, params, due, before, after, plan):
-    """Zeroes the moments of weights that this update's cycle has grown."""
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    full: list[Any] = [optax.MaskedNode()] * len(flat)
-    for i, old, new, move in _zip(plan.index, before, after.masks, after.moves):
-        was, now, moves = (mask_trees.unpack(m) for m in (old, new, move))
-        grown = jnp.logical_and(now, jnp.logical_not(jnp.logical_and(moves, was)))
-        full[i] = jnp.logical_and(due, grown)
-    grown = jax.tree.unflatten(structure, [_Boxed(m) for m in full])
-
-    def zero(moment, box):
-        # Factored or stacked statistics have no entry of their own for a weight.
-        if is_hole(moment) or is_hole(box.mask) or moment.shape != box.mask.shape:
-            return moment
-        return jnp.where(box.mask, jnp.zeros((), moment.dtype), moment)
-
-    return optax.tree.map_params(inner_tx, zero, inner_state, grown, is_leaf=is_hole)
-
-
-class _Boxed:
-    """A leaf that is opaque to ``jax.tree.map``, so that holes keep their place."""
-
-    def __init__(self, mask):
-        self.mask = mask
-
-
-def _refuse_multi_steps(inner_state: Any, caller: str) -> None:
-    def is_accumulator(node):
-        return isinstance(node, optax.MultiStepsState)
-
-    nodes = jax.tree.leaves(inner_state, is_leaf=is_accumulator)
-    if any(is_accumulator(node) for node in nodes):
-        raise ValueError(
-            f"{caller}: optax.MultiSteps stands inside; masks would move on steps "
-            f"that only accumulate. Put it outside: optax.MultiSteps({caller}(...), k)."
-        )
-
-
-def _check_arguments(
-    caller, inner, density, masks, period, start, stop, rate, momentum, reset, rules
-):
-    def fail(name, value, allowed, cure):
-        raise ValueError(f"{caller}: `{name}` must be {allowed}; got {value!r}. {cure}")
-
-    if inner is not None and not hasattr(inner, "update"):
-        fail("inner", inner, "an optax.GradientTransformation", "Pass optax.sgd(0.1).")
-    if density is None and masks is None:
-        fail(
-            "density", density, "in (0, 1] or a budget", "Pass density=0.05, or masks."
-        )
-    if isinstance(density, (int, float)) and not 0 < density <= 1:
-        fail(
-            "density", density, "in (0, 1] or a budget", "0.05 keeps 5% of the weights."
-        )
-    if isinstance(period, (int, float)) and (period < 1 or period != int(period)):
-        fail(
-            "update_period",
-            period,
-            "an integer of at least 1",
-            "Pass the steps of an epoch.",
-        )
-    for name, value in (("update_start", start), ("update_stop", stop)):
-        if isinstance(value, (int, float)) and (value < 0 or value != int(value)):
-            fail(name, value, "a non-negative integer", "It counts updates.")
-    if rate is None and stop is None:
-        fail(
-            "update_stop",
-            None,
-            "given where `prune_rate` is None",
-            "The default prune rate falls to 0 at update_stop; pass it, or a rate.",
-        )
-    if isinstance(rate, (int, float)) and not 0 <= rate <= 1:
-        fail("prune_rate", rate, "in [0, 1] or a schedule", "0.5 is the paper's.")
-    if not (
-        momentum in ("auto", None)
-        or (isinstance(momentum, float | int) and 0 <= momentum < 1)
-    ):
-        fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
-    if reset not in ("none", "grown"):
-        fail("reset_moments", reset, '"none" or "grown"', 'RigL resets "grown".')
-    for name, rule in zip(("prune", "redistribute", "grow"), rules, strict=True):
-        if not isinstance(rule, Rule):
-            fail(
-                name, rule, "a regrowth.Rule", "Lift a function: regrowth.stateless(f)."
-            )

@@ -109,7 +109,7 @@ def _none(evidence: Evidence) -> jax.Array:
 
 
 #: In proportion to the mean |momentum| of a layer's active weights.
-momentum = stateless(_momentum)
+momentum = stateless(_momentum, needs=("momentum",))
 
 #: In proportion to the mean |w| of a layer's active weights.
 magnitude = stateless(_magnitude)

@@ -53,21 +53,29 @@ class Rule(NamedTuple):
         a vector of shares, one a layer, in proportion to which the removed weights
         come back (uint32, or float, which is quantised); of a growth rule a tuple
         of masks of the new weights.
+      needs: Which of ``"momentum"`` and ``"gradient"`` the rule looks at. The engine
+        collects what a rule needs and nothing else, and no cycle runs where that is
+        not finite.
       after_prune: Whether a redistribution rule sees the masks after the prune.
     """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
+    needs: tuple[str, ...] = ()
     after_prune: bool = False
 
 
 def stateless(
-    function: Callable[[Evidence], Any], *, after_prune: bool = False
+    function: Callable[[Evidence], Any],
+    *,
+    needs: tuple[str, ...] = (),
+    after_prune: bool = False,
 ) -> Rule:
     """Lifts a plain function of the evidence to a rule.
 
     Args:
       function: ``function(evidence) -> result``.
+      needs: See ``Rule``.
       after_prune: See ``Rule``.
 
     Returns:
@@ -82,6 +90,7 @@ def stateless(
     return Rule(
         init=lambda params, masks: (),
         apply=lambda evidence, state: (function(evidence), state),
+        needs=needs,
         after_prune=after_prune,
     )
 
@@ -107,8 +116,8 @@ def require(evidence: Evidence, field: str, *, rule: str) -> Any:
       ()
     """
     cure = {
-        "momentum": "Wrap an optimizer that keeps a momentum, or give momentum=0.9.",
-        "gradient": "Wrap the optimizer with regrow, so that it sees the gradient.",
+        "momentum": 'Declare it: Rule(..., needs=("momentum",)).',
+        "gradient": 'Declare it: Rule(..., needs=("gradient",)).',
         "counts": "Give a prune_rate.",
         "key": "Give a random key.",
     }

@@ -5,9 +5,14 @@ whose records are missing from ``results/NAME/``; ``sparse-optax tables`` render
 is there.
 """
 
-from sparse_optax.experiments.tables import gsm_lenet300, mnist_lenet300
+from sparse_optax.experiments.tables import (
+    digits_lenet300,
+    gsm_lenet300,
+    mnist_lenet300,
+)
 from sparse_optax.experiments.tables.common import Table
 
 TABLES: dict[str, Table] = {
-    module.TABLE.name: module.TABLE for module in (mnist_lenet300, gsm_lenet300)
+    module.TABLE.name: module.TABLE
+    for module in (mnist_lenet300, gsm_lenet300, digits_lenet300)
 }

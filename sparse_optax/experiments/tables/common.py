@@ -112,7 +112,7 @@ def compare(ours: Sequence[float], paper: Paper | None = None) -> Comparison:
         variance = se**2 + paper.se**2
         if variance > 0:
             freedom = variance**2 / (se**4 / (n - 1) + paper.se**4 / (paper.n - 1))
-            half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+            half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
         else:
             half = 0.0
         low, high = mean - paper.mean - half, mean - paper.mean + half

@@ -68,7 +68,9 @@ def render(records):
         lines.append(
             [
                 label,
-                common.mean_se([r.base["results"]["test_error"] for r in ours]),
+                common.mean_se(
+                    [r.base["results"]["test_error"] for r in ours if r.base]
+                ),
                 common.mean_se([r.results["test_error_before_cut"] for r in ours]),
                 common.mean_se([r.results["test_error"] for r in ours]),
                 f"{kept[0]:,}" if kept else "-",

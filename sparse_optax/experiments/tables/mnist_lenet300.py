@@ -52,7 +52,7 @@ def render(records):
         label = "dense" if group == "dense" else f"{100 * float(group):g}%"
         published = f"{paper.mean:.2f} ± {paper.se:.3f}"
         if not ours:
-            lines.append([label, "", "-", published, "-", "not run yet"])
+            lines.append([label, "-", "-", published, "-", "not run yet"])
             continue
         errors = [record.results["test_error"] for record in ours]
         result = common.compare(errors, paper)
@@ -60,7 +60,7 @@ def render(records):
         lines.append(
             [
                 label,
-                f"{ours[0].results['nonzeros']:,}",
+                f"{ours[0].results['kept']:,}",
                 common.mean_se(errors),
                 published,
                 interval,
@@ -69,7 +69,7 @@ def render(records):
         )
     header = [
         "weights",
-        "non-zero",
+        "kept",
         "test error %, mean ± SE (runs)",
         "paper",
         "95% interval of ours - paper",

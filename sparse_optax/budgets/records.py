@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
-from sparse_optax import _apportion
-from sparse_optax._apportion import Layers, Leaf, check_density
+from sparse_optax.budgets import apportion
+from sparse_optax.budgets.apportion import Layers, Leaf, check_density
 from sparse_optax.leaves import PyTree, Where
 
 Fixed = tuple[tuple[str, float], ...]
@@ -60,7 +60,7 @@ class Uniform(NamedTuple):
 
     def counts(self, params: PyTree, *, where=None, stacked=None) -> PyTree:
         """Counts of kept weights, see ``Budget.counts``."""
-        layers = _apportion.read(params, where, stacked, "uniform")
+        layers = apportion.read(params, where, stacked, "uniform")
         return by_density(self, layers, by_size, "uniform")
 
 
@@ -86,7 +86,7 @@ class ErdosRenyi(NamedTuple):
             n_in, n_out = _neurons(leaf, self.axes, "erdos_renyi")
             return Fraction(leaf.size * (n_in + n_out), n_in * n_out)
 
-        layers = _apportion.read(params, where, stacked, "erdos_renyi")
+        layers = apportion.read(params, where, stacked, "erdos_renyi")
         return by_density(self, layers, slope, "erdos_renyi")
 
 
@@ -105,7 +105,7 @@ class ErdosRenyiKernel(NamedTuple):
 
     def counts(self, params: PyTree, *, where=None, stacked=None) -> PyTree:
         """Counts of kept weights, see ``Budget.counts``."""
-        layers = _apportion.read(params, where, stacked, "erdos_renyi_kernel")
+        layers = apportion.read(params, where, stacked, "erdos_renyi_kernel")
         return by_density(self, layers, _sides, "erdos_renyi_kernel")
 
 
@@ -130,7 +130,7 @@ class Linear(NamedTuple):
         def slope(leaf: Leaf) -> int:
             return sum(_neurons(leaf, self.axes, "linear"))
 
-        layers = _apportion.read(params, where, stacked, "linear")
+        layers = apportion.read(params, where, stacked, "linear")
         return by_density(self, layers, slope, "linear", equal_spill=True)
 
 
@@ -149,8 +149,8 @@ class Nonzeros(NamedTuple):
 
     def counts(self, params: PyTree, *, where=None, stacked=None) -> PyTree:
         """Counts of kept weights, see ``Budget.counts``."""
-        layers = _apportion.read(params, where, stacked, "nonzeros")
-        return _apportion.by_total(
+        layers = apportion.read(params, where, stacked, "nonzeros")
+        return apportion.by_total(
             self, layers, self.n, by_size, asked=f"n={self.n}", caller="nonzeros"
         )
 
@@ -170,8 +170,8 @@ class NumBytes(NamedTuple):
 
     def counts(self, params: PyTree, *, where=None, stacked=None) -> PyTree:
         """Counts of kept weights, see ``Budget.counts``."""
-        layers = _apportion.read(params, where, stacked, "num_bytes")
-        return _apportion.by_cost(self, layers, *weighed(self, layers), "num_bytes")
+        layers = apportion.read(params, where, stacked, "num_bytes")
+        return apportion.by_cost(self, layers, *weighed(self, layers), "num_bytes")
 
 
 class NumFlops(NamedTuple):
@@ -191,8 +191,8 @@ class NumFlops(NamedTuple):
 
     def counts(self, params: PyTree, *, where=None, stacked=None) -> PyTree:
         """Counts of kept weights, see ``Budget.counts``."""
-        layers = _apportion.read(params, where, stacked, "num_flops")
-        return _apportion.by_cost(self, layers, *weighed(self, layers), "num_flops")
+        layers = apportion.read(params, where, stacked, "num_flops")
+        return apportion.by_cost(self, layers, *weighed(self, layers), "num_flops")
 
 
 # --- their rules ----------------------------------------------------------------------
@@ -225,7 +225,7 @@ def by_density(
     equal_spill: bool = False,
 ) -> PyTree:
     """Counts of a record with a density."""
-    return _apportion.by_total(
+    return apportion.by_total(
         budget,
         layers,
         check_density(budget.density, caller) * layers.size,

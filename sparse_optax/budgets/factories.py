@@ -1,41 +1,17 @@
-r"""How many weights each layer may keep.
-
-A *budget* is a small immutable record with a method ``counts(params)`` that gives a
-tree of whole numbers, one for each leaf that takes part. Wherever this package takes a
-``density``, a float in (0, 1] means ``uniform(density)`` and a budget may stand in its
-place. What it is asked for is what the network gets, exactly:
-
-================================  ==============================================
-``uniform(d)``                    the same density in every layer
-``erdos_renyi(d)``                density proportional to (n_in + n_out) / (n_in n_out)
-``erdos_renyi_kernel(d)``         density proportional to sum(shape) / prod(shape)
-``linear(d)``                     count proportional to n_in + n_out
-``nonzeros(n)``                   n weights at one density
-``num_bytes(n)``                  what fits in n bytes at one density
-``num_flops(n, costs)``           what costs at most n FLOPs at one density
-================================  ==============================================
-
-Counts are worked out on the host, in integers and fractions, from shapes alone. The
-rules that all budgets keep: the total is exact; every layer keeps at least one weight
-and at most its size; what is left over by rounding down goes to the layers with the
-largest fractional part, ties to the earlier one. A *layer* is a leaf, or one slice of a
-leaf named in ``stacked``. Budgets are not callable, since ``optax.inject_hyperparams``
-takes anything callable for a schedule.
-"""
+"""The makers of budgets: they check their arguments and give a record."""
 
 import math
 from collections.abc import Iterable, Mapping
 
 import jax
 
-from sparse_optax._apportion import as_fraction, check_density, check_whole, plain
-from sparse_optax._densities import Pool as Pool
-from sparse_optax._densities import pool as pool
-from sparse_optax._densities import pool_size as pool_size
-from sparse_optax._densities import resolve as resolve
-from sparse_optax._densities import total as total
-from sparse_optax._records import Budget as Budget
-from sparse_optax._records import (
+from sparse_optax.budgets.apportion import (
+    as_fraction,
+    check_density,
+    check_whole,
+    plain,
+)
+from sparse_optax.budgets.records import (
     ErdosRenyi,
     ErdosRenyiKernel,
     Linear,

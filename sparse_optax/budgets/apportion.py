@@ -144,7 +144,7 @@ def level(shares: Sequence[Share], total: Number) -> list[Number]:
       The share of one layer of each leaf.
 
     Examples:
-      >>> from sparse_optax._apportion import Share, level
+      >>> from sparse_optax.budgets.apportion import Share, level
       >>> [str(s) for s in level([Share(0, 4, 0, 3), Share(0, 1, 0, 9)], 5)]
       ['3', '2']
     """
@@ -191,7 +191,7 @@ def whole(
 
     Examples:
       >>> from fractions import Fraction
-      >>> from sparse_optax._apportion import Share, whole
+      >>> from sparse_optax.budgets.apportion import Share, whole
       >>> half = Fraction(5, 2)
       >>> whole([Share(0, 1, 0, 9), Share(0, 1, 0, 9, copies=3)], [half, half], 10)
       [(2, 1), (2, 1)]

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import _apportion
-from sparse_optax._apportion import Leaf, check_density, is_traced, plain
-from sparse_optax._records import (
+from sparse_optax.budgets import apportion
+from sparse_optax.budgets.apportion import Leaf, check_density, is_traced, plain
+from sparse_optax.budgets.records import (
     Budget,
     ErdosRenyi,
     ErdosRenyiKernel,
@@ -66,7 +66,7 @@ def resolve(
     """
     if _is_budget(density):
         return density.counts(params, where=where, stacked=stacked)
-    layers = _apportion.read(params, where, stacked, caller)
+    layers = apportion.read(params, where, stacked, caller)
     if _is_float(density):
         return by_density(Uniform(density), layers, by_size, caller)
     # An integer is a tree of counts only where the parameters are one bare array.
@@ -183,7 +183,7 @@ def pool(
             f"`dense`; one pool over all layers must have none; got {density!r}. Leave "
             "these leaves out with `where`, or rank each layer alone."
         )
-    layers = _apportion.read(params, where, stacked, caller)
+    layers = apportion.read(params, where, stacked, caller)
     budget, costs = None, [1] * len(layers.leaves)
     if isinstance(density, Uniform | ErdosRenyi | ErdosRenyiKernel | Linear):
         density = density.density

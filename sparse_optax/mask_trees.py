@@ -1,0 +1,185 @@
+"""The mask tree as a data structure: holes, packed leaves, shapes, rebuilding.
+
+A mask tree has the structure of the parameters. A leaf that takes part holds a
+boolean array of its shape, True where the weight is kept, or that array packed to
+one bit a weight; a leaf that does not is ``optax.MaskedNode()``, never None.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_optax.leaves import PyTree, is_hole
+
+
+class PackedMask(NamedTuple):
+    """A boolean array stored with one bit a weight.
+
+    Attributes:
+      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
+      like: bool, the mask's shape followed by 0: it holds no element, and keeps the
+        shape without a static field in the optimizer state.
+    """
+
+    bits: jax.Array
+    like: jax.Array
+
+
+def is_mask(node: Any) -> bool:
+    """Tells whether a node of a mask tree is to be taken as one leaf.
+
+    Args:
+      node: Any node.
+
+    Returns:
+      True for a hole or a packed mask.
+
+    Examples:
+      >>> import optax
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.is_mask(optax.MaskedNode())
+      True
+    """
+    return is_hole(node) or isinstance(node, PackedMask)
+
+
+def flatten(masks: PyTree) -> tuple[list[Any], Any]:
+    """Flattens a mask tree; holes and packed masks count as leaves.
+
+    Args:
+      masks: A mask tree.
+
+    Returns:
+      The list of its leaves and its tree structure.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparse_optax import mask_trees
+      >>> tree = {"b": optax.MaskedNode(), "w": jnp.ones((2, 2), bool)}
+      >>> len(mask_trees.flatten(tree)[0])
+      2
+    """
+    return jax.tree.flatten(masks, is_leaf=is_mask)
+
+
+def pack(mask: jax.Array) -> PackedMask:
+    """Stores a boolean array with one bit a weight, eight along the last axis.
+
+    Args:
+      mask: Boolean array of any shape with at least one dimension.
+
+    Returns:
+      A ``PackedMask`` of ceil(last / 8) bytes a row.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> packed = mask_trees.pack(jnp.ones((3, 10), bool))
+      >>> packed.bits.shape, bool(mask_trees.unpack(packed).all())
+      ((3, 2), True)
+    """
+    like = jnp.zeros((*mask.shape, 0), bool)
+    return PackedMask(jnp.packbits(mask, axis=-1), like)
+
+
+def unpack(mask: jax.Array | PackedMask) -> jax.Array:
+    """Gives back the boolean array of a packed mask; a plain mask passes.
+
+    Args:
+      mask: A ``PackedMask`` or a boolean array.
+
+    Returns:
+      A boolean array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.unpack(mask_trees.pack(jnp.array([True, False, True]))).tolist()
+      [True, False, True]
+    """
+    if not isinstance(mask, PackedMask):
+        return mask
+    last = mask.like.shape[-2]
+    return jnp.unpackbits(mask.bits, axis=-1, count=last).astype(bool)
+
+
+def mask_shape(mask: Any) -> tuple[int, ...]:
+    """Shape of a plain or packed mask.
+
+    Args:
+      mask: A boolean array or a ``PackedMask``.
+
+    Returns:
+      The shape of the weights it speaks of.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.mask_shape(mask_trees.pack(jnp.ones((3, 10), bool)))
+      (3, 10)
+    """
+    return mask.like.shape[:-1] if isinstance(mask, PackedMask) else mask.shape
+
+
+def check_shapes(
+    masks: Sequence[Any], params: Sequence[Any], names: Sequence[str], *, caller: str
+) -> None:
+    """Raises unless each mask has the shape of its parameter.
+
+    Args:
+      masks: Leaves of a mask tree.
+      params: Leaves of the parameters, in the same order.
+      names: Their names, for the message.
+      caller: The name that the error starts with.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> mask = jnp.ones(2, bool)
+      >>> mask_trees.check_shapes([mask], [jnp.ones(2)], ["w"], caller="doc")
+    """
+    if len(masks) != len(params):
+        raise ValueError(
+            f"{caller}: the masks have {len(masks)} leaves and the parameters "
+            f"{len(params)}; the structures must be equal. Pass the tree that the "
+            "masks were made for."
+        )
+    for mask, param, name in zip(masks, params, names, strict=True):
+        if not is_hole(mask) and mask_shape(mask) != tuple(param.shape):
+            raise ValueError(
+                f"{caller}: the mask of {name!r} has shape {mask_shape(mask)} and the "
+                f"parameter {tuple(param.shape)}; they must be equal. Pass masks "
+                "made for these parameters."
+            )
+
+
+def rebuild(
+    structure: Any, size: int, index: Sequence[int], values: Sequence[Any]
+) -> PyTree:
+    """Puts values at the chosen leaves of a tree and holes everywhere else.
+
+    Args:
+      structure: The tree structure.
+      size: Its number of leaves.
+      index: Positions of the chosen leaves.
+      values: One value a chosen leaf.
+
+    Returns:
+      The tree.
+
+    Examples:
+      >>> import jax
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.rebuild(jax.tree.structure({"b": 0, "w": 0}), 2, [1], [5])
+      {'b': MaskedNode(), 'w': 5}
+    """
+    full: list[Any] = [optax.MaskedNode()] * size
+    for i, value in zip(index, values, strict=True):
+        full[i] = value
+    return jax.tree.unflatten(structure, full)
