@@ -64,12 +64,13 @@ def saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.abs(gradient * weight)
 
 
-def check_density(density: Any, caller: str) -> None:
+def check_density(density: Any, caller: str, argument: str = "density") -> None:
     """Raises where a static density is outside (0, 1] or of a wrong type.
 
     Args:
       density: What the caller was given.
       caller: The name that the error starts with.
+      argument: The name of the argument.
 
     Raises:
       ValueError: If it can be no density.
@@ -79,10 +80,11 @@ def check_density(density: Any, caller: str) -> None:
       >>> check_density(0.05, "doc")
     """
     is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if is_number and not 0 < density <= 1:
+    wrong_type = density is None or isinstance(density, (bool, str))
+    if wrong_type or (is_number and not 0 < density <= 1):
         raise ValueError(
-            f"{caller}: `density` must be in (0, 1], a budget or a schedule; got "
-            f"{density!r}. 1 / 60 keeps one weight in sixty."
+            f"{caller}: `{argument}` must be in (0, 1], a budget or a schedule; got "
+            f"{density!r}. Pass 1 / 60 to keep one weight in sixty."
         )
 
 
@@ -128,7 +130,7 @@ def gsm_mask(
         the method.
       where: Which leaves take part, see ``leaves.resolve_where``. By default kernels,
         without embedding tables, whose absent rows would only decay.
-      stacked: Accepted as everywhere; one pool over all leaves needs no layers.
+      stacked: Accepted as everywhere; in one pool a stacked leaf is no special case.
       ties: ``"exact"``, or ``"paper"`` for ``T >= threshold``, which lets more than
         Q pass where the threshold is tied.
       reselect: False keeps the first step's mask for ever (the paper's ablation).
@@ -222,9 +224,9 @@ def _gate(
         gradient, update_structure = jax.tree.flatten(updates, is_leaf=is_hole)
         if not len(old) == len(flat) == len(gradient):
             raise ValueError(
-                f"{caller}: init saw {len(old)} leaves, update got {len(flat)} "
-                f"parameters and {len(gradient)} gradients; the structures must be "
-                "equal. Pass the tree that init was called with."
+                f"{caller}: init saw {len(old)} leaves; `params` has {len(flat)} and "
+                f"the gradient {len(gradient)}. The structures must be equal: pass "
+                "the tree that init was called with."
             )
         index = [i for i, x in enumerate(old) if not is_hole(x)]
         if not index:
@@ -234,8 +236,8 @@ def _gate(
             if gradient[i].shape != flat[i].shape:
                 raise ValueError(
                     f"{caller}: the gradient of {leaf_names(params)[i]!r} has shape "
-                    f"{gradient[i].shape} and the parameter {flat[i].shape}; they "
-                    "must be equal."
+                    f"{gradient[i].shape} and `params` {flat[i].shape}; they must be "
+                    "equal. Pass gradients of these parameters."
                 )
         size = sum(int(np.prod(flat[i].shape, dtype=np.int64)) for i in index)
         among = [i in index for i in range(len(flat))]
@@ -398,10 +400,12 @@ def gsm(
     ):
         if isinstance(value, (int, float)) and not inside(value):
             raise ValueError(
-                f"gsm: `{name}` must be in {allowed}; got {value!r}. The paper's "
-                "LeNets use momentum 0.99 and weight decay 5e-4."
+                f"gsm: `{name}` must be in {allowed}; got {value!r}. Use momentum "
+                "0.99 and weight decay 5e-4 for the paper's LeNets."
             )
     check_density(density, "gsm")
+    if gate is not None:
+        check_density(gate, "gsm", "gate")
     passing = _gate(
         density if gate is None else gate,
         where=where,

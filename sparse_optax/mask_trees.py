@@ -146,16 +146,16 @@ def check_shapes(
     """
     if len(masks) != len(params):
         raise ValueError(
-            f"{caller}: the masks have {len(masks)} leaves and the parameters "
+            f"{caller}: the masks have {len(masks)} leaves and `params` "
             f"{len(params)}; the structures must be equal. Pass the tree that the "
             "masks were made for."
         )
     for mask, param, name in zip(masks, params, names, strict=True):
         if not is_hole(mask) and mask_shape(mask) != tuple(param.shape):
             raise ValueError(
-                f"{caller}: the mask of {name!r} has shape {mask_shape(mask)} and the "
-                f"parameter {tuple(param.shape)}; they must be equal. Pass masks "
-                "made for these parameters."
+                f"{caller}: the mask of {name!r} has shape {mask_shape(mask)} and "
+                f"`params` {tuple(param.shape)}; they must be equal. Pass masks made "
+                "for these parameters."
             )
 
 

@@ -28,8 +28,8 @@ grow again. What a layer cannot take is divided by the number of layers with roo
 of them gets the whole part, and the rest joins what does not fit in the next round. A
 rest smaller than the number of layers with room goes one each to the lowest of them.
 
-*Broken numbers.* One weight, momentum or gradient of the opening step that is not
-finite, active or missing: the cycle does not take place.
+*Broken numbers.* One weight or momentum that is not finite, active or missing: the
+cycle does not take place.
 
 *A training step.* The inner optimizer sees ``where(mask & ~pruned, params, 0)`` with
 the mask after the cycle, and the dense gradient. A weight that stays or grows from

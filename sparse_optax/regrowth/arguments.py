@@ -1,5 +1,6 @@
 """Checks and readies the arguments of ``regrow``: rates, first masks, budgets."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,12 +9,54 @@ import optax
 
 from sparse_optax import budgets, schedules
 from sparse_optax import masks as mask_trees
-from sparse_optax.leaves import is_hole, layout, leaf_names, resolve_where
+from sparse_optax.leaves import (
+    Layout,
+    PyTree,
+    Where,
+    is_hole,
+    layout,
+    leaf_names,
+    resolve_where,
+)
 from sparse_optax.regrowth.rules import Rule
 
 
-def first_masks(params, density, masks, seed, where, stacked, *, caller):
-    """The sparse leaves and their first masks, given or random."""
+def first_masks(
+    params: PyTree,
+    density: Any,
+    masks: PyTree | None,
+    seed: jax.Array,
+    where: Where | None,
+    stacked: Mapping[str, int] | None,
+    *,
+    caller: str,
+) -> tuple[Layout, tuple[jax.Array, ...]]:
+    """The sparse leaves and their first masks, given or random.
+
+    Args:
+      params: The parameters, concrete or abstract.
+      density: A density or a budget; None where masks are given.
+      masks: Given masks, or None.
+      seed: A random key.
+      where: Which leaves take part.
+      stacked: ``{name: axis}`` of leaves that stack several layers.
+      caller: The name that an error starts with.
+
+    Returns:
+      The layout, and one boolean array a sparse leaf.
+
+    Raises:
+      ValueError: If nothing takes part, or given masks do not fit.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from sparse_optax.regrowth.arguments import first_masks
+      >>> plan, (mask,) = first_masks(
+      ...     {"w": jnp.ones((4, 5))}, 0.25, None, jax.random.key(0), None, None,
+      ...     caller="doc")
+      >>> plan.names, int(mask.sum())
+      (('w',), 5)
+    """
     flat = jax.tree.leaves(params, is_leaf=is_hole)
     names = leaf_names(params)
     if masks is not None and flat:
@@ -24,8 +67,8 @@ def first_masks(params, density, masks, seed, where, stacked, *, caller):
             dtype = getattr(given[i], "dtype", jnp.dtype(bool))
             if dtype != jnp.dtype(bool):
                 raise ValueError(
-                    f"{caller}: the mask of {names[i]!r} has dtype {dtype}; it must "
-                    "be bool. Pass mask.astype(bool)."
+                    f"{caller}: in `masks`, {names[i]!r} has dtype {dtype}; it must be "
+                    "bool. Pass mask.astype(bool)."
                 )
         # Copied: the caller may donate the state and keep the masks.
         kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
@@ -64,12 +107,28 @@ def _check_budget(density, masks, params, where, stacked, caller):
     given = mask_trees.count(masks)
     if wanted != given:
         raise ValueError(
-            f"{caller}: `masks` keep {given} weights and `density` asks for {wanted}; "
-            "they must agree. Leave out `density`: the masks are the budget."
+            f"{caller}: `masks` keep {given} weights and `density`={density!r} asks "
+            f"for {wanted}; they must agree. Leave out `density`: the masks are the "
+            "budget."
         )
 
 
 def refuse_multi_steps(inner_state: Any, caller: str) -> None:
+    """Raises where gradients are accumulated inside the engine.
+
+    Args:
+      inner_state: State of the inner optimizer.
+      caller: The name that the error starts with.
+
+    Raises:
+      ValueError: If the state holds a ``MultiStepsState``.
+
+    Examples:
+      >>> import optax
+      >>> from sparse_optax.regrowth.arguments import refuse_multi_steps
+      >>> refuse_multi_steps(optax.sgd(0.1).init({}), "doc")
+    """
+
     def is_accumulator(node):
         return isinstance(node, optax.MultiStepsState)
 
@@ -95,7 +154,10 @@ def check_arguments(
         )
     if isinstance(density, (int, float)) and not 0 < density <= 1:
         fail(
-            "density", density, "in (0, 1] or a budget", "0.05 keeps 5% of the weights."
+            "density",
+            density,
+            "in (0, 1] or a budget",
+            "Pass 0.05 to keep 5% of the weights.",
         )
     if isinstance(period, (int, float)) and (period < 1 or period != int(period)):
         fail(
@@ -104,9 +166,10 @@ def check_arguments(
             "an integer of at least 1",
             "Pass the steps of an epoch.",
         )
-    for name, value in (("update_start", start), ("update_stop", stop)):
-        if isinstance(value, (int, float)) and (value < 0 or value != int(value)):
-            fail(name, value, "a non-negative integer", "It counts updates.")
+    for name, value, least in (("update_start", start, 0), ("update_stop", stop, 1)):
+        if isinstance(value, (int, float)) and (value < least or value != int(value)):
+            allowed = f"an integer of at least {least}"
+            fail(name, value, allowed, "Give a number of updates.")
     if rate is None and stop is None:
         fail(
             "update_stop",
@@ -115,21 +178,42 @@ def check_arguments(
             "The default prune rate falls to 0 at update_stop; pass it, or a rate.",
         )
     if isinstance(rate, (int, float)) and not 0 <= rate <= 1:
-        fail("prune_rate", rate, "in [0, 1] or a schedule", "0.5 is the paper's.")
+        fail("prune_rate", rate, "in [0, 1] or a schedule", "Use 0.5 as in the paper.")
     if not (
         momentum == "auto" or (isinstance(momentum, float | int) and 0 <= momentum < 1)
     ):
         fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
     if reset not in ("none", "grown"):
-        fail("reset_moments", reset, '"none" or "grown"', 'RigL resets "grown".')
+        fail(
+            "reset_moments",
+            reset,
+            '"none" or "grown"',
+            'Use "grown" for RigL, else "none".',
+        )
     for name, rule in zip(("prune", "redistribute", "grow"), rules, strict=True):
         if not isinstance(rule, Rule):
             fail(
-                name, rule, "a regrowth.Rule", "Lift a function: regrowth.stateless(f)."
+                name, rule, "a regrowth.Rule", "Wrap a function: regrowth.stateless(f)."
             )
 
 
-def rate_schedule(prune_rate, update_stop):
+def rate_schedule(
+    prune_rate: optax.ScalarOrSchedule | None, update_stop: int | None
+) -> optax.Schedule:
+    """The prune rate as a schedule of the number of finished updates.
+
+    Args:
+      prune_rate: A number, a schedule, or None for the cosine from 0.5 to 0.
+      update_stop: Where the cosine reaches 0.
+
+    Returns:
+      A schedule.
+
+    Examples:
+      >>> from sparse_optax.regrowth.arguments import rate_schedule
+      >>> round(float(rate_schedule(None, 100)(50)), 6)
+      0.25
+    """
     if prune_rate is None:
         return schedules.cosine_prune_rate(0.5, stop=update_stop)
     if callable(prune_rate):

@@ -116,8 +116,8 @@ def require(evidence: Evidence, field: str, *, rule: str) -> Any:
       ()
     """
     cure = {
-        "momentum": 'Declare it: Rule(..., needs=("momentum",)).',
-        "gradient": 'Declare it: Rule(..., needs=("gradient",)).',
+        "momentum": 'Give it: Rule(..., needs=("momentum",)) in the engine.',
+        "gradient": 'Give it: Rule(..., needs=("gradient",)) in the engine.',
         "counts": "Give a prune_rate.",
         "key": "Give a random key.",
     }

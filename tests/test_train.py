@@ -1,0 +1,474 @@
+"""The train loop: what it trains, records, checkpoints and takes up again."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("orbax.checkpoint")
+
+from sparse_optax import masks
+from sparse_optax.experiments import (
+    checkpoints,
+    data,
+    methods,
+    models,
+    records,
+    train,
+)
+from sparse_optax.experiments import config as configs
+
+# Dense where the method does not matter: it compiles in half a second.
+SMALL = configs.TrainConfig(method="dense", epochs=4, drop_epochs=(3,))
+SPARSE = dataclasses.replace(SMALL, method="sparse_momentum")
+BASE = configs.Base(
+    epochs=2, batch_size=64, learning_rate=0.03, drop_epochs=(), momentum=0.9
+)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing of the run is told about it."""
+
+
+def kill_after(epochs, stage):
+    def on_epoch(progress):
+        if progress.stage == stage and progress.epoch == epochs:
+            raise Killed
+
+    return on_epoch
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# -- configuration -----------------------------------------------------------------
+
+
+def test_recipe_of_mnist_is_the_protocol_of_the_paper():
+    run = configs.resolve(configs.TrainConfig(dataset="mnist"))
+    assert (run.epochs, run.batch_size, run.split) == (100, 100, "lee")
+    assert (run.learning_rate, run.momentum, run.nesterov) == (0.1, 0.9, True)
+    assert (run.weight_decay, run.decay, run.init) == (5e-4, "all", "torch")
+    rate = methods.learning_rate(run, steps_per_epoch=540)
+    at = [float(rate(step)) for step in (0, 24_999, 25_000, 49_999, 50_000, 53_999)]
+    np.testing.assert_allclose(at, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+
+
+def test_recipe_of_gsm_is_that_of_the_paper_and_starts_dense():
+    run = configs.resolve(configs.TrainConfig(dataset="mnist", method="gsm"))
+    assert (run.epochs, run.batch_size, run.momentum) == (240, 256, 0.99)
+    assert (run.weight_decay, run.decay, run.drop_epochs) == (
+        5e-4,
+        "kernels",
+        (160, 200),
+    )
+    base = configs.base_of(run)
+    assert (base.method, base.density, base.epochs, base.momentum) == (
+        "dense",
+        1.0,
+        100,
+        0.9,
+    )
+    assert base.base == configs.ResolvedBase()
+
+
+def test_variants_share_their_base():
+    plain, gate, settled, other = (
+        configs.base_of(configs.resolve(configs.TrainConfig(method="gsm", **options)))
+        for options in ({}, {"gate": 0.02}, {"settle_epoch": 9}, {"seed": 1})
+    )
+    assert plain == gate == settled
+    assert plain != other
+
+
+def test_resolving_twice_changes_nothing():
+    for method, drops in itertools.product(
+        methods.METHODS, ({}, {"drop_steps": (7,)}, {"drop_epochs": (2,)})
+    ):
+        run = configs.resolve(configs.TrainConfig(method=method, **drops))
+        assert configs.resolve(run) == run
+
+
+def test_drops_that_are_given_replace_those_of_the_recipe():
+    run = configs.resolve(configs.TrainConfig(dataset="mnist", drop_epochs=(5,)))
+    assert (run.drop_steps, run.drop_epochs) == ((), (5,))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dataset": "svhn"}, "dataset='svhn'; choose one of digits"),
+        ({"model": "vgg"}, "model='vgg'; choose one of lenet-300-100"),
+        ({"method": "prune"}, "method='prune'; choose one of dense"),
+        ({"density": 0.0}, r"density=0.0 must be in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5 must be in \(0, 1\]"),
+        ({"density": float("nan")}, r"density=nan must be in \(0, 1\]"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite"),
+        ({"momentum": 1.0}, r"momentum=1.0 must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or above"),
+        ({"prune_rate": 2.0}, r"prune_rate=2.0 must be in \[0, 1\]"),
+        ({"update_epochs": 0}, "update_epochs=0 must be 1 or more"),
+        ({"seed": -1}, "seed=-1 must be 0 or above"),
+        ({"gate": 0.0}, "gate=0.0 must be in"),
+        ({"settle_epoch": 900}, "settle_epoch=900 must be between 0 and epochs"),
+        ({"method": "gsm", "decay": "all"}, "decay='all' must be 'kernels'"),
+        ({"drop_steps": (1,), "drop_epochs": (1,)}, "both drop_steps and drop_epochs"),
+        ({"base": configs.Base(momentum=0.5)}, "base has .* but no epochs"),
+        ({"base": configs.Base(epochs=-2)}, "base.epochs=-2 must be at least 1"),
+    ],
+)
+def test_wrong_values(values, words):
+    with pytest.raises(ValueError, match=f"TrainConfig: {words}"):
+        configs.resolve(configs.TrainConfig(**values))
+
+
+def test_batch_larger_than_the_data_set():
+    run = configs.TrainConfig(batch_size=2000)
+    with pytest.raises(ValueError, match="batch_size=2000 must be at most 1293"):
+        train.train(run, runs=None)
+
+
+# -- training ----------------------------------------------------------------------
+
+
+def test_dense_is_sgd_over_shuffled_batches():
+    """Two epochs against a plain loop: same order, same steps, same weights."""
+    run = configs.resolve(
+        configs.TrainConfig(method="dense", epochs=2, drop_epochs=(1,), seed=3)
+    )
+    trained = train.train(run, runs=None)
+    digits = data.load("digits")
+    init_key, order_key, _ = jax.random.split(jax.random.key(3), 3)
+    apply, params = models.create("lenet-300-100", (8, 8, 1), 10, key=init_key)
+
+    @jax.jit
+    def gradient(params, x, y):
+        def loss(params):
+            log_p = jax.nn.log_softmax(apply(params, x))
+            return -log_p[np.arange(32), y].mean()
+
+        return jax.grad(loss)(params)
+
+    velocity = jax.tree.map(np.zeros_like, params)
+    for epoch, rate in ((0, 0.1), (1, 0.01)):
+        key = jax.random.fold_in(order_key, epoch)
+        order = np.asarray(jax.random.permutation(key, 1293))
+        for rows in order[: 40 * 32].reshape(40, 32):
+            g = gradient(params, digits.train_x[rows], digits.train_y[rows])
+            g = jax.tree.map(lambda g, w: g + 5e-4 * w, g, params)
+            velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, g)
+            params = jax.tree.map(
+                lambda w, v, g, rate=rate: w - rate * (g + 0.9 * v), params, velocity, g
+            )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
+        trained.params,
+        params,
+    )
+    wrong = np.asarray(apply(params, digits.test_x)).argmax(-1) != digits.test_y
+    assert trained.record.results["test_error"] == pytest.approx(
+        100 * wrong.mean(), abs=0.6
+    )
+
+
+def test_sparse_momentum_learns_with_the_weights_it_was_given():
+    run = dataclasses.replace(SPARSE, density=0.1, epochs=8, drop_epochs=(6,))
+    trained = train.train(run, runs=None)
+    results = trained.record.results
+    assert results["weights"] == 50_200
+    assert results["kept"] == 5_020
+    assert results["nonzeros"] <= 5_020
+    counted = sum(
+        int(np.count_nonzero(layer["kernel"])) for layer in trained.params.values()
+    )
+    assert results["nonzeros"] == counted
+    assert results["skipped_cycles"] == 0
+    # Chance is 90; 8 short epochs come to about 10.
+    assert results["test_error"] < 20
+    assert results["valid_error"] < 20
+    kept = [layer["kept"] for layer in trained.record.layers]
+    assert kept != [1920, 3000, 100], "no weight moved between the layers"
+
+
+def test_no_cycle_follows_the_last_step():
+    """What is evaluated after the last epoch is the net that was trained."""
+    trained = train.train(SPARSE, runs=None)
+    mask = trained.opt_state.regrow_masks["fc2"]["kernel"]
+    kernel = np.asarray(trained.params["fc2"]["kernel"])
+    assert not kernel[~np.asarray(mask)].any()
+    # A weight that a cycle has just grown is zero; after an epoch few still are.
+    assert np.count_nonzero(kernel) > 0.7 * masks.count({"w": mask})
+
+
+def test_gsm_is_cut_to_the_largest_weights():
+    run = configs.TrainConfig(
+        method="gsm", epochs=3, drop_epochs=(), base=BASE, density=0.05
+    )
+    trained = train.train(run, runs=None)
+    record = trained.record
+    assert record.results["nonzeros"] == record.results["kept"] == 2_510
+    assert record.results["gap"]["kept"] == 2_510
+    assert record.results["test_error_before_cut"] == record.history["test_error"][-1]
+    assert record.base["config"]["epochs"] == 2
+    assert record.base["results"]["nonzeros"] == 50_200
+    assert record.history["below_1e-03"][-1] > record.history["below_1e-03"][0]
+
+
+def test_settled_gsm_trains_only_the_largest_weights():
+    """From the settled epoch on, no gradient reaches what will be cut."""
+    common = dict(method="gsm", base=BASE, density=0.05, drop_epochs=(), epochs=20)
+    settled = train.train(
+        configs.TrainConfig(**common, settle_epoch=2, weight_decay=2e-2), runs=None
+    )
+    plain = train.train(configs.TrainConfig(**common, weight_decay=2e-2), runs=None)
+    share = "below_1e-03"
+    assert settled.record.history[share][-1] > plain.record.history[share][-1]
+
+
+def test_same_seed_same_run_and_other_seed_another():
+    first, again, other = (
+        train.train(dataclasses.replace(SPARSE, epochs=2, seed=seed), runs=None)
+        for seed in (0, 0, 1)
+    )
+    masks_of = [run.opt_state.regrow_masks["fc1"]["kernel"] for run in (first, other)]
+    assert np.any(masks_of[0] != masks_of[1])
+    same(first.params, again.params)
+    assert first.record.history["test_error"] == again.record.history["test_error"]
+    assert first.record.history["train_loss"] != other.record.history["train_loss"]
+
+
+def test_python_loop_equals_scan(monkeypatch):
+    """Networks with convolutions are stepped through in Python on a CPU."""
+    scanned = train.train(dataclasses.replace(SPARSE, epochs=2), runs=None)
+    entry = models.MODELS["lenet-300-100"]
+    monkeypatch.setitem(
+        models.MODELS, "lenet-300-100", entry._replace(convolutional=True)
+    )
+    looped = train.train(dataclasses.replace(SPARSE, epochs=2), runs=None)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        scanned.params,
+        looped.params,
+    )
+    assert looped.record.results["kept"] == scanned.record.results["kept"]
+
+
+def test_lenet5_trains(monkeypatch):
+    """On small images drawn in four corners, so that a few steps are enough."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 240).astype(np.int32)
+    x = rng.normal(size=(240, 28, 28, 1)).astype(np.float32)
+    for i, label in enumerate(y):
+        row, column = divmod(int(label), 2)
+        x[i, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] += 4
+    corners = data.Dataset(
+        x[:160], y[:160], x[160:200], y[160:200], x[200:], y[200:], 4, "corners"
+    )
+    monkeypatch.setattr(data, "load", lambda *_, **__: corners)
+    run = configs.TrainConfig(
+        model="lenet-5-caffe", epochs=3, batch_size=16, learning_rate=0.05, density=0.2
+    )
+    trained = train.train(run, runs=None)
+    assert [layer["name"] for layer in trained.record.layers] == [
+        "conv1/kernel",
+        "conv2/kernel",
+        "fc1/kernel",
+        "fc2/kernel",
+    ]
+    assert trained.record.results["test_error"] < 20
+
+
+def test_full_split_has_no_validation_error():
+    run = dataclasses.replace(SMALL, epochs=1, split="full")
+    record = train.train(run, runs=None).record
+    assert record.history["valid_error"] == [None]
+    assert record.steps_per_epoch == 1437 // 32
+
+
+# -- checkpoints -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse_momentum", "gsm"])
+def test_killed_run_goes_on_bit_for_bit(tmp_path, method):
+    options = {"base": BASE} if method == "gsm" else {}
+    run = dataclasses.replace(SMALL, method=method, **options)
+    unbroken = train.train(run, runs=tmp_path / "unbroken", checkpoint_every=2)
+    with pytest.raises(Killed):
+        # One epoch past the checkpoint, so that something has to be done again.
+        train.train(
+            run,
+            runs=tmp_path / "broken",
+            checkpoint_every=2,
+            on_epoch=kill_after(3, method),
+        )
+    epochs = []
+    resumed = train.train(
+        run,
+        runs=tmp_path / "broken",
+        checkpoint_every=2,
+        on_epoch=lambda progress: epochs.append((progress.stage, progress.epoch)),
+    )
+    assert epochs == [(method, 3), (method, 4)]
+    same(resumed.params, unbroken.params)
+    same(resumed.opt_state, unbroken.opt_state)
+    for column in ("epoch", "train_loss", "test_error", "below_1e-03"):
+        assert resumed.record.history[column] == unbroken.record.history[column]
+    assert resumed.record.results == unbroken.record.results
+
+
+def test_run_killed_in_its_base_goes_on_there(tmp_path):
+    run = dataclasses.replace(SMALL, method="gsm", base=BASE, epochs=2, drop_epochs=())
+    unbroken = train.train(run, runs=None)
+    with pytest.raises(Killed):
+        train.train(
+            run, runs=tmp_path, checkpoint_every=1, on_epoch=kill_after(1, "base")
+        )
+    epochs = []
+    resumed = train.train(
+        run,
+        runs=tmp_path,
+        checkpoint_every=1,
+        on_epoch=lambda progress: epochs.append((progress.stage, progress.epoch)),
+    )
+    assert epochs == [("base", 2), ("gsm", 1), ("gsm", 2)]
+    same(resumed.params, unbroken.params)
+
+
+def test_finished_base_is_not_trained_again(tmp_path):
+    run = dataclasses.replace(SMALL, method="gsm", base=BASE, epochs=1, drop_epochs=())
+    stages = []
+    for gate in (0.05, 0.02):
+        train.train(
+            dataclasses.replace(run, gate=gate),
+            runs=tmp_path,
+            on_epoch=lambda progress: stages.append(progress.stage),
+        )
+    assert stages == ["base", "base", "gsm", "gsm"]
+
+
+def test_finished_run_leaves_weights_and_no_checkpoint(tmp_path):
+    trained = train.train(SMALL, runs=tmp_path)
+    folder = checkpoints.RunFolder(tmp_path / trained.record.name)
+    assert not (folder.path / "checkpoints").exists()
+    weights, record = folder.finished(trained.params)
+    same(weights, trained.params)
+    assert record == trained.record
+
+
+def test_fresh_ignores_the_checkpoint(tmp_path):
+    with pytest.raises(Killed):
+        train.train(
+            SMALL,
+            runs=tmp_path,
+            checkpoint_every=1,
+            on_epoch=kill_after(2, "dense"),
+        )
+    epochs = []
+    train.train(
+        SMALL,
+        runs=tmp_path,
+        fresh=True,
+        on_epoch=lambda progress: epochs.append(progress.epoch),
+    )
+    assert epochs == [1, 2, 3, 4]
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    name = configs.default_name(configs.resolve(SMALL))
+    # A lock belongs to the open file, so that this process can play the other one.
+    with checkpoints.RunFolder(tmp_path / name).lock():
+        with pytest.raises(ValueError, match="another process is training"):
+            train.train(SMALL, runs=tmp_path)
+    train.train(dataclasses.replace(SMALL, epochs=3, drop_epochs=()), runs=tmp_path)
+
+
+# -- records -----------------------------------------------------------------------
+
+
+def test_record_says_what_was_run(tmp_path):
+    path = tmp_path / "results" / "table" / "run.json"
+    trained = train.train(
+        SMALL, runs=tmp_path / "runs", record_path=path, command="the command"
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+    written = json.loads(path.read_text())
+    assert records.read(path) == trained.record
+    assert written["name"] == "run"
+    assert written["command"] == "the command"
+    assert written["config"] == configs.as_dict(configs.resolve(SMALL))
+    assert written["seed"] == 0
+    assert written["versions"]["optax"] == optax.__version__
+    assert written["device"]["platform"] == jax.devices()[0].platform
+    assert written["steps_per_epoch"] == 40
+    for column in written["history"].values():
+        assert len(column) == 4
+    assert written["results"]["test_error"] == written["history"]["test_error"][-1]
+    assert 0 < written["seconds_per_epoch"] < written["wall_seconds"]
+    assert {"commit", "dirty"} <= set(written)
+
+
+def test_loss_that_is_not_a_number_is_null_in_the_record(tmp_path):
+    path = tmp_path / "run.json"
+    run = dataclasses.replace(SMALL, learning_rate=1e30, epochs=2)
+    train.train(run, runs=None, record_path=path)
+    assert json.loads(path.read_text())["history"]["train_loss"][-1] is None
+
+
+def test_unwritable_results_folder_is_told_before_training(tmp_path):
+    (tmp_path / "results").write_text("a file, not a folder")
+    started = []
+    with pytest.raises(ValueError, match="results cannot be written to") as caught:
+        train.train(
+            SMALL,
+            runs=None,
+            record_path=tmp_path / "results" / "run.json",
+            on_epoch=started.append,
+        )
+    assert "--results" in str(caught.value)
+    assert not started
+
+
+def test_unwritable_runs_folder_is_told_before_training(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        train.train(SMALL, runs=tmp_path / "runs")
+
+
+def test_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(records.os, "fsync", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_atomically(path, b"new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_file_that_is_no_record(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"name": "half a rec')
+    with pytest.raises(ValueError, match=r"run\.json is not a results record"):
+        records.read(path)
+
+
+def test_every_method_has_a_builder_that_trains():
+    """A method added to the registry is trained here, whatever it is."""
+    for method in methods.METHODS:
+        run = dataclasses.replace(
+            SMALL, method=method, epochs=1, drop_epochs=(), density=0.1, base=BASE
+        )
+        results = train.train(run, runs=None).record.results
+        assert results["kept"] == (50_200 if method == "dense" else 5_020)
+        assert results["test_error"] < 60
