@@ -409,6 +409,8 @@ def test_missing_weights_are_exactly_zero_for_100_steps(param_dtype, grad_dtype)
     def step(carry, grad):
         params, state = carry
         updates, state = tx.update(grad, state, params)
+        # A rounded -p would leave a remainder.
+        assert updates["Dense_0"]["kernel"].dtype == param_dtype
         params = optax.apply_updates(params, updates)
         pairs = [
             (params[name]["kernel"], mask["kernel"])
@@ -592,6 +594,40 @@ def test_missing_weights_have_momentum():
     trace = kernels(optax.tree.get(state.inner_state, "trace"))
     for m, z in zip(kept(state), trace, strict=True):
         assert (z[~m] != 0).all()
+
+
+def test_adam_in_float16_divides_nothing_by_zero():
+    """1e-8 is zero in float16, and so is the square of a gradient of 1e-4."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float16), network(SMALL))
+    grads = random_gradients(8, params, PERIOD + 1)
+    scale = np.where(np.arange(63).reshape(9, 7) % 5 == 0, 0.0, 1e-4)
+    grads["Dense_0"]["kernel"] *= jnp.asarray(scale, jnp.float16)
+    tx = _transformation(optax.adam(1e-3), prune_rate=0.4)
+    start = tx.init(params)
+    _, state = _loop(stepper(tx), params, start, grads)
+    assert int(state.skipped) == 0
+    assert (kept(state)[0] != kept(start)[0]).any()
+
+
+def test_clipping_by_the_norm_of_active_weights():
+    """Biases and active weights make the norm, the dense gradient does not."""
+    clip = sparse_optax.clip_by_active_norm(0.5)
+    tx = _transformation(optax.chain(clip, optax.sgd(1.0)))
+    params = network(SMALL)
+    grads = at_step(random_gradients(8, params, 1), 0)
+    grads["Dense_0"]["kernel"] = grads["Dense_0"]["kernel"] * 10
+    state = tx.init(params)
+    (mask,) = kept(state)
+    updates, _ = jax.jit(tx.update)(grads, state, params)
+    bias, kernel = grads["Dense_0"]["bias"], np.where(mask, kernels(grads)[0], 0)
+    norm = np.sqrt((np.float64(bias) ** 2).sum() + (np.float64(kernel) ** 2).sum())
+    assert norm > 1
+    np.testing.assert_allclose(
+        kernels(updates)[0][mask], -0.5 * kernel[mask] / norm, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        updates["Dense_0"]["bias"], -0.5 * bias / norm, rtol=1e-5
+    )
 
 
 # --- jit, scan, vmap, wrappers --------------------------------------------------------

@@ -20,7 +20,6 @@ from sparse_optax import (
     gsm_mask,
     masks,
     regrowth,
-    schedules,
     selection,
     sparse_momentum_regrow,
 )
@@ -282,10 +281,18 @@ class TestUpdate:
         with refuses(function, ""):
             tx.update(other, tx.init(PARAMS), PARAMS)
 
-    def test_with_params_of_another_shape(self, function, tx):
-        other = network(((4, 3), (5, 3)))
-        with refuses(function, "params"):
-            tx.update(other, tx.init(PARAMS), other)
+
+def test_update_with_params_of_another_shape():
+    tx, state = regrow()
+    other = network(((4, 3), (5, 3)))
+    with refuses("sparse_momentum_regrow", "Dense_1/kernel", r"\(5, 3\)", r"\(3, 5\)"):
+        tx.update(other, state, other)
+
+
+def test_gsm_gradient_of_another_shape():
+    tx, other = gsm_mask(0.5), network(((4, 3), (5, 3)))
+    with refuses("gsm_mask", "Dense_1/kernel", r"\(5, 3\)", r"\(3, 5\)"):
+        tx.update(other, tx.init(PARAMS), PARAMS)
 
 
 def test_given_masks_of_another_shape():
@@ -351,6 +358,25 @@ def test_a_state_with_two_masks_for_a_leaf():
     tx = optax.chain(*(regrow(key=i)[0] for i in (0, 1)))
     with refuses("get_masks", "Dense_0/kernel"):
         sparse_optax.get_masks(tx.init(PARAMS))
+
+
+def test_a_state_with_a_mask_inside_a_mask():
+    """One engine around another masks the same leaf twice."""
+    outer, state = regrow(inner=regrow(key=1)[0])
+    with refuses("get_masks", "Dense_0/kernel"):
+        sparse_optax.get_masks(state)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, NAN])
+def test_clipping_to_no_norm(max_norm):
+    with refuses("clip_by_active_norm", "max_norm", str(max_norm), "positive"):
+        sparse_optax.clip_by_active_norm(max_norm)
+
+
+def test_clipping_outside_of_an_engine():
+    tx = sparse_optax.clip_by_active_norm(1.0)
+    with refuses("clip_by_active_norm", "masks", "", "inside"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
 # --- optimizers that cannot be wrapped ------------------------------------------------
@@ -427,11 +453,3 @@ def test_traced_numbers_are_not_checked():
         return first, second
 
     run(0.3, 0.4)
-
-
-def test_schedules_refuse_bad_numbers():
-    for name in ("cosine", "linear", "constant"):
-        if not hasattr(schedules, name):
-            continue
-        with refuses(name, "", "1.5"):
-            getattr(schedules, name)(1.5, 100)

@@ -141,8 +141,46 @@ def refuse_multi_steps(inner_state: Any, caller: str) -> None:
 
 
 def check_arguments(
-    caller, inner, density, masks, period, start, stop, rate, momentum, reset, rules
-):
+    caller: str,
+    inner: Any,
+    density: Any,
+    masks: Any,
+    period: Any,
+    start: Any,
+    stop: Any,
+    rate: Any,
+    momentum: Any,
+    reset: Any,
+    rules: tuple[Any, Any, Any],
+) -> None:
+    """Raises where an argument of ``regrow`` is out of its range.
+
+    Only Python numbers are checked: an injected hyper-parameter is traced.
+
+    Args:
+      caller: The name that an error starts with.
+      inner: The inner optimizer.
+      density: The density.
+      masks: Given masks, or None.
+      period: ``update_period``.
+      start: ``update_start``.
+      stop: ``update_stop``.
+      rate: ``prune_rate``.
+      momentum: ``momentum``.
+      reset: ``reset_moments``.
+      rules: The three rules.
+
+    Raises:
+      ValueError: For the first argument that does not fit.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> from sparse_optax.regrowth.arguments import check_arguments
+      >>> rule = regrowth.prune.magnitude
+      >>> check_arguments("doc", None, 0.05, None, 10, 0, 100, None, "auto", "none",
+      ...                 (rule, rule, rule))
+    """
+
     def fail(name, value, allowed, cure):
         raise ValueError(f"{caller}: `{name}` must be {allowed}; got {value!r}. {cure}")
 
