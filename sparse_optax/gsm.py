@@ -22,6 +22,7 @@ from sparse_optax.leaves import (
     is_hole,
     layout,
     leaf_names,
+    require_some,
     resolve_where,
 )
 
@@ -31,7 +32,8 @@ class GsmState(NamedTuple):
 
     Attributes:
       count: Finished updates.  # shape=(), int32
-      gsm_threshold: The smallest saliency that passed.  # shape=(), float32
+      gsm_threshold: The Q-th largest saliency of the last step that ranked them; the
+        next step starts its search there.  # shape=(), float32
       gsm_passed: Per leaf, how many weights passed.  # int32
       gsm_reactivated: How many weights passed that had not at the step before;
         0 unless tracked.  # shape=(), int32
@@ -62,30 +64,6 @@ def saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
       [6.0]
     """
     return jnp.abs(gradient * weight)
-
-
-def check_density(density: Any, caller: str, argument: str = "density") -> None:
-    """Raises where a static density is outside (0, 1] or of a wrong type.
-
-    Args:
-      density: What the caller was given.
-      caller: The name that the error starts with.
-      argument: The name of the argument.
-
-    Raises:
-      ValueError: If it can be no density.
-
-    Examples:
-      >>> from sparse_optax.gsm import check_density
-      >>> check_density(0.05, "doc")
-    """
-    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    wrong_type = density is None or isinstance(density, (bool, str))
-    if wrong_type or (is_number and not 0 < density <= 1):
-        raise ValueError(
-            f"{caller}: `{argument}` must be in (0, 1], a budget or a schedule; got "
-            f"{density!r}. Pass 1 / 60 to keep one weight in sixty."
-        )
 
 
 def gsm_mask(
@@ -180,7 +158,7 @@ def _gate(
     From ``freeze_at`` on the mask stays what it is there: the mask of saliencies, or
     with ``freeze_density`` that of the largest weights.
     """
-    check_density(density, caller)
+    budgets.check_static(density, caller)
     if ties not in ("exact", "paper"):
         raise ValueError(
             f"{caller}: `ties` must be 'exact' or 'paper'; got {ties!r}. Use 'exact' "
@@ -192,12 +170,7 @@ def _gate(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         chosen = resolve_where(params, where, embeddings=False, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)
-        if not plan.index and any(not is_hole(x) for x in flat):
-            raise ValueError(
-                f"{caller}: no leaf of {leaf_names(params)} takes part; there must be "
-                "one. Choose leaves with where=lambda name, leaf: ..., by default "
-                "those of two or more dimensions that are not biases or scales."
-            )
+        require_some(params, plan, caller=caller)
 
         def tree(values):
             return masks.rebuild(structure, len(flat), plan.index, values)
@@ -247,14 +220,15 @@ def _gate(
         quota = _quota(density, state.count, params, where_now, size, caller)
 
         def by_saliency():
-            return _passing(pairs, quota, size, ties)
+            guess = state.gsm_threshold
+            return _passing(pairs, quota, size, ties, guess)
 
         previous: list[Any] = []
         if stores:
             previous = masks.flatten(state.gsm_active)[0]
             previous = [previous[i] for i in index]
         if freeze_at is None:
-            active = by_saliency()
+            active, threshold = by_saliency()
         else:
 
             def by_rule():
@@ -264,16 +238,15 @@ def _gate(
                     freeze_density, state.count, params, where_now, size, caller
                 )
                 weights = [(flat[i],) for i in index]
-                return selection.top_k_mask(weights, k, score=jnp.abs, costs=costs)
+                kept = selection.top_k_mask(weights, k, score=jnp.abs, costs=costs)
+                return kept, state.gsm_threshold
+
+            def as_before():
+                return previous, state.gsm_threshold
 
             branch = jnp.sign(state.count - freeze_at) + 1
-            active = lax.switch(branch, [by_saliency, by_rule, lambda: previous])
-
+            active, threshold = lax.switch(branch, [by_saliency, by_rule, as_before])
         passed = [jnp.sum(m, dtype=jnp.int32) for m in active]
-        threshold = jnp.full([], jnp.inf, jnp.float32)
-        for m, (g, w) in zip(active, pairs, strict=True):
-            kept = jnp.where(m, _float32_saliency(g, w), jnp.inf)
-            threshold = jnp.minimum(threshold, jnp.min(kept, initial=jnp.inf))
         reactivated = state.gsm_reactivated
         if stores:
             fresh = [
@@ -302,25 +275,28 @@ def _float32_saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return saliency(gradient.astype(jnp.float32), weight.astype(jnp.float32))
 
 
-def _passing(pairs, quota, size, ties) -> list[jax.Array]:
-    """Masks of what passes: the Q most salient, and nothing of saliency zero."""
+def _passing(pairs, quota, size, ties, guess) -> tuple[list[jax.Array], jax.Array]:
+    """Masks of the Q most salient, without those of saliency zero; and the bound."""
     k, costs = quota
     if isinstance(k, int) and k >= size and costs is None:
-        return [jnp.ones_like(w, dtype=bool) for _, w in pairs]
+        return [jnp.ones_like(w, dtype=bool) for _, w in pairs], guess
     if ties == "paper":
-        bound = selection.kth_largest(pairs, k, score=saliency, costs=costs)
-        chosen = [
-            # Not "greater or equal": a NaN saliency passes.
-            jnp.logical_not(_float32_saliency(g, w) < bound)
-            for g, w in pairs
-        ]
+        bound = selection.kth_largest(
+            pairs, k, score=saliency, costs=costs, guess=guess
+        )
+        scores = [_float32_saliency(g, w) for g, w in pairs]
+        # A NaN saliency passes, and no comparison finds it.
+        chosen = [jnp.logical_or(s >= bound, jnp.isnan(s)) for s in scores]
     else:
-        chosen = selection.top_k_mask(pairs, k, score=saliency, costs=costs)
+        chosen, bound = selection.select(
+            pairs, k, score=saliency, costs=costs, guess=guess
+        )
     everything = False if isinstance(k, int) else k >= size
-    return [
+    passing = [
         jnp.logical_and(m, jnp.logical_or(_float32_saliency(g, w) != 0, everything))
         for m, (g, w) in zip(chosen, pairs, strict=True)
     ]
+    return passing, bound.astype(jnp.float32)
 
 
 def _quota(density, count, params, where, size, caller):
@@ -403,9 +379,9 @@ def gsm(
                 f"gsm: `{name}` must be in {allowed}; got {value!r}. Use momentum "
                 "0.99 and weight decay 5e-4 for the paper's LeNets."
             )
-    check_density(density, "gsm")
+    budgets.check_static(density, "gsm")
     if gate is not None:
-        check_density(gate, "gsm", "gate")
+        budgets.check_static(gate, "gsm", "gate")
     passing = _gate(
         density if gate is None else gate,
         where=where,

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from sparse_optax import budgets, selection
-from sparse_optax.gsm import check_density
 from sparse_optax.leaves import PyTree, Where, is_hole, leaf_names, resolve_where
 
 
@@ -58,7 +57,7 @@ def gsm_gap(
       >>> gap.alive, gap.kept, gap.advice
       (2, 2, 'Cut: it costs nothing.')
     """
-    check_density(density, "gsm_gap")
+    budgets.check_static(density, "gsm_gap")
     chosen = resolve_where(params, where, embeddings=False, caller="gsm_gap")
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     pool = [(x,) for x, c in zip(flat, chosen, strict=True) if c]

@@ -308,3 +308,29 @@ def layout(
             f"it must name some of {[names[i] for i in index]}. Correct the names."
         )
     return Layout(index, tuple(names[i] for i in index), tuple(axes))
+
+
+def require_some(params: PyTree, plan: Layout, *, caller: str) -> None:
+    """Raises where the parameters have leaves and none of them takes part.
+
+    A tree without leaves passes: ``optax.tree.map_params`` initialises with one.
+
+    Args:
+      params: The parameters, concrete or abstract.
+      plan: The leaves that take part.
+      caller: The name that the error starts with.
+
+    Raises:
+      ValueError: If no leaf takes part.
+
+    Examples:
+      >>> from sparse_optax import leaves
+      >>> leaves.require_some({}, leaves.Layout((), (), ()), caller="doc")
+    """
+    flat = jax.tree.leaves(params, is_leaf=is_hole)
+    if not plan.index and any(not is_hole(x) for x in flat):
+        raise ValueError(
+            f"{caller}: no leaf of {leaf_names(params)} is to be made sparse; there "
+            "must be one. Choose leaves with where=lambda name, leaf: ...; by default "
+            "those of two or more dimensions that are not biases or scales."
+        )

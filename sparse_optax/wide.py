@@ -208,7 +208,7 @@ def mul64(a: Pair, y: jax.Array) -> Pair:
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import wide
-      >>> wide.to_int(wide.mul64(wide.pair64(2**33 + 1), jnp.uint32(3))) == 3 * 2**33 + 3
+      >>> wide.to_int(wide.mul64(wide.pair64(2**33), jnp.uint32(3))) == 3 * 2**33
       True
     """
     y = jnp.asarray(y, jnp.uint32)
@@ -233,8 +233,8 @@ def divmod64(a: Pair, b: Pair) -> tuple[Pair, Pair]:
       (True, True)
     """
     shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*a, *b)))
-    a = tuple(jnp.broadcast_to(x, shape) for x in a)
-    b = tuple(jnp.broadcast_to(x, shape) for x in b)
+    a = jnp.broadcast_to(a[0], shape), jnp.broadcast_to(a[1], shape)
+    b = jnp.broadcast_to(b[0], shape), jnp.broadcast_to(b[1], shape)
 
     def bring_down_one_bit(_, carry):
         (high, low), (rest_high, rest_low) = carry

@@ -19,8 +19,7 @@ PACKAGE = pathlib.Path(sparse_optax.__file__).parent
 # A new file gets its place here, above all that import it.
 ORDER = (
     "wide.py",
-    "_keys.py",
-    "selection.py",
+    "selection/",
     "leaves.py",
     "budgets/",
     "mask_trees.py",

@@ -92,6 +92,17 @@ def test_methods_of_the_table_are_public():
     assert not missing
 
 
+def test_rules_of_the_table_exist():
+    rows = re.findall(
+        r"^\| `regrowth\.(\w+)` \| ([^|]+) \|", section("Methods"), re.MULTILINE
+    )
+    assert [kind for kind, _ in rows] == ["prune", "redistribute", "grow"]
+    for kind, names in rows:
+        module = getattr(sparse_optax.regrowth, kind)
+        for name in re.findall(r"`(\w+)`", names):
+            assert isinstance(getattr(module, name), sparse_optax.regrowth.Rule)
+
+
 # --- snippets -------------------------------------------------------------------------
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3

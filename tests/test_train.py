@@ -31,6 +31,25 @@ BASE = configs.Base(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run compiles anew; here equal programs come from a cache on disk."""
+    cache = pytest.importorskip("jax.experimental.compilation_cache.compilation_cache")
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        # The address of a callback, which differs although the program is the same.
+        "jax_remove_custom_partitioning_ptr_from_cache_key": True,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for settings in (options, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        cache.reset_cache()
+        if settings is options:
+            yield
+
+
 class Killed(Exception):
     """Stands for a kill: nothing of the run is told about it."""
 

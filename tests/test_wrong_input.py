@@ -362,7 +362,7 @@ def test_a_state_with_two_masks_for_a_leaf():
 
 def test_a_state_with_a_mask_inside_a_mask():
     """One engine around another masks the same leaf twice."""
-    outer, state = regrow(inner=regrow(key=1)[0])
+    _, state = regrow(inner=regrow(key=1)[0])
     with refuses("get_masks", "Dense_0/kernel"):
         sparse_optax.get_masks(state)
 

@@ -24,6 +24,7 @@ takes anything callable for a schedule.
 """
 
 from sparse_optax.budgets.densities import Pool as Pool
+from sparse_optax.budgets.densities import check_static as check_static
 from sparse_optax.budgets.densities import pool as pool
 from sparse_optax.budgets.densities import pool_size as pool_size
 from sparse_optax.budgets.densities import resolve as resolve

@@ -274,3 +274,27 @@ def total(counts: PyTree) -> int:
       10
     """
     return sum(sum(np.ravel(x).tolist()) for x in jax.tree.leaves(counts))
+
+
+def check_static(density: Any, caller: str, argument: str = "density") -> None:
+    """Raises where a static density is outside (0, 1] or of a wrong type.
+
+    Args:
+      density: What the caller was given.
+      caller: The name that the error starts with.
+      argument: The name of the argument.
+
+    Raises:
+      ValueError: If it can be no density.
+
+    Examples:
+      >>> from sparse_optax import budgets
+      >>> budgets.check_static(0.05, "doc")
+    """
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    wrong_type = density is None or isinstance(density, (bool, str))
+    if wrong_type or (is_number and not 0 < density <= 1):
+        raise ValueError(
+            f"{caller}: `{argument}` must be in (0, 1], a budget or a schedule; got "
+            f"{density!r}. Pass 1 / 60 to keep one weight in sixty."
+        )

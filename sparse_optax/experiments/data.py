@@ -317,42 +317,69 @@ def _decode_cifar(contents):
     return train_x, train_y, test_x, test_y
 
 
-def _idx_sources(base: str, md5s: dict[str, tuple[str, str]]) -> dict[str, Source]:
-    files = {
-        "train images": "train-images-idx3-ubyte.gz",
-        "train labels": "train-labels-idx1-ubyte.gz",
-        "test images": "t10k-images-idx3-ubyte.gz",
-        "test labels": "t10k-labels-idx1-ubyte.gz",
-    }
-    return {
-        role: Source(file, *md5s[role], url=base + file) for role, file in files.items()
-    }
+# File, md5 of the file, md5 of its content after decompression.
+_MD5S = """
+mnist/train-images-idx3-ubyte.gz
+    f68b3c2dcbeaaa9fbdd348bbdeb94873 6bbc9ace898e44ae57da46a324031adb
+mnist/train-labels-idx1-ubyte.gz
+    d53e105ee54ea40749a09fcbcd1e9432 a25bea736e30d166cdddb491f175f624
+mnist/t10k-images-idx3-ubyte.gz
+    9fb629c4189551a2d022fa330f9573f3 2646ac647ad5339dbf082846283269ea
+mnist/t10k-labels-idx1-ubyte.gz
+    ec29112dd5afa0611ce80d1b7f02629c 27ae3e4e09519cfbb04c329615203637
+fashion_mnist/train-images-idx3-ubyte.gz
+    8d4fb7e6c68d591d4c3dfef9ec88bf0d f4a8712d7a061bf5bd6d2ca38dc4d50a
+fashion_mnist/train-labels-idx1-ubyte.gz
+    25c81989df183df01b3e8a0aad5dffbe 9018921c3c673c538a1fc5bad174d6f9
+fashion_mnist/t10k-images-idx3-ubyte.gz
+    bef4ecab320f06d8554ea6380940ec79 8181f5470baa50b63fa0f6fddb340f0a
+fashion_mnist/t10k-labels-idx1-ubyte.gz
+    bb300cfdad3c16e7a12a480ee83cd310 15d484375f8d13e6eb1aabb0c3f46965
+cifar10/data_batch_1.xz
+    e748212717105f144810484ddac518d2 c99cafc152244af753f735de768cd75f
+cifar10/data_batch_2.xz
+    ba9859bde8a29fee430031ac7f21906f d4bba439e000b95fd0a9bffe97cbabec
+cifar10/data_batch_3.xz
+    3135ca0ea8cf813acd193da22ce756e9 54ebc095f3ab1f0389bbae665268c751
+cifar10/data_batch_4.xz
+    0bbed9126b8a33fe0243a6dd081ef594 634d18415352ddfa80567beed471001a
+cifar10/data_batch_5.xz
+    96b268c64ffad5f17af24b7d47f24f21 482c414d41f54cd18b22e5b47cb7c3cb
+cifar10/test_batch.xz
+    824177a8625f7919ebfd8dc6dacebdbb 40351d587109b95175f43aff81a1287e
+"""
+_IDX_FILES = {
+    "train images": "train-images-idx3-ubyte.gz",
+    "train labels": "train-labels-idx1-ubyte.gz",
+    "test images": "t10k-images-idx3-ubyte.gz",
+    "test labels": "t10k-labels-idx1-ubyte.gz",
+}
+_CIFAR_FILES = {
+    **{f"batch {i}": f"data_batch_{i}.xz" for i in range(1, 6)},
+    "test": "test_batch.xz",
+}
 
 
-# Content md5 first, then the md5 of the compressed file.
+def _sources(
+    folder: str, files: dict[str, str], base: str | None = None
+) -> dict[str, Source]:
+    words = iter(_MD5S.split())
+    md5s: dict[str, Any] = dict(zip(words, zip(words, words, strict=True), strict=True))
+
+    def source(file):
+        file_md5, content_md5 = md5s[f"{folder}/{file}"]
+        return Source(file, content_md5, file_md5, base and base + file)
+
+    return {role: source(file) for role, file in files.items()}
+
+
 ORIGINS = {
     "mnist": Origin(
         folder="mnist",
-        sources=_idx_sources(
+        sources=_sources(
+            "mnist",
+            _IDX_FILES,
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
-            {
-                "train images": (
-                    "6bbc9ace898e44ae57da46a324031adb",
-                    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                ),
-                "train labels": (
-                    "a25bea736e30d166cdddb491f175f624",
-                    "d53e105ee54ea40749a09fcbcd1e9432",
-                ),
-                "test images": (
-                    "2646ac647ad5339dbf082846283269ea",
-                    "9fb629c4189551a2d022fa330f9573f3",
-                ),
-                "test labels": (
-                    "27ae3e4e09519cfbb04c329615203637",
-                    "ec29112dd5afa0611ce80d1b7f02629c",
-                ),
-            },
         ),
         archive=None,
         mean=(0.1307,),
@@ -361,27 +388,11 @@ ORIGINS = {
     ),
     "fashion-mnist": Origin(
         folder="fashion_mnist",
-        sources=_idx_sources(
+        sources=_sources(
+            "fashion_mnist",
+            _IDX_FILES,
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/"
             "data/fashion/",
-            {
-                "train images": (
-                    "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-                    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                ),
-                "train labels": (
-                    "9018921c3c673c538a1fc5bad174d6f9",
-                    "25c81989df183df01b3e8a0aad5dffbe",
-                ),
-                "test images": (
-                    "8181f5470baa50b63fa0f6fddb340f0a",
-                    "bef4ecab320f06d8554ea6380940ec79",
-                ),
-                "test labels": (
-                    "15d484375f8d13e6eb1aabb0c3f46965",
-                    "bb300cfdad3c16e7a12a480ee83cd310",
-                ),
-            },
         ),
         archive=None,
         mean=(0.2860,),
@@ -390,47 +401,7 @@ ORIGINS = {
     ),
     "cifar10": Origin(
         folder="cifar10",
-        sources={
-            role: Source(file, content_md5, file_md5, url=None)
-            for role, file, content_md5, file_md5 in (
-                (
-                    "batch 1",
-                    "data_batch_1.xz",
-                    "c99cafc152244af753f735de768cd75f",
-                    "e748212717105f144810484ddac518d2",
-                ),
-                (
-                    "batch 2",
-                    "data_batch_2.xz",
-                    "d4bba439e000b95fd0a9bffe97cbabec",
-                    "ba9859bde8a29fee430031ac7f21906f",
-                ),
-                (
-                    "batch 3",
-                    "data_batch_3.xz",
-                    "54ebc095f3ab1f0389bbae665268c751",
-                    "3135ca0ea8cf813acd193da22ce756e9",
-                ),
-                (
-                    "batch 4",
-                    "data_batch_4.xz",
-                    "634d18415352ddfa80567beed471001a",
-                    "0bbed9126b8a33fe0243a6dd081ef594",
-                ),
-                (
-                    "batch 5",
-                    "data_batch_5.xz",
-                    "482c414d41f54cd18b22e5b47cb7c3cb",
-                    "96b268c64ffad5f17af24b7d47f24f21",
-                ),
-                (
-                    "test",
-                    "test_batch.xz",
-                    "40351d587109b95175f43aff81a1287e",
-                    "824177a8625f7919ebfd8dc6dacebdbb",
-                ),
-            )
-        },
+        sources=_sources("cifar10", _CIFAR_FILES),
         archive=Archive(
             "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
             "c58f30108f718f92721af3b95e74349a",

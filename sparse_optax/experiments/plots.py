@@ -1,7 +1,8 @@
 """Pictures of a record: error by epoch, density by layer, small weights by epoch."""
 
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,19 +11,24 @@ from matplotlib.figure import Figure
 from sparse_optax.experiments.records import Record, check_writable, write_atomically
 
 # Colours told apart by most readers, in grey as well.
-_COLOURS = ("#0b5394", "#cc6600", "#38761d", "#741b47", "#666666")
+COLOURS = ("#0b5394", "#cc6600", "#38761d", "#741b47", "#666666")
 _THRESHOLDS = ("below_1e-03", "below_1e-04", "below_1e-06")
 
 
-def errors(axes: Axes, records: Mapping[str, Record]) -> None:
+def errors(
+    axes: Axes, records: Mapping[str, Record], *, colours: Sequence[str] = COLOURS
+) -> None:
     """Draws the test error of each epoch, a line a record.
 
     Args:
       axes: where to draw.
       records: records by the name they get in the legend.
+      colours: one a record, repeated where there are more.
     """
     highest = 0.0
-    for (label, record), colour in zip(records.items(), _cycle(records), strict=True):
+    for (label, record), colour in zip(
+        records.items(), itertools.cycle(colours), strict=False
+    ):
         history = record.history
         axes.plot(history["epoch"], history["test_error"], color=colour, label=label)
         if record.base is not None:
@@ -49,18 +55,21 @@ def errors(axes: Axes, records: Mapping[str, Record]) -> None:
     axes.legend(frameon=False, loc="upper right")
 
 
-def layers(axes: Axes, records: Mapping[str, Record]) -> None:
+def layers(
+    axes: Axes, records: Mapping[str, Record], *, colours: Sequence[str] = COLOURS
+) -> None:
     """Draws the share of weights that each layer keeps, a group of bars a layer.
 
     Args:
       axes: where to draw.
       records: records of one network by the name they get in the legend.
+      colours: one a record, repeated where there are more.
     """
     names = [layer["name"] for layer in next(iter(records.values())).layers]
     names = [name.removesuffix("/kernel") for name in names]
     height = 0.8 / len(records)
     for i, ((label, record), colour) in enumerate(
-        zip(records.items(), _cycle(records), strict=True)
+        zip(records.items(), itertools.cycle(colours), strict=False)
     ):
         shares = [100 * layer["kept"] / layer["weights"] for layer in record.layers]
         places = [j + (i - (len(records) - 1) / 2) * height for j in range(len(names))]
@@ -80,7 +89,7 @@ def small_weights(axes: Axes, record: Record) -> None:
       axes: where to draw.
       record: a record; the dashed line is the share that it removes in the end.
     """
-    for name, colour in zip(_THRESHOLDS, _COLOURS, strict=False):
+    for name, colour in zip(_THRESHOLDS, COLOURS, strict=False):
         exponent = int(name.removeprefix("below_1e"))
         share = [100 * value for value in record.history[name]]
         label = f"|w| < $10^{{{exponent}}}$"
@@ -100,7 +109,7 @@ def figure(record: Record) -> Figure:
       record: its record.
 
     Returns:
-      A figure; a notebook shows it, ``figure.savefig(path)`` writes it.
+      A figure; :func:`save` writes it.
 
     Examples:
       >>> from sparse_optax.experiments import config, plots, train
@@ -144,7 +153,3 @@ def save(canvas: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=144)
     write_atomically(path, buffer.getvalue())
-
-
-def _cycle(records: Mapping[str, Record]) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(len(records))]

@@ -65,7 +65,9 @@ def update(readme: str | Path, results: str | Path, *, check: bool = False) -> b
         )
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n\n{render(results)}\n\n{END}{after}"
+    tables = render(results)
+    middle = f"\n\n{tables}\n\n" if tables else "\n"
+    new = f"{before}{BEGIN}{middle}{END}{after}"
     if new == text:
         return False
     if check:

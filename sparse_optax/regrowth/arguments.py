@@ -16,6 +16,7 @@ from sparse_optax.leaves import (
     is_hole,
     layout,
     leaf_names,
+    require_some,
     resolve_where,
 )
 from sparse_optax.regrowth.rules import Rule
@@ -85,12 +86,7 @@ def first_masks(
             caller=caller,
         )
         kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
-    if not plan.index and any(not is_hole(x) for x in flat):
-        raise ValueError(
-            f"{caller}: no leaf of {names} is to be made sparse; there must be one. "
-            "Choose leaves with where=lambda name, leaf: ..., by default those of "
-            "two or more dimensions that are not biases or scales."
-        )
+    require_some(params, plan, caller=caller)
     return plan, tuple(kept)
 
 

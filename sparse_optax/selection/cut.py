@@ -1,0 +1,292 @@
+"""Where to cut each pool: the key of the last weight kept, and ties by position."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sparse_optax import wide
+from sparse_optax.selection import bracket as loop
+from sparse_optax.selection.keys import Order
+from sparse_optax.selection.passes import Part
+from sparse_optax.selection.plan import Plan, pairs
+
+# First probes around a guess, in powers of two, by number of probes.
+_AROUND = {
+    5: (-0.3, -0.07, 0.0, 0.07, 0.3),
+    7: (-0.5, -0.15, -0.04, 0.0, 0.04, 0.15, 0.5),
+}
+# First probes within the bracket of a sample, as shares of its width; its two ends
+# come on top.
+_BETWEEN = {5: (0.3, 0.5, 0.7), 7: (0.2, 0.38, 0.5, 0.62, 0.8)}
+# Where a pool is smaller, a pass over it costs no more than one over a sample.
+_WORTH_SAMPLING = 2**14
+
+
+class Cut(NamedTuple):
+    """A cut through each of P pools: what is kept, exactly.
+
+    Attributes:
+      bound: keys over it are kept, and keys at it where the position is early.
+        Shape (P,).
+      ends: keys at the bound are kept at positions before it. uint32, shape (P,),
+        or one per cell where pools are huge.
+      least: the smallest key kept, the highest key where nothing is; shape (P,).
+        Only found on request, else zeros.
+    """
+
+    bound: jax.Array
+    ends: jax.Array
+    least: jax.Array
+
+
+def probe_count(plan: Plan) -> int:
+    """Probes per round: more where reading the leaves costs more than comparing."""
+    return 7 if sum(plan.pool_sizes) >= 2**22 else 5
+
+
+def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
+    """Find the cut that keeps the longest prefix of each pool within its limit.
+
+    The order of a pool is by key, highest first, then by leaf and position. Runs on
+    each device for its part; all of them find the same cut.
+
+    Args:
+      part: the leaves.
+      limit: counts, or summed costs, that may be kept. Pair, shape (P,).
+      guess: keys near the bounds, shape (P,), or None. Any value is safe.
+
+    Returns:
+      The cut.
+    """
+    plan, values = part.plan, _Values(part.plan.order)
+    count = probe_count(plan)
+    totals = _words(plan, pairs(plan.totals))
+    # A limit past all weights is as good as all of them, and fits one word.
+    whole = jnp.logical_not(wide.less64(limit, pairs(plan.totals)))
+    room = loop.choose(whole, totals, _words(plan, limit))
+    low = jnp.zeros((plan.pools,), plan.order.unsigned)
+    high = jnp.where(whole, low, values.span)
+    nothing = tuple(jnp.zeros_like(word) for word in totals)
+    bracket = loop.Bracket(low, high, totals, nothing)
+
+    if guess is not None:
+        probes = values.around(guess, count)
+    elif _worth_sampling(plan):
+        probes = _sampled(part, room, bracket, count)
+    else:
+        probes = loop.propose(bracket, room, count, jnp.ones_like(whole))
+
+    def weigh(probes):
+        thresholds = _to_cells(plan, values.to_keys(probes))
+        return _to_pools(plan, part.above(thresholds))
+
+    # A weight without cost may follow one with which the budget is used up.
+    spare = 0 if all(plan.costs) else None
+    bracket = loop.search(weigh, bracket, room, probes, spare=spare)
+    bound = values.to_keys(bracket.high)
+    ends = _early(part, bound, loop.subtract(room, bracket.above), spare)
+    least = _least(part, bound, ends) if plan.least else jnp.zeros_like(bound)
+    return Cut(bound, ends, least)
+
+
+class _Values(NamedTuple):
+    """Keys as unsigned values from 0, in which brackets are halved."""
+
+    order: Order
+
+    @property
+    def span(self) -> np.ndarray:
+        return np.array(self.order.highest - self.order.lowest, self.order.unsigned)
+
+    @property
+    def shift(self) -> np.ndarray:
+        bits = 8 * self.order.unsigned.itemsize
+        return np.array(self.order.lowest % 2**bits, self.order.unsigned)
+
+    def to_keys(self, values: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(values + self.shift, self.order.dtype)
+
+    def around(self, guess: jax.Array, count: int) -> jax.Array:
+        """Probes around guessed keys, shape (P, count)."""
+        centre = lax.bitcast_convert_type(guess, self.order.unsigned) - self.shift
+        centre = jnp.minimum(centre, self.span)
+        out = []
+        for power in _AROUND[count]:
+            step = np.array(abs(power) * self.order.octave, self.order.unsigned)
+            if power < 0:
+                out.append(centre - jnp.minimum(centre, step))
+            else:
+                out.append(centre + jnp.minimum(self.span - centre, step))
+        return jnp.stack(out, axis=1)
+
+
+def _sampled(
+    part: Part, limit: loop.Weight, bracket: loop.Bracket, count: int
+) -> jax.Array:
+    """First probes of the one pool, from a search in a sample of it."""
+    plan, values = part.plan, _Values(part.plan.order)
+    sample, number = part.sample(4096 if count == 5 else 32768)
+    size = jnp.maximum(number, 1).astype(jnp.float32)
+    share = loop.real(limit, np.float32) / float(sum(plan.totals))
+    spread = 3.0 * jnp.sqrt(size * jnp.maximum(share * (1 - share), 0)) + 1
+    ranks = jnp.concatenate([size * share - spread, size * share + spread])
+    limit = (jnp.clip(ranks, 0, size).astype(jnp.uint32),)
+
+    def weigh(probes):
+        keys, thresholds = lax.optimization_barrier(
+            (sample[None], [values.to_keys(probes[:, j, None]) for j in range(5)])
+        )
+        counts = lax.reduce(
+            [(keys > threshold).astype(jnp.uint32) for threshold in thresholds],
+            [np.uint32(0)] * 5,
+            lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
+            (1,),
+        )
+        return (part.total(jnp.stack(counts, axis=1)),)
+
+    # Two searches at once, for the ranks on both sides of the answer.
+    low, high = (jnp.concatenate([x, x]) for x in (bracket.low, bracket.high))
+    none = jnp.zeros((2,), jnp.uint32)
+    start = loop.Bracket(low, high, (none + number.astype(jnp.uint32),), (none,))
+    probes = loop.propose(start, limit, 5, jnp.ones((2,), bool))
+    spare = 1 if count == 5 else 4
+    found = loop.search(weigh, start, limit, probes, spare=spare).high
+    high, low = found[:1], found[1:]
+    inner = (high - low).astype(jnp.float32)[:, None] * np.array(
+        [_BETWEEN[count]], np.float32
+    )
+    # One less than the low end: a value that fills the bracket is found at once.
+    below = low - jnp.minimum(low, np.array(1, low.dtype))
+    inner = low[:, None] + inner.astype(low.dtype)
+    return jnp.concatenate([below[:, None], inner, high[:, None]], axis=1)
+
+
+def _early(part: Part, bound: jax.Array, rest, spare: int | None) -> jax.Array:
+    """Which of the weights at the bound are kept: the first ones that fit the rest.
+
+    Returns:
+      Positions before which they are kept: ``ends`` of `Cut`.
+    """
+    plan = part.plan
+    sizes = plan.sizes if plan.huge else plan.pool_sizes
+    sizes = jnp.asarray(np.array(sizes, np.uint32))
+    bound = _to_cells(plan, bound)
+    none = jnp.zeros((sizes.size,), jnp.uint32)
+
+    # Values count positions from the end, so that weights fall as values grow. The
+    # first round counts all ties; huge pools then share out the rest among cells.
+    def body(state):
+        first, limit, bracket, probes = state
+        probes = jnp.where(first, np.uint32(0), loop.within(bracket, probes))
+        ends = sizes[:, None] - probes
+        counts = part.at(bound, ends if plan.huge else _to_cells(plan, ends))
+        if not plan.huge:
+            new, probes = loop.narrow(bracket, limit, probes, _to_pools(plan, counts))
+            return jnp.zeros((), bool), limit, new, probes
+        weight = _weights(plan, counts)
+        share, spent = _shares(plan, tuple(word[:, 0] for word in weight), rest)
+        limit = loop.choose(first, share, limit)
+        new, probes = loop.narrow(bracket, limit, probes, weight)
+        spent = first & spent
+        low, high = (jnp.where(spent, sizes, x) for x in (new.low, new.high))
+        return jnp.zeros((), bool), limit, new._replace(low=low, high=high), probes
+
+    def unfinished(state):
+        first, limit, bracket, _ = state
+        return first | (wanted & jnp.any(loop.unfinished(bracket, limit, spare)))
+
+    wanted = jnp.ones((), bool)
+    if spare is not None:
+        wanted = jnp.any(functools.reduce(jnp.bitwise_or, rest) > 0)
+    most, zero = (tuple(none + np.uint32(x) for _ in rest) for x in (2**32 - 1, 0))
+    bracket = loop.Bracket(none, sizes, most, zero)
+    probes = jnp.zeros((sizes.size, 3), jnp.uint32)
+    limit = zero if plan.huge else rest
+    state = (wanted, limit, bracket, probes)
+    _, _, bracket, _ = lax.while_loop(unfinished, body, state)
+    return sizes - bracket.high
+
+
+def _least(part: Part, bound: jax.Array, ends: jax.Array) -> jax.Array:
+    """The smallest key kept: the bound, if one at the bound is kept."""
+    plan, bounds = part.plan, _to_cells(part.plan, bound)
+    ends = ends if plan.huge else _to_cells(plan, ends)
+    ties = part.at(bounds, jnp.stack([ends, ends], axis=1))[:, 0] > 0
+    lowest = jnp.where(ties, bound[plan.pool_of_cell], part.least(bounds))
+    if plan.pools == plan.cells:
+        return lowest
+    if plan.pools == 1:
+        return jnp.min(lowest, keepdims=True)
+    return jax.ops.segment_min(lowest, plan.pool_of_cell, plan.pools)
+
+
+def _shares(plan: Plan, ties, rest):
+    """How much of each cell's ties fits, when cells are served in order.
+
+    Returns:
+      ``(share, spent)``: the shares, and whether all was used up before the cell.
+    """
+    pool = plan.pool_of_cell
+    rest = (rest[0][pool], rest[1][pool])
+    before = wide.sub64(_running(plan, ties), ties)
+    spent = wide.less64(rest, before)
+    left = wide.where64(spent, wide.pair64(0), wide.sub64(rest, before))
+    return wide.min64(left, ties), spent
+
+
+def _running(plan: Plan, weights: wide.Pair) -> wide.Pair:
+    """Sums over the cells of each pool up to and with each cell, along axis 0."""
+    pool = plan.pool_of_cell
+    first = np.searchsorted(pool, pool).astype(np.int32)
+    until = lax.associative_scan(wide.add64, weights)
+    before = wide.sub64(until, weights)
+    return wide.sub64(until, (before[0][first], before[1][first]))
+
+
+def _worth_sampling(plan: Plan) -> bool:
+    """Whether first probes should come from a sample: one pool, and not a small one.
+
+    With plain sums there is none, since it would have to be gathered.
+    """
+    alone = plan.pools == 1 and plan.many and _unit(plan)
+    return alone and sum(plan.totals) >= _WORTH_SAMPLING
+
+
+def _unit(plan: Plan) -> bool:
+    return all(cost == 1 for cost in plan.costs)
+
+
+def _words(plan: Plan, pair: wide.Pair) -> loop.Weight:
+    """A pair as a weight of as few words as the costs of all pools need."""
+    return pair if plan.huge or max(plan.totals) >= 2**32 else pair[1:]
+
+
+def _weights(plan: Plan, counts: jax.Array) -> loop.Weight:
+    """Costs of counts per cell, shape (C, m)."""
+    if _unit(plan):
+        return _words(plan, wide.pair64(counts))
+    costs = jnp.asarray(np.array(plan.costs, np.uint32))[:, None]
+    return _words(plan, wide.mul32(counts, costs))
+
+
+def _to_pools(plan: Plan, counts: jax.Array) -> loop.Weight:
+    """Costs per pool, shape (P, m), of counts per cell, shape (C, m)."""
+    weights = _weights(plan, counts)
+    if plan.pools == plan.cells:
+        return weights
+    if len(weights) != 2:  # one pool: several pools of several cells are huge
+        return (weights[0].sum(0, keepdims=True, dtype=jnp.uint32),)
+    last = np.searchsorted(plan.pool_of_cell, np.arange(plan.pools), "right") - 1
+    high, low = _running(plan, weights)
+    return high[last], low[last]
+
+
+def _to_cells(plan: Plan, values: jax.Array) -> jax.Array:
+    """Values per pool as values per cell; one pool's stay one row for all."""
+    if plan.pools in (1, plan.cells):
+        return values
+    return values[plan.pool_of_cell]

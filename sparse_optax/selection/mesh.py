@@ -1,0 +1,172 @@
+"""The search on any mesh: each device counts its own part, one all-reduce a round.
+
+The SPMD partitioner would gather every leaf for the reductions of `passes`, and under
+Auto axes no sharding is visible while tracing. So the whole search is one operation
+with a partitioning of its own: it takes the leaves as they are sharded, runs the
+loop on local parts inside, sums counts over the mesh, and returns a few scalars
+that are the same everywhere.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+
+from sparse_optax.selection import cut
+from sparse_optax.selection.passes import Part, Place, whole
+from sparse_optax.selection.plan import Leaf, Plan
+
+
+def places(plan: Plan) -> list[Place]:
+    """Where the arrays of a selection lie, as code outside of the search sees them.
+
+    Args:
+      plan: the static facts.
+
+    Returns:
+      One place per leaf: the whole leaf, or under ``axis_name`` this shard, which
+      comes after the same leaf's shards of lower index.
+    """
+    out = [whole(leaf) for leaf in plan.leaves]
+    if plan.axis_name is None:
+        return out
+    shard = lax.axis_index(plan.axis_name).astype(jnp.uint32)
+    return [
+        place._replace(base=np.uint32(place.base) + shard * np.uint32(leaf.size))
+        for place, leaf in zip(out, plan.leaves, strict=True)
+    ]
+
+
+def find(plan: Plan, args, limit, guess) -> cut.Cut:
+    """The cut through the pools of a selection, under any sharding.
+
+    Args:
+      plan: the static facts.
+      args: a tuple of arrays for each leaf.
+      limit: counts, or summed costs, that may be kept. Pair, shape (P,).
+      guess: keys near the bounds, shape (P,), or None.
+
+    Returns:
+      The cut, replicated.
+    """
+    if plan.axis_name is None:
+        return _operation(plan)(args, limit, guess)
+    names = plan.axis_name if isinstance(plan.axis_name, tuple) else (plan.axis_name,)
+    return cut.find(Part(plan, args, places(plan), names), limit, guess)
+
+
+@functools.lru_cache(maxsize=1024)
+def _operation(plan: Plan):
+    """The search as an operation with rules for partitioning and for vmap."""
+
+    def alone(plan, args, limit, guess):
+        return cut.find(Part(plan, args, places(plan), ()), limit, guess)
+
+    def partitioned(plan, args, limit, guess):
+        # On several devices this body only says what comes out. The jit keeps array
+        # constants inside, which custom_partitioning does not take.
+        return jax.jit(_automatic(functools.partial(alone, plan)))(args, limit, guess)
+
+    sharded: Any = custom_partitioning(partitioned, static_argnums=(0,))
+    sharded.def_partition(partition=_partition, sharding_rule=_rule)
+
+    def unbatched(args, limit, guess):
+        return sharded(plan, args, limit, guess)
+
+    operation: Any = jax.custom_batching.custom_vmap(unbatched)
+
+    @operation.def_vmap
+    def batched(size, in_batched, args, limit, guess):
+        # Plain sums are slow but split over a mesh, as custom_partitioning (which has
+        # no rule for vmap) cannot here.
+        plain = plan._replace(many=jax.device_count() == 1)
+        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+        many = jax.vmap(functools.partial(alone, plain), in_axes=axes, axis_size=size)
+        found = _automatic(many)(args, limit, guess)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return operation
+
+
+def _automatic(function: Any) -> Any:
+    """A function of sharded arrays to replicated ones, also on an Explicit mesh."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Explicit not in kinds:
+        return function
+    return auto_axes(function, out_sharding=PartitionSpec())
+
+
+def _rule(plan, mesh, value_types, result_types) -> str:
+    """Arguments of one leaf are sharded alike; the rest is the same everywhere."""
+    del mesh
+    operands = []
+    for number, leaf in enumerate(plan.leaves):
+        factors = " ".join(f"l{number}d{axis}" for axis in range(len(leaf.shape)))
+        operands += [factors] * leaf.arity
+    rest = value_types[len(operands) :]
+    names = [f"v{i}" for i in range(len(rest) + len(result_types))]
+    return (
+        f"{', '.join(operands + names[: len(rest)])} -> {', '.join(names[len(rest) :])}"
+    )
+
+
+def _partition(plan: Plan, mesh, operands, results):
+    """How one device takes part: called while XLA partitions the program."""
+    args, limit, guess = operands
+    specs = [_even(arrays[0], mesh) for arrays in args]
+    same = NamedSharding(mesh, PartitionSpec())
+
+    def local(args, limit, guess):
+        part = Part(
+            plan,
+            args,
+            [
+                _local_place(leaf, spec, mesh)
+                for leaf, spec in zip(plan.leaves, specs, strict=True)
+            ],
+            tuple(mesh.axis_names),
+        )
+        return cut.find(part, limit, guess)
+
+    shardings = (
+        tuple(
+            tuple(NamedSharding(mesh, PartitionSpec(*spec)) for _ in arrays)
+            for arrays, spec in zip(args, specs, strict=True)
+        ),
+        *jax.tree.map(lambda _: same, (limit, guess)),
+    )
+    return mesh, local, jax.tree.map(lambda _: same, results), shardings
+
+
+def _even(array, mesh) -> list[tuple[str, ...]]:
+    """Mesh axes of each axis of an array, none where they do not divide it."""
+    spec = [axes or () for axes in array.sharding.spec]
+    spec = [axes if isinstance(axes, tuple) else (axes,) for axes in spec]
+    spec += [()] * (len(array.shape) - len(spec))
+    return [
+        axes if size % int(np.prod([mesh.shape[a] for a in axes])) == 0 else ()
+        for axes, size in zip(spec, array.shape, strict=True)
+    ]
+
+
+def _local_place(leaf: Leaf, spec, mesh) -> Place:
+    """Where this device's part of a sharded leaf lies."""
+    base, cell, used = jnp.uint32(leaf.start), 0, set()
+    for axis, (axes, size) in enumerate(zip(spec, leaf.shape, strict=True)):
+        if not axes:
+            continue
+        used.update(axes)
+        parts = int(np.prod([mesh.shape[a] for a in axes]))
+        start = lax.axis_index(axes) * (size // parts)
+        if leaf.split and axis == 0:
+            cell = start
+        else:
+            base += start.astype(jnp.uint32) * np.uint32(leaf.strides[axis] % 2**32)
+    copies = tuple(a for a in mesh.axis_names if a not in used and mesh.shape[a] > 1)
+    counts = lax.axis_index(copies) == 0 if copies else None
+    return Place(leaf.strides, base, cell, counts)

@@ -1,0 +1,440 @@
+"""The command line: train, reproduce, tables, and what wrong input prints."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("flax")
+
+from sparse_optax.experiments import cli, readme, records, reproduce
+from sparse_optax.experiments import config as configs
+from sparse_optax.experiments.tables import TABLES, common
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def record(name="run", error=2.0, config=None, base=None, **results):
+    """A made-up record."""
+    results = {
+        "test_error": error,
+        "valid_error": error,
+        "weights": 100,
+        "kept": 5,
+        "nonzeros": 5,
+        **results,
+    }
+    return records.Record(
+        name=name,
+        command="sparse-optax",
+        config=config or {"method": "dense"},
+        seed=0,
+        commit=None,
+        dirty=None,
+        versions={},
+        device={},
+        wall_seconds=1.0,
+        compile_seconds=1.0,
+        seconds_per_epoch=0.5,
+        steps_per_epoch=10,
+        results=results,
+        layers=[],
+        base=base,
+        history={"epoch": [1], "test_error": [error]},
+    )
+
+
+def finish(table, results, errors):
+    """Writes a record for each row, its error from ``errors(row)``."""
+    for row in table.rows:
+        config = configs.as_dict(configs.resolve(row.config))
+        path = results / table.name / f"{row.name}.json"
+        records.write(path, record(row.name, errors(row), config))
+
+
+# -- train -------------------------------------------------------------------------
+
+
+def test_train_prints_layers_and_leaves_record_and_plot(tmp_path, capsys):
+    arguments = ["train", "--method", "dense", "--epochs", "2", "--drop-epochs", "1"]
+    folders = ["--results", str(tmp_path / "r"), "--runs", str(tmp_path / "runs")]
+    assert cli.main([*arguments, *folders]) == 0
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "r").glob("*.json")
+    plot = tmp_path / "runs" / path.stem / "plot.png"
+    for word in ("fc1/kernel", "19,200", "50,200", str(path), str(plot)):
+        assert word in printed
+    assert plot.read_bytes().startswith(PNG)
+    written = records.read(path)
+    assert (written.config["epochs"], written.config["drop_epochs"]) == (2, [1])
+    assert f"test error            {written.results['test_error']:.2f}%" in printed
+
+
+def test_quiet_prints_the_record_only(tmp_path, capsys):
+    arguments = ["train", "--method", "dense", "--epochs", "1", "--quiet"]
+    folders = ["--results", str(tmp_path), "--runs", str(tmp_path)]
+    assert cli.main([*arguments, *folders]) == 0
+    assert Path(capsys.readouterr().out.strip()).suffix == ".json"
+
+
+def test_main_job_is_sparse_momentum_on_digits():
+    run = configs.resolve(cli.Train().config)
+    assert (run.dataset, run.model) == ("digits", "lenet-300-100")
+    assert (run.method, run.density) == ("sparse_momentum", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["train", "reproduce", "tables", "digits"]),
+        (
+            ["train"],
+            [
+                "--density",
+                "share of the weights that is kept",
+                "{dense,sparse_momentum,gsm}",
+                "recipe of the data set",
+                "--base.epochs",
+            ],
+        ),
+        (["reproduce"], ["mnist_lenet300", "gsm_lenet300", "--jobs"]),
+        (["tables"], ["--check"]),
+    ],
+)
+def test_help_reads_well(command, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    # Words may stand on two lines, inside a frame.
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for word in words:
+        assert word in printed
+    assert "None" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--density", "1.5"], "TrainConfig: density=1.5 must be in (0, 1]"),
+        (
+            ["train", "--model", "lenet-5-caffe"],
+            "LeNet5Caffe: in_shape=(8, 8, 1) leaves no pixel",
+        ),
+        (["reproduce", "mnist_lenet300", "--jobs", "999"], "jobs=999 must be between"),
+        (["reproduce", "mnist_lenet300", "--rows", "x"], "rows='x' matches no row"),
+        (["tables", "--readme", "nowhere.md"], "nowhere.md does not exist"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("sparse-optax: ")
+    assert words in printed
+    assert "Traceback" not in printed
+
+
+def test_unknown_method_lists_those_there_are(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--method", "prune"])
+    assert caught.value.code == 2
+    assert "sparse_momentum" in capsys.readouterr().err
+
+
+def test_killed_process_goes_on_and_ends_the_same(tmp_path):
+    """SIGKILL in the middle, then the same command again, against one unbroken."""
+
+    def command(runs):
+        return [
+            *(sys.executable, "-m", "sparse_optax.experiments.cli", "train"),
+            *("--method", "dense", "--epochs", "100", "--checkpoint-every", "4"),
+            *("--runs", str(tmp_path / runs), "--results", str(tmp_path / runs)),
+            "--quiet",
+        ]
+
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    broken = subprocess.Popen(
+        command("broken"), env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "broken").glob("*/checkpoints/[0-9]*/state")):
+            assert broken.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        broken.send_signal(signal.SIGKILL)
+        assert broken.wait() == -signal.SIGKILL
+    assert not list((tmp_path / "broken").glob("*/weights.npz"))
+    for runs in ("broken", "unbroken"):
+        subprocess.run(
+            command(runs), env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+    weights = [
+        np.load(next((tmp_path / runs).glob("*/weights.npz")))
+        for runs in ("broken", "unbroken")
+    ]
+    for name in weights[1].files:
+        np.testing.assert_array_equal(weights[0][name], weights[1][name])
+    both = [
+        records.read(next((tmp_path / runs).glob("*.json")))
+        for runs in ("broken", "unbroken")
+    ]
+    assert both[0].history["epoch"] == list(range(1, 101))
+    assert both[0].history["test_error"] == both[1].history["test_error"]
+
+
+# -- reproduce ---------------------------------------------------------------------
+
+
+def test_reproduce_runs_what_is_missing_once(tmp_path, capsys):
+    """In real worker processes, pinned to cores where there are two."""
+    jobs = min(2, len(os.sched_getaffinity(0)))
+    arguments = [
+        *("reproduce", "digits_lenet300", "--rows", "dense_s[01]"),
+        *("--jobs", str(jobs)),
+        *("--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")),
+    ]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "results" / "digits_lenet300"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "dense_s0.json",
+        "dense_s1.json",
+    ]
+    assert "2 of 9 rows to run" in printed
+    assert "| dense | 50,200 |" in printed
+    written = records.read(folder / "dense_s1.json")
+    assert (written.seed, written.name) == (1, "dense_s1")
+    assert written.command == "sparse-optax reproduce digits_lenet300 --rows dense_s1"
+    if jobs == 2:
+        assert written.device["cpu_threads"] == 1
+    assert not list((tmp_path / "runs").glob("*.log"))
+
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert cli.main(arguments) == 0
+    assert "0 of 9 rows to run" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
+    """With workers that do nothing but write down when they began."""
+    table = TABLES["gsm_lenet300"]
+    rows = [row for row in table.rows if row.name.endswith(("s0", "s1"))]
+    began, ended, most = [], [], []
+
+    class Worker:
+        def __init__(self, table, row, slot, core, results, runs):
+            del table, core, results, runs
+            self.row, self.slot, self.start = row, slot, time.perf_counter()
+            self.process, self.polls = self, 0
+            began.append((row.name, set(ended)))
+            most.append(len(began) - len(ended))
+
+        def poll(self):
+            self.polls += 1
+            return 0 if self.polls > 2 else None
+
+        def check(self):
+            ended.append(self.row.name)
+
+    monkeypatch.setattr(reproduce, "_Worker", Worker)
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1})
+    done = []
+    reproduce.run_rows(
+        table,
+        rows,
+        jobs=2,
+        results=tmp_path,
+        runs=tmp_path,
+        on_row=lambda row, seconds: done.append(row.name),
+    )
+    assert sorted(done) == sorted(row.name for row in rows)
+    assert max(most) == 2
+    for row in rows:
+        finished = dict(began)[row.name]
+        assert set(row.needs) <= finished
+
+
+def test_failed_worker_is_told_with_what_it_printed(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho something broke\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    table = TABLES["digits_lenet300"]
+    with pytest.raises(RuntimeError, match="dense_s0 failed") as caught:
+        reproduce.run_rows(
+            table,
+            list(table.rows[:1]),
+            jobs=1,
+            results=tmp_path / "results",
+            runs=tmp_path / "runs",
+            on_row=lambda *_: None,
+        )
+    assert "something broke" in str(caught.value)
+    assert "exit status 3" in str(caught.value)
+
+
+def test_record_of_another_config_is_not_taken_for_the_row(tmp_path):
+    table = TABLES["mnist_lenet300"]
+    row = table.rows[0]
+    config = configs.as_dict(configs.resolve(row.config))
+    path = tmp_path / table.name / f"{row.name}.json"
+    records.write(path, record(row.name, 1.3, config))
+    assert row not in reproduce.missing(table, tmp_path)
+    records.write(path, record(row.name, 1.3, {**config, "epochs": 5}))
+    with pytest.raises(ValueError, match=r"other values of \['epochs'\]"):
+        reproduce.missing(table, tmp_path)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_rows_of_a_table_differ_and_resolve(name):
+    table = TABLES[name]
+    names = [row.name for row in table.rows]
+    runs = [configs.default_name(configs.resolve(row.config)) for row in table.rows]
+    assert len(set(names)) == len(names)
+    assert len(set(runs)) == len(runs)
+    for row in table.rows:
+        assert set(row.needs) <= set(names)
+
+
+def test_variants_of_gsm_start_from_the_base_row():
+    rows = {row.name: row for row in TABLES["gsm_lenet300"].rows}
+    for row in rows.values():
+        for needed in row.needs:
+            base = configs.base_of(configs.resolve(row.config))
+            assert base == configs.resolve(rows[needed].config)
+
+
+# -- comparison --------------------------------------------------------------------
+
+
+def test_welch_interval_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    ours, paper = rng.normal(1.5, 0.06, 10), rng.normal(1.45, 0.1, 12)
+    published = common.Paper(paper.mean(), paper.std(ddof=1) / math.sqrt(12), n=12)
+    result = common.compare(list(ours), published)
+    expected = stats.ttest_ind(ours, paper, equal_var=False).confidence_interval(0.95)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
+    assert result.mean == pytest.approx(ours.mean())
+    assert result.se == pytest.approx(stats.sem(ours))
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([1.5, 1.52, 1.54], "matches"),
+        ([1.3, 1.32, 1.34], "better"),
+        ([1.7, 1.72, 1.74], "worse"),
+        ([1.5], ""),
+    ],
+)
+def test_verdict(ours, verdict):
+    assert common.compare(ours, common.Paper(1.53, 0.02)).verdict == verdict
+
+
+def test_no_verdict_without_a_standard_error():
+    result = common.compare([1.8, 1.9], common.Paper(1.82))
+    assert result.verdict == ""
+    assert math.isnan(result.low)
+
+
+def test_compare_nothing():
+    with pytest.raises(ValueError, match="ours is empty"):
+        common.compare([], common.Paper(1.0, 0.1))
+
+
+# -- README ------------------------------------------------------------------------
+
+
+def page(tmp_path, inside=""):
+    path = tmp_path / "README.md"
+    path.write_text(f"# Title\n\n{readme.BEGIN}{inside}{readme.END}\n\nafter\n")
+    return path
+
+
+def test_tables_are_written_between_the_markers(tmp_path, capsys):
+    path, results = page(tmp_path, "\nold\n"), tmp_path / "results"
+    paper = {"dense": 1.34, "0.01": 2.0, "0.02": 1.99, "0.05": 1.8, "0.2": 1.26}
+    finish(
+        TABLES["mnist_lenet300"],
+        results,
+        lambda row: paper[row.group] + 0.01 * (row.config.seed - 4.5),
+    )
+    arguments = ["tables", "--readme", str(path), "--results", str(results)]
+    assert cli.main([*arguments, "--check"]) == 1
+    assert "run 'sparse-optax tables'" in capsys.readouterr().err
+    assert "old" in path.read_text()
+
+    assert cli.main(arguments) == 0
+    text = path.read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("\n\nafter\n")
+    assert "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    verdicts = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines[2:]}
+    assert verdicts == {
+        "| dense": "matches |",
+        "| 1%": "better |",
+        "| 2%": "matches |",
+        "| 5%": "worse |",
+        "| 20%": "matches |",
+    }
+    assert "1.34 ± 0.010 (10)" in text
+
+    assert cli.main([*arguments, "--check"]) == 0
+    before = path.stat().st_mtime_ns
+    assert cli.main(arguments) == 0
+    assert path.stat().st_mtime_ns == before
+
+
+def test_half_a_table_says_what_is_missing(tmp_path):
+    table = TABLES["mnist_lenet300"]
+    text = table.render({"d0.05_s0": record("d0.05_s0", 1.5)})
+    assert "| 5% | 5 | 1.50 (1) |" in text
+    assert text.count("not run yet") == 4
+
+
+def test_gsm_table_shows_the_three_errors(tmp_path):
+    table = TABLES["gsm_lenet300"]
+    made = {
+        f"{variant}_s{seed}": record(
+            error=1.9 + 0.02 * seed,
+            test_error_before_cut=1.8,
+            gap={"alive": 60, "kept": 50, "ratio": 0.9},
+            base={"results": {"test_error": 1.7}},
+        )
+        for variant in ("plain", "gate")
+        for seed in (0, 1)
+    }
+    text = table.render(made)
+    line = next(line for line in text.splitlines() if "as in the paper" in line)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2:5] == ["1.70 ± 0.000 (2)", "1.80 ± 0.000 (2)", "1.91 ± 0.010 (2)"]
+    assert cells[6] == "1.20 ± 0.000 (2)"
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{readme.END}{readme.END}"])
+def test_readme_without_markers(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="must hold the lines"):
+        readme.update(path, tmp_path)
+    assert path.read_text() == text
+
+
+def test_records_have_one_line_a_field(tmp_path):
+    path = tmp_path / "run.json"
+    records.write(path, record(error=float("nan")))
+    assert json.loads(path.read_text())["results"]["test_error"] is None
+    assert len(path.read_text().splitlines()) == 2 + 16 + 3
