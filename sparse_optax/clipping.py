@@ -40,7 +40,7 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise ValueError(
             f"clip_by_active_norm: `max_norm` must be positive; got {max_norm!r}. "
-            "1.0 is common."
+            "Use 1.0, for instance."
         )
 
     def update_fn(updates, state, params=None, *, regrow_masks=None, **extra_args):
@@ -53,11 +53,14 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
             )
         kept, _ = mask_trees.flatten(regrow_masks)
         flat = jax.tree.leaves(updates, is_leaf=is_hole)
-        squares = [
-            jnp.sum(jnp.square(jnp.where(True if is_hole(m) else m, u, 0)))
-            for m, u in zip(kept, flat, strict=True)
-            if not is_hole(u)
-        ]
+        squares = []
+        for mask, u in zip(kept, flat, strict=True):
+            if is_hole(u):
+                continue
+            # In float32: squares overflow a float16 early.
+            u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+            active = u if is_hole(mask) else jnp.where(mask, u, 0)
+            squares.append(jnp.sum(jnp.square(active)))
         norm = jnp.sqrt(sum(squares, jnp.zeros([])))
         factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
         scaled = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)

@@ -1,15 +1,17 @@
 """Masks inside optimizer states: read them, replace them, apply them to parameters."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparse_optax.leaves import PyTree, is_hole, leaf_names
+from sparse_optax.leaves import PyTree, is_hole, leaf_names, path_name
 from sparse_optax.mask_trees import (
     PackedMask,
     check_shapes,
     flatten,
+    is_mask,
     mask_shape,
     pack,
     unpack,
@@ -20,6 +22,42 @@ def _has_masks(node: Any) -> bool:
     # By field, not by class: the engine's state is defined further down the list of
     # modules. Optax's own accessors go by field name too.
     return hasattr(node, "regrow_masks")
+
+
+def _mask_trees(opt_state: PyTree) -> list[PyTree]:
+    """Mask trees of all engine states, one inside another included."""
+    found = []
+    for node in jax.tree.leaves(opt_state, is_leaf=_has_masks):
+        if _has_masks(node):
+            found += [node.regrow_masks, *_mask_trees(node.inner_state)]
+    return found
+
+
+def _merge(a: PyTree, b: PyTree, path: tuple = ()) -> PyTree:
+    """Both trees in one. A hole may stand for a leaf or for a whole subtree."""
+    if is_hole(a):
+        return b
+    if is_hole(b):
+        return a
+
+    def is_child(tree):
+        return lambda node: node is not tree
+
+    children, structure = jax.tree_util.tree_flatten_with_path(a, is_leaf=is_child(a))
+    others = jax.tree.leaves(b, is_leaf=is_child(b))
+    if is_mask(a) or not children or children[0][1] is a:
+        if not children and not is_mask(a):
+            return a
+        raise ValueError(
+            f"get_masks: two states in `opt_state` mask the leaf {path_name(path)!r}; "
+            "each leaf may have one method. Give the methods disjoint leaves through "
+            "`where` or optax.partition."
+        )
+    merged = [
+        _merge(x, y, (*path, *key))
+        for (key, x), y in zip(children, others, strict=True)
+    ]
+    return jax.tree.unflatten(structure, merged)
 
 
 def get_masks(opt_state: PyTree) -> PyTree:
@@ -44,27 +82,14 @@ def get_masks(opt_state: PyTree) -> PyTree:
       >>> sparse_optax.masks.count(sparse_optax.get_masks(state))
       5
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=_has_masks)
-    found = [node.regrow_masks for node in nodes if _has_masks(node)]
+    found = _mask_trees(opt_state)
     if not found:
         raise ValueError(
             "get_masks: `opt_state` holds no masks; it must come from an optimizer "
             "with a sparse training method of this package, such as "
             "sparse_momentum_regrow. Pass that optimizer's state."
         )
-    merged, structure = flatten(found[0])
-    for other in found[1:]:
-        for i, mask in enumerate(flatten(other)[0]):
-            if is_hole(mask):
-                continue
-            if not is_hole(merged[i]):
-                raise ValueError(
-                    "get_masks: two states in `opt_state` mask the leaf "
-                    f"{leaf_names(found[0])[i]!r}; each leaf may have one method. "
-                    "Give the methods disjoint leaves through `where` or "
-                    "optax.partition."
-                )
-            merged[i] = mask
+    merged, structure = flatten(functools.reduce(_merge, found))
     return jax.tree.unflatten(
         structure, [m if is_hole(m) else unpack(m) for m in merged]
     )
@@ -96,32 +121,40 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
       True
     """
     get_masks(opt_state)  # raises where there is none
-    given, _ = flatten(masks)
+    given = _by_name(masks)
 
     def replace(node):
         if not _has_masks(node):
             return node
         old, structure = flatten(node.regrow_masks)
-        names = leaf_names(jax.tree.unflatten(structure, list(range(len(old)))))
-        if len(given) != len(old):
-            check_shapes(given, old, names, caller="set_masks")
         new = []
-        for mask, previous, name in zip(given, old, names, strict=True):
+        for previous, name in zip(old, _names(structure), strict=True):
             if is_hole(previous):
                 new.append(previous)
                 continue
-            if is_hole(mask) or mask_shape(mask) != mask_shape(previous):
+            mask = given.get(name)
+            if mask is None or mask_shape(mask) != mask_shape(previous):
+                got = "none" if mask is None else f"shape {mask_shape(mask)}"
                 raise ValueError(
-                    f"set_masks: the mask of {name!r} must have shape "
-                    f"{mask_shape(previous)}; got "
-                    f"{'a hole' if is_hole(mask) else mask_shape(mask)}. "
-                    "Pass a boolean array of that shape."
+                    f"set_masks: `masks` must hold a mask of shape "
+                    f"{mask_shape(previous)} for {name!r}; got {got}. Pass masks made "
+                    "for these parameters."
                 )
             plain = jnp.asarray(unpack(mask), bool)
             new.append(pack(plain) if isinstance(previous, PackedMask) else plain)
         return node._replace(regrow_masks=jax.tree.unflatten(structure, new))
 
     return jax.tree.map(replace, opt_state, is_leaf=_has_masks)
+
+
+def _names(structure: Any) -> list[str]:
+    return leaf_names(jax.tree.unflatten(structure, [0] * structure.num_leaves))
+
+
+def _by_name(masks: PyTree) -> dict[str, Any]:
+    kept, structure = flatten(masks)
+    names = _names(structure)
+    return {n: m for n, m in zip(names, kept, strict=True) if not is_hole(m)}
 
 
 def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
@@ -150,9 +183,7 @@ def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
     nodes = jax.tree.leaves(masks_or_state, is_leaf=_has_masks)
     if any(_has_masks(node) for node in nodes):
         masks_or_state = get_masks(masks_or_state)
-    kept, mask_structure = flatten(masks_or_state)
-    names = leaf_names(jax.tree.unflatten(mask_structure, list(range(len(kept)))))
-    by_name = {n: m for n, m in zip(names, kept, strict=True) if not is_hole(m)}
+    by_name = _by_name(masks_or_state)
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     result = []
     for name, x in zip(leaf_names(params), flat, strict=True):

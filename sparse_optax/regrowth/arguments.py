@@ -60,7 +60,9 @@ def first_masks(
     """
     flat = jax.tree.leaves(params, is_leaf=is_hole)
     names = leaf_names(params)
-    if masks is not None and flat:
+    if not flat:  # `optax.tree.map_params` initialises with a tree without leaves
+        return Layout((), (), ()), ()
+    if masks is not None:
         given = mask_trees.flatten(masks)[0]
         mask_trees.check_shapes(given, flat, names, caller=caller)
         plan = layout(params, [not is_hole(m) for m in given], stacked, caller=caller)

@@ -10,7 +10,6 @@ Now and then a cycle moves the mask:
 A method is a triple of rules. ``regrow`` wraps any optimizer with such a triple.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ import optax
 from sparse_optax import masks as mask_trees
 from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where, is_hole, layout, leaf_names
-from sparse_optax.regrowth import guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.arguments import (
     check_arguments,
@@ -32,8 +30,7 @@ from sparse_optax.regrowth.arguments import (
 from sparse_optax.regrowth.cycle import init_rules
 from sparse_optax.regrowth.opening import (
     Operands,
-    no_cycle,
-    open_cycle,
+    cycle_if,
     reset_grown,
     zip_equal,
 )
@@ -206,7 +203,8 @@ def regrow(
             count=jnp.zeros([], jnp.int32),
             inner_state=inner_state,
             regrow_masks=tree([mask_trees.pack(m) for m in kept] if packed else kept),
-            key=jax.random.key_data(seed),
+            # Copied: the state may be donated, the caller's key may not.
+            key=jnp.array(jax.random.key_data(seed), copy=True),
             momentum=own,
             rules=init_rules(rules, sparse, kept),
             skipped=jnp.zeros([], jnp.int32),
@@ -261,11 +259,8 @@ def regrow(
             skipped=state.skipped,
         )
 
-        opened = functools.partial(
-            open_cycle, plan=plan, rules=rules, idle=inner is None
-        )
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
-        after = guard.run_if(due, opened, no_cycle, operands)
+        after = cycle_if(due, operands, plan=plan, rules=rules, idle=inner is None)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
         masked = list(flat)

@@ -135,7 +135,9 @@ def value(first: jax.Array, second: jax.Array | None) -> jax.Array:
     """
     if second is None:
         return first
-    return first / (jnp.sqrt(second) + EPSILON)
+    # In float32: a float16 has no 1e-8, and 0 / 0 would stop every cycle.
+    wide = jnp.promote_types(first.dtype, jnp.float32)
+    return first.astype(wide) / (jnp.sqrt(second.astype(wide)) + EPSILON)
 
 
 def average(

@@ -1,5 +1,6 @@
 """What happens at an update that opens a cycle, and what at all others."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
+from sparse_optax.regrowth import guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import all_finite, cycle
 from sparse_optax.regrowth.rules import Evidence, Rule, split_layers
@@ -82,6 +84,55 @@ def no_cycle(operands: Operands) -> After:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "rules", "idle"))
+def cycle_if(
+    due: jax.Array,
+    operands: Operands,
+    *,
+    plan: Layout,
+    rules: tuple[Rule, Rule, Rule],
+    idle: bool,
+) -> After:
+    """``open_cycle`` where due, else ``no_cycle``.
+
+    Jitted here, at module level, so that a training step that is not jitted itself
+    compiles the cycle once and not at each step.
+
+    Args:
+      due: bool scalar, whether this update opens a cycle.
+      operands: The stored state.
+      plan: The sparse leaves.
+      rules: The prune, the redistribution and the growth rule.
+      idle: Whether evidence that is zero everywhere means that no cycle runs.
+
+    Returns:
+      The masks to go on with, and which weights move now.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from sparse_optax import leaves, regrowth
+      >>> from sparse_optax.regrowth.opening import Operands, cycle_if
+      >>> zero = jnp.int32(0)
+      >>> before = Operands(
+      ...     params=(jnp.array([3.0, 1.0, 0.0]),),
+      ...     masks=(jnp.array([True, True, False]),), gradient=None,
+      ...     moments=((jnp.array([1.0, 1.0, 2.0]), None),), rules=((), (), ()),
+      ...     key=jax.random.key_data(jax.random.key(0)), step=jnp.int32(10),
+      ...     rate=jnp.float32(0.5), removed=(zero,), grown=(zero,), skipped=zero)
+      >>> rules = (regrowth.prune.magnitude, regrowth.redistribute.momentum,
+      ...          regrowth.grow.momentum)
+      >>> plan = leaves.Layout((0,), ("w",), (None,))
+      >>> for due in (False, True):
+      ...     after = cycle_if(
+      ...         jnp.array(due), before, plan=plan, rules=rules, idle=False)
+      ...     print(after.masks[0].tolist())
+      [True, True, False]
+      [True, False, True]
+    """
+    opened = functools.partial(open_cycle, plan=plan, rules=rules, idle=idle)
+    return guard.run_if(due, opened, no_cycle, operands)
+
+
 def open_cycle(
     operands: Operands, plan: Layout, rules: tuple[Rule, Rule, Rule], *, idle: bool
 ) -> After:
@@ -95,24 +146,6 @@ def open_cycle(
 
     Returns:
       The masks after the cycle; those from before it where a number is not finite.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from sparse_optax import leaves, regrowth
-      >>> from sparse_optax.regrowth.opening import Operands, open_cycle
-      >>> zero = jnp.int32(0)
-      >>> before = Operands(
-      ...     params=(jnp.array([3.0, 1.0, 0.0]),),
-      ...     masks=(jnp.array([True, True, False]),), gradient=None,
-      ...     moments=((jnp.array([1.0, 1.0, 2.0]), None),), rules=((), (), ()),
-      ...     key=jax.random.key_data(jax.random.key(0)), step=jnp.int32(10),
-      ...     rate=jnp.float32(0.5), removed=(zero,), grown=(zero,), skipped=zero)
-      >>> rules = (regrowth.prune.magnitude, regrowth.redistribute.momentum,
-      ...          regrowth.grow.momentum)
-      >>> after = open_cycle(
-      ...     before, leaves.Layout((0,), ("w",), (None,)), rules, idle=False)
-      >>> after.masks[0].tolist()
-      [True, False, True]
     """
     old = tuple(mask_trees.unpack(m) for m in operands.masks)
     moments = operands.moments
@@ -139,7 +172,7 @@ def open_cycle(
         states=operands.rules,
     )
     # A broken weight counts where it is missing too: it cannot be zeroed.
-    sound = jnp.logical_and(result.ok, all_finite(operands.params))
+    sound = jnp.logical_and(result.ok, all_finite(operands.params, (operands.rate,)))
     go = sound
     if idle and evidence.momentum:
         # An update that is zero everywhere (a learning rate of 0) is no evidence.

@@ -191,8 +191,8 @@ def _layout(args, slices, single, prices, shards, names, caller):
         leaf = plan.Leaf(shape, len(arrays), split, cell, pool, pools, start, price)
         if leaf.size * shards >= plan.LIMIT or (parts is None and leaf.cells > 2**20):
             raise ValueError(
-                f"{caller}: {name} of shape {shape} holds {size} weights; from 2**32 on "
-                "it must have at most 2**20 slices along axis 0, of fewer than 2**32 "
+                f"{caller}: {name} of shape {shape} holds {size} weights; from 2**32 "
+                "on it must have at most 2**20 slices along axis 0, of fewer than 2**32 "
                 "weights each. Reshape it."
             )
         cell += leaf.cells
