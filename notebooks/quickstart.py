@@ -31,8 +31,7 @@ if importlib.util.find_spec("sparse_optax") is None:
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet"),
-            "sparse_optax[experiments] @ "
-            "git+https://github.com/sparse-optax/sparse_optax",
+            "sparse_optax[experiments]",
         ],
         check=True,
     )

@@ -192,8 +192,8 @@ def _layout(args, slices, single, prices, shards, names, caller):
         if leaf.size * shards >= plan.LIMIT or (parts is None and leaf.cells > 2**20):
             raise ValueError(
                 f"{caller}: {name} of shape {shape} holds {size} weights; from 2**32 "
-                "on it must have at most 2**20 slices along axis 0, of fewer than 2**32 "
-                "weights each. Reshape it."
+                "on it must have at most 2**20 slices along axis 0, each of fewer "
+                "than 2**32 weights. Reshape it."
             )
         cell += leaf.cells
         if not single:
