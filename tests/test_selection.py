@@ -473,9 +473,9 @@ def test_counts_past_32_bits(k):
     value, ties = divmod(k - 1, 2**24)
     value, ties = 4095 - value, ties + 1
     rows, rest = divmod(ties, 256)
-    ends = np.asarray(found.ends)
+    ends = np.asarray(found.ends[0])
     before = np.clip(ends.astype(np.int64) - value * 256, 0, 256)
-    bound = int(keys.from_key(found.bound, ENDLESS.order)[0])
+    bound = int(keys.from_key(found.bound[0], ENDLESS.order)[0])
     if ties == 2**24:  # all of a value are kept: as well none of the next one
         over = 2**24 * (4095 - bound)
         assert over + before.sum() == k

@@ -165,7 +165,7 @@ def cycle(
     )
     new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, grown, strict=True))
 
-    ok = all_finite(evidence.params, evidence.gradient, evidence.momentum)
+    ok = all_finite(evidence.params, evidence.gradient, evidence.momentum, (rate,))
     if jnp.issubdtype(shares.dtype, jnp.floating):
         ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
 

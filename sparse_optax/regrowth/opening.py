@@ -172,7 +172,7 @@ def open_cycle(
         states=operands.rules,
     )
     # A broken weight counts where it is missing too: it cannot be zeroed.
-    sound = jnp.logical_and(result.ok, all_finite(operands.params, (operands.rate,)))
+    sound = jnp.logical_and(result.ok, all_finite(operands.params))
     go = sound
     if idle and evidence.momentum:
         # An update that is zero everywhere (a learning rate of 0) is no evidence.

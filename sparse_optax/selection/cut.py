@@ -30,16 +30,16 @@ class Cut(NamedTuple):
     """A cut through each of P pools: what is kept, exactly.
 
     Attributes:
-      bound: keys over it are kept, and keys at it where the position is early.
-        Shape (P,).
-      ends: keys at the bound are kept at positions before it. uint32, shape (P,),
-        or one per cell where pools are huge.
+      bound: keys over it are kept, and keys at it where the position is early. One
+        array for all leaves, or one per leaf, with a row for each of its pools.
+      ends: keys at the bound are kept at positions before it (uint32). Arrays as in
+        bound, but with a row for each cell where pools are huge.
       least: the smallest key kept, the highest key where nothing is; shape (P,).
         Only found on request, else zeros.
     """
 
-    bound: jax.Array
-    ends: jax.Array
+    bound: tuple[jax.Array, ...]
+    ends: tuple[jax.Array, ...]
     least: jax.Array
 
 
@@ -64,13 +64,14 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     """
     plan, values = part.plan, _Values(part.plan.order)
     count = probe_count(plan)
-    totals = _words(plan, pairs(plan.totals))
+    limit, guess = part.varying((limit, guess))
+    totals = part.varying(_words(plan, pairs(plan.totals)))
     # A limit past all weights is as good as all of them, and fits one word.
     whole = jnp.logical_not(wide.less64(limit, pairs(plan.totals)))
     room = loop.choose(whole, totals, _words(plan, limit))
-    low = jnp.zeros((plan.pools,), plan.order.unsigned)
+    low = part.varying(jnp.zeros((plan.pools,), plan.order.unsigned))
     high = jnp.where(whole, low, values.span)
-    nothing = tuple(jnp.zeros_like(word) for word in totals)
+    nothing = part.varying(tuple(jnp.zeros_like(word) for word in totals))
     bracket = loop.Bracket(low, high, totals, nothing)
 
     if guess is not None:
@@ -90,7 +91,17 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     bound = values.to_keys(bracket.high)
     ends = _early(part, bound, loop.subtract(room, bracket.above), spare)
     least = _least(part, bound, ends) if plan.least else jnp.zeros_like(bound)
-    return Cut(bound, ends, least)
+    if plan.pools == 1 and not plan.huge:
+        return Cut((bound,), (ends,), least)
+    # Cut up here, inside of the operation that a mesh does not see into: outside, a
+    # slice of a row is an invitation to the partitioner to shard the row.
+    rows = [slice(leaf.pool, leaf.pool + leaf.pools) for leaf in plan.leaves]
+    cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
+    return Cut(
+        tuple(bound[row] for row in rows),
+        tuple(ends[row] for row in (cells if plan.huge else rows)),
+        least,
+    )
 
 
 class _Values(NamedTuple):
@@ -150,7 +161,7 @@ def _sampled(
 
     # Two searches at once, for the ranks on both sides of the answer.
     low, high = (jnp.concatenate([x, x]) for x in (bracket.low, bracket.high))
-    none = jnp.zeros((2,), jnp.uint32)
+    none = part.varying(jnp.zeros((2,), jnp.uint32))
     start = loop.Bracket(low, high, (none + number.astype(jnp.uint32),), (none,))
     probes = loop.propose(start, limit, 5, jnp.ones((2,), bool))
     spare = 1 if count == 5 else 4
@@ -173,9 +184,10 @@ def _early(part: Part, bound: jax.Array, rest, spare: int | None) -> jax.Array:
     """
     plan = part.plan
     sizes = plan.sizes if plan.huge else plan.pool_sizes
-    sizes = jnp.asarray(np.array(sizes, np.uint32))
+    sizes = np.array(sizes, np.uint32)
+    none = part.varying(jnp.zeros(sizes.shape, jnp.uint32))
+    sizes = none + sizes
     bound = _to_cells(plan, bound)
-    none = jnp.zeros((sizes.size,), jnp.uint32)
 
     # Values count positions from the end, so that weights fall as values grow. The
     # first round counts all ties; huge pools then share out the rest among cells.
@@ -186,25 +198,26 @@ def _early(part: Part, bound: jax.Array, rest, spare: int | None) -> jax.Array:
         counts = part.at(bound, ends if plan.huge else _to_cells(plan, ends))
         if not plan.huge:
             new, probes = loop.narrow(bracket, limit, probes, _to_pools(plan, counts))
-            return jnp.zeros((), bool), limit, new, probes
+            return first & np.False_, limit, new, probes
         weight = _weights(plan, counts)
         share, spent = _shares(plan, tuple(word[:, 0] for word in weight), rest)
         limit = loop.choose(first, share, limit)
         new, probes = loop.narrow(bracket, limit, probes, weight)
         spent = first & spent
         low, high = (jnp.where(spent, sizes, x) for x in (new.low, new.high))
-        return jnp.zeros((), bool), limit, new._replace(low=low, high=high), probes
+        new = new._replace(low=low, high=high)
+        return first & np.False_, limit, new, probes
 
     def unfinished(state):
         first, limit, bracket, _ = state
         return first | (wanted & jnp.any(loop.unfinished(bracket, limit, spare)))
 
-    wanted = jnp.ones((), bool)
+    wanted = none[0] == 0
     if spare is not None:
         wanted = jnp.any(functools.reduce(jnp.bitwise_or, rest) > 0)
     most, zero = (tuple(none + np.uint32(x) for _ in rest) for x in (2**32 - 1, 0))
     bracket = loop.Bracket(none, sizes, most, zero)
-    probes = jnp.zeros((sizes.size, 3), jnp.uint32)
+    probes = jnp.zeros((1, 3), jnp.uint32) + none[:, None]
     limit = zero if plan.huge else rest
     state = (wanted, limit, bracket, probes)
     _, _, bracket, _ = lax.while_loop(unfinished, body, state)

@@ -54,9 +54,14 @@ def find(plan: Plan, args, limit, guess) -> cut.Cut:
     Returns:
       The cut, replicated.
     """
-    if plan.axis_name is None:
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    if plan.axis_name is None and AxisType.Manual not in kinds:
         return _operation(plan)(args, limit, guess)
+    if AxisType.Manual in kinds and len(kinds) > 1:
+        # In a partly manual region only plain sums are split over the other axes.
+        plan = plan._replace(many=False)
     names = plan.axis_name if isinstance(plan.axis_name, tuple) else (plan.axis_name,)
+    names = () if plan.axis_name is None else names
     return cut.find(Part(plan, args, places(plan), names), limit, guess)
 
 
@@ -145,6 +150,11 @@ def _partition(plan: Plan, mesh, operands, results):
 
 def _even(array, mesh) -> list[tuple[str, ...]]:
     """Mesh axes of each axis of an array, none where they do not divide it."""
+    if not isinstance(array.sharding, NamedSharding):
+        raise ValueError(
+            f"selection: an array of shape {array.shape} has the sharding "
+            f"{array.sharding}, which names no mesh; place it with a NamedSharding."
+        )
     spec = [axes or () for axes in array.sharding.spec]
     spec = [axes if isinstance(axes, tuple) else (axes,) for axes in spec]
     spec += [()] * (len(array.shape) - len(spec))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from sparse_optax.selection import keys as key_order
 from sparse_optax.selection.plan import Leaf, Plan, row_major
@@ -177,6 +178,23 @@ class Part(NamedTuple):
         if not keys:
             keys = [jnp.zeros((1,), order.dtype)]
         return jnp.concatenate(keys), self.total(number)
+
+    def varying(self, tree: Any) -> Any:
+        """Arrays typed as the counts are: as different in each manual shard.
+
+        Under ``shard_map`` without an ``axis_name``, or with fewer axes than are
+        manual, each shard makes a selection of its own. What a loop starts from must
+        then be typed so, and comes to be by adding a sum over no elements.
+        """
+        if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+            return tree
+        nothing = [
+            jnp.sum(lax.slice(x.reshape(-1), (0,), (0,)).astype(jnp.uint32))
+            for arrays in self.args
+            for x in arrays
+        ]
+        zero = self.total(sum(nothing, start=jnp.uint32(0)))
+        return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of x over all devices."""

@@ -179,16 +179,18 @@ def _select(args, limit, guess, *, plan):
     cut = mesh.find(plan, args, limit, guess)
     # The same barrier and the same keys as in the search: masks cannot disagree.
     args, bound, ends = lax.optimization_barrier((args, cut.bound, cut.ends))
+    count = len(plan.leaves)
+    bounds = bound * count if len(bound) == 1 else bound
+    ends = ends * count if len(ends) == 1 else ends
     masks = []
-    for leaf, place, arrays in zip(plan.leaves, mesh.places(plan), args, strict=True):
+    for place, arrays, level, end in zip(
+        mesh.places(plan), args, bounds, ends, strict=True
+    ):
         keys = key_order.to_key(passes.scores(plan.score, arrays), plan.order)
-        pool = slice(leaf.pool, leaf.pool + leaf.pools)
-        cell = slice(leaf.cell, leaf.cell + leaf.cells) if plan.huge else pool
         shape = (-1,) + (1,) * (keys.ndim - 1) if keys.ndim else ()
         position = passes.positions(keys.shape, place.strides, place.base)
-        early = position < ends[cell].reshape(shape)
-        level = bound[pool].reshape(shape)
-        masks.append((keys > level) | ((keys == level) & early))
+        level, end = level.reshape(shape), end.reshape(shape)
+        masks.append((keys > level) | ((keys == level) & (position < end)))
     return masks, key_order.from_key(cut.least, plan.order)
 
 
