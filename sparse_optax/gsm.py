@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparse_optax import budgets, masks, selection
+from sparse_optax import budgets, mask_trees, masks, selection
 from sparse_optax.leaves import (
     PyTree,
     Where,
@@ -100,6 +100,9 @@ def gsm_mask(
       weight whose saliency is zero never passes while Q < N. A NaN gradient ranks
       highest and passes: a broken gradient must surface. Cutting the model to Q
       weights afterwards costs nothing only if no more are alive; see ``gsm_gap``.
+
+      Under ``optax.inject_hyperparams`` only ``density`` may be injected, with
+      ``hyperparam_dtype=jnp.float32``; name all others in ``static_args``.
 
     Args:
       density: Fraction in (0, 1], a budget, or a schedule of the number of finished
@@ -246,11 +249,11 @@ def _gate(
 
             branch = jnp.sign(state.count - freeze_at) + 1
             active, threshold = lax.switch(branch, [by_saliency, by_rule, as_before])
-        passed = [jnp.sum(m, dtype=jnp.int32) for m in active]
+        passed = [mask_trees.count_true(m) for m in active]
         reactivated = state.gsm_reactivated
         if stores:
             fresh = [
-                jnp.sum(jnp.logical_and(m, jnp.logical_not(p)), dtype=jnp.int32)
+                mask_trees.count_true(jnp.logical_and(m, jnp.logical_not(p)))
                 for m, p in zip(active, previous, strict=True)
             ]
             reactivated = jnp.where(state.count > 0, sum(fresh), 0)

@@ -181,10 +181,10 @@ def _power(matrix: np.ndarray, n: int, state: np.ndarray):
     while n:
         if n & 1:
             state = matrix @ state
-            scale = np.abs(state).max()
+            scale = np.abs(state).max() or 1.0
             state, log_state = state / scale, log_state + np.log(scale) + log_matrix
         matrix = matrix @ matrix
-        scale = np.abs(matrix).max()
+        scale = np.abs(matrix).max() or 1.0
         matrix, log_matrix = matrix / scale, 2 * log_matrix + np.log(scale)
         n >>= 1
     return state, log_state

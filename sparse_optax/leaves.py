@@ -156,7 +156,7 @@ def resolve_where(
 
     Raises:
       ValueError: If ``where`` does not fit ``params``, is not made of bools, or
-        chooses a leaf that is not floating or has no dimension.
+        chooses a leaf that is not floating.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -213,7 +213,9 @@ def resolve_where(
     return chosen
 
 
-def eligible(params: PyTree, where: Where | None = None) -> PyTree:
+def eligible(
+    params: PyTree, where: Where | None = None, *, embeddings: bool = True
+) -> PyTree:
     """Shows which leaves are made sparse: a tree of bools like ``params``.
 
     It is the default choice of every transformation here and serves as a mask for
@@ -224,6 +226,7 @@ def eligible(params: PyTree, where: Where | None = None) -> PyTree:
     Args:
       params: The parameters, concrete or abstract.
       where: Another choice, see ``resolve_where``.
+      embeddings: Whether the default choice takes embedding tables.
 
     Returns:
       A tree with the structure of ``params`` whose leaves are Python bools.
@@ -238,7 +241,7 @@ def eligible(params: PyTree, where: Where | None = None) -> PyTree:
       {'bias': False, 'kernel': True}
       >>> decay = optax.add_decayed_weights(5e-4, mask=sparse_optax.eligible)
     """
-    chosen = resolve_where(params, where, caller="eligible")
+    chosen = resolve_where(params, where, embeddings=embeddings, caller="eligible")
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_hole), chosen)
 
 

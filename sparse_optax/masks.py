@@ -23,7 +23,14 @@ from sparse_optax.leaves import (
     resolve_where,
 )
 from sparse_optax.mask_trees import PackedMask as PackedMask
-from sparse_optax.mask_trees import check_shapes, is_mask, mask_shape, rebuild
+from sparse_optax.mask_trees import check_names as check_names
+from sparse_optax.mask_trees import (
+    check_shapes,
+    count_true,
+    is_mask,
+    mask_shape,
+    rebuild,
+)
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
@@ -107,7 +114,9 @@ def count(masks: PyTree) -> int:
       2
     """
     kept = [m for m in flatten(masks)[0] if not is_hole(m)]
-    return sum(int(jnp.sum(unpack(m), dtype=jnp.int32)) for m in kept)
+    # Given masks are constants of the trace: they are counted while it is made.
+    with jax.ensure_compile_time_eval():
+        return sum(int(count_true(unpack(m))) for m in kept)
 
 
 def density(masks: PyTree) -> float:
@@ -230,7 +239,11 @@ def as_key(key: Key, *, caller: str) -> jax.Array:
         return jax.random.key(int(key))
     if isinstance(key, (jax.Array, np.ndarray)):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return key
+            default = jax.random.key_impl(jax.random.key(0))
+            if jax.random.key_impl(key) == default:
+                return key
+            # States keep key data, which does not tell its implementation.
+            return jax.random.key(jax.random.bits(key, dtype=jnp.uint32))
         if key.dtype == jnp.uint32 and key.ndim >= 1:
             return jax.random.wrap_key_data(key)
         # An integer that was injected as a hyper-parameter, or a seed under vmap.
@@ -330,7 +343,16 @@ def random_masks(
         plan.axes,
         _identity,
     )
+    kept = [_place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
     return rebuild(structure, len(flat), plan.index, kept)
+
+
+def _place(mask: jax.Array, like: Any) -> jax.Array:
+    """A concrete mask on the devices of its concrete leaf, under Auto meshes too."""
+    is_abstract = isinstance(mask, jax.core.Tracer) or isinstance(like, jax.core.Tracer)
+    if is_abstract or not isinstance(like, jax.Array):
+        return mask
+    return jax.device_put(mask, like.sharding)
 
 
 def magnitude_masks(
@@ -340,6 +362,7 @@ def magnitude_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    embeddings: bool = True,
 ) -> PyTree:
     """Masks of the weights of largest magnitude, an exact number of them.
 
@@ -350,6 +373,8 @@ def magnitude_masks(
         ``"leaf"`` ranks each layer alone, with the budget's count for it.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      embeddings: Whether the default choice takes embedding tables. Give False for
+        the cut after GSM, which leaves them alone.
 
     Returns:
       A mask tree.
@@ -370,8 +395,11 @@ def magnitude_masks(
             "Use 'leaf' to rank each layer alone."
         )
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    chosen = resolve_where(params, where, caller="magnitude_masks")
+    chosen = resolve_where(
+        params, where, embeddings=embeddings, caller="magnitude_masks"
+    )
     plan = layout(params, chosen, stacked, caller="magnitude_masks")
+    where = jax.tree.unflatten(structure, chosen)
     pool = [(flat[i],) for i in plan.index]
     if not pool:
         return rebuild(structure, len(flat), (), ())

@@ -13,6 +13,7 @@ from sparse_optax.mask_trees import (
     flatten,
     is_mask,
     mask_shape,
+    names_of,
     pack,
     unpack,
 )
@@ -68,7 +69,8 @@ def get_masks(opt_state: PyTree) -> PyTree:
         accumulated.
 
     Returns:
-      A mask tree with the structure of the parameters.
+      A mask tree with the structure of the parameters. Its arrays are the state's
+      own: copy them before a training step that donates the state.
 
     Raises:
       ValueError: If there is no engine state, or two of them mask one leaf.
@@ -122,13 +124,14 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
     """
     get_masks(opt_state)  # raises where there is none
     given = _by_name(masks)
+    used: set[str] = set()
 
     def replace(node):
         if not _has_masks(node):
             return node
         old, structure = flatten(node.regrow_masks)
         new = []
-        for previous, name in zip(old, _names(structure), strict=True):
+        for previous, name in zip(old, names_of(structure), strict=True):
             if is_hole(previous):
                 new.append(previous)
                 continue
@@ -140,20 +143,27 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
                     f"{mask_shape(previous)} for {name!r}; got {got}. Pass masks made "
                     "for these parameters."
                 )
-            plain = jnp.asarray(unpack(mask), bool)
+            used.add(name)
+            # Copied: the state may be donated, the caller's masks may not.
+            plain = jnp.array(unpack(mask), bool, copy=True)
             new.append(pack(plain) if isinstance(previous, PackedMask) else plain)
-        return node._replace(regrow_masks=jax.tree.unflatten(structure, new))
+        return node._replace(
+            regrow_masks=jax.tree.unflatten(structure, new),
+            inner_state=jax.tree.map(replace, node.inner_state, is_leaf=_has_masks),
+        )
 
-    return jax.tree.map(replace, opt_state, is_leaf=_has_masks)
-
-
-def _names(structure: Any) -> list[str]:
-    return leaf_names(jax.tree.unflatten(structure, [0] * structure.num_leaves))
+    replaced = jax.tree.map(replace, opt_state, is_leaf=_has_masks)
+    if unknown := sorted(given.keys() - used):
+        raise ValueError(
+            f"set_masks: `masks` holds {unknown}, which no state masks; the names must "
+            f"be among {sorted(used)}. Leave them out."
+        )
+    return replaced
 
 
 def _by_name(masks: PyTree) -> dict[str, Any]:
     kept, structure = flatten(masks)
-    names = _names(structure)
+    names = names_of(structure)
     return {n: m for n, m in zip(names, kept, strict=True) if not is_hole(m)}
 
 

@@ -46,6 +46,9 @@ def sparse_momentum_regrow(
       with ``packed``. A cycle reads weights and momentum a few dozen times, once a
       period; other steps cost one pass. On a mesh, a cycle needs small all-reduces.
 
+      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
+      all others in ``static_args``.
+
     Args:
       inner: The optimizer that is wrapped; its momentum must see dense gradients.
         None, behind an optimizer in a chain, reads the incoming update.

@@ -63,7 +63,8 @@ def first_masks(
     if not flat:  # `optax.tree.map_params` initialises with a tree without leaves
         return Layout((), (), ()), ()
     if masks is not None:
-        given = mask_trees.flatten(masks)[0]
+        given, structure = mask_trees.flatten(masks)
+        mask_trees.check_names(structure, names, caller=caller)
         mask_trees.check_shapes(given, flat, names, caller=caller)
         plan = layout(params, [not is_hole(m) for m in given], stacked, caller=caller)
         for i in plan.index:
@@ -188,14 +189,16 @@ def check_arguments(
         fail(
             "density", density, "in (0, 1] or a budget", "Pass density=0.05, or masks."
         )
-    if isinstance(density, (int, float)) and not 0 < density <= 1:
+    if isinstance(density, bool) or (
+        isinstance(density, (int, float)) and not 0 < density <= 1
+    ):
         fail(
             "density",
             density,
             "in (0, 1] or a budget",
             "Pass 0.05 to keep 5% of the weights.",
         )
-    if isinstance(period, (int, float)) and (period < 1 or period != int(period)):
+    if isinstance(period, float) or (isinstance(period, int) and period < 1):
         fail(
             "update_period",
             period,
@@ -203,7 +206,7 @@ def check_arguments(
             "Pass the steps of an epoch.",
         )
     for name, value, least in (("update_start", start, 0), ("update_stop", stop, 1)):
-        if isinstance(value, (int, float)) and (value < least or value != int(value)):
+        if isinstance(value, float) or (isinstance(value, int) and value < least):
             allowed = f"an integer of at least {least}"
             fail(name, value, allowed, "Give a number of updates.")
     if rate is None and stop is None:
@@ -219,6 +222,12 @@ def check_arguments(
         momentum == "auto" or (isinstance(momentum, float | int) and 0 <= momentum < 1)
     ):
         fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
+    if inner is None and momentum != "auto":
+        cure = "Wrap the optimizer: regrow(optax.sgd(...), ...)."
+        fail("momentum", momentum, '"auto" where there is no `inner`', cure)
+    if inner is None and reset == "grown":
+        cure = "Wrap the optimizer: regrow(optax.adam(...), ...)."
+        fail("reset_moments", reset, '"none" where there is no `inner`', cure)
     if reset not in ("none", "grown"):
         fail(
             "reset_moments",

@@ -137,23 +137,30 @@ def cycle(
     active = layer_counts(before, axes)
     evidence = evidence._replace(counts=None)
 
+    def keyed(evidence: Evidence, rule: int) -> Evidence:
+        # A key for each rule: a random prune and a random growth must not agree.
+        if evidence.key is None:
+            return evidence
+        return evidence._replace(key=jax.random.fold_in(evidence.key, rule))
+
     shares, share_state = None, states[1]
     if not redistribute.after_prune:
-        shares, share_state = redistribute.apply(evidence, states[1])
+        shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
     rate = jnp.asarray(prune_rate, jnp.float32)
     even = jnp.zeros_like(sizes, dtype=jnp.uint32)
     to_remove = allocate.prune_counts(
         rate, active, sizes, even if shares is None else allocate.as_shares(shares)
     )
     kept, prune_state = prune.apply(
-        evidence._replace(counts=split_layers(to_remove, before, axes)), states[0]
+        keyed(evidence._replace(counts=split_layers(to_remove, before, axes)), 0),
+        states[0],
     )
     # A rule prunes what is active and nothing else.
     kept = tuple(jnp.logical_and(k, m) for k, m in zip(kept, before, strict=True))
     removed = active - layer_counts(kept, axes)
     evidence = evidence._replace(masks=kept)
     if shares is None:
-        shares, share_state = redistribute.apply(evidence, states[1])
+        shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
     to_grow = allocate.apportion(
         jnp.sum(removed, dtype=jnp.int32),
         allocate.as_shares(shares),
@@ -161,7 +168,8 @@ def cycle(
         removed,
     )
     grown, grow_state = grow.apply(
-        evidence._replace(counts=split_layers(to_grow, before, axes)), states[2]
+        keyed(evidence._replace(counts=split_layers(to_grow, before, axes)), 2),
+        states[2],
     )
     new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, grown, strict=True))
 

@@ -112,6 +112,9 @@ def regrow(
       reads weights and momentum a few dozen times. Memory: one byte a weight, one
       bit with ``packed``.
 
+      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
+      all others in ``static_args``.
+
     Args:
       inner: The optimizer that is wrapped.
       density: Fraction of weights kept, in (0, 1], in every layer, or a budget.
@@ -222,6 +225,7 @@ def regrow(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         gradient = jax.tree.leaves(updates, is_leaf=is_hole)
         names = leaf_names(params)
+        mask_trees.check_names(mask_structure, names, caller=caller)
         mask_trees.check_shapes(stored, flat, names, caller=caller)
         mask_trees.check_shapes(stored, gradient, names, caller=caller)
         sparse_leaves = [not is_hole(m) for m in stored]

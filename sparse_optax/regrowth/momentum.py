@@ -21,11 +21,13 @@ class Found(NamedTuple):
 
     Attributes:
       path: Where it stands, for messages.
+      field: ``"trace"`` or ``"mu"``.
       first: The entry of ``trace`` or ``mu``.
       second: The entry of ``nu`` beside ``mu``, or None.
     """
 
     path: str
+    field: str
     first: Any
     second: Any
 
@@ -66,7 +68,7 @@ def candidates(
         if field in FIELDS:
             second = entries.get((prefix, "nu", i)) if field == "mu" else None
             path = "/".join(x for x in (prefix, field, names[i]) if x)
-            found[i].append(Found(path, leaf, second))
+            found[i].append(Found(path, field, leaf, second))
     return found
 
 
@@ -110,10 +112,7 @@ def find(
     if not all(found):
         return None
     first = [entries[0] for entries in found]
-    kinds = {
-        (f.path.split("/")[-2 - n.count("/")], f.second is None)
-        for f, n in zip(first, names, strict=True)
-    }
+    kinds = {(f.field, f.second is None) for f in first}
     return first if len(kinds) <= 1 else None
 
 
@@ -145,6 +144,9 @@ def average(
 ) -> tuple[jax.Array, ...]:
     """The engine's own average: m <- decay * m + (1 - decay) * g, in float32.
 
+    An entry whose gradient is not finite keeps its average: one broken step would
+    otherwise end all later cycles.
+
     Args:
       old: The averages.
       gradient: The gradients.
@@ -161,6 +163,10 @@ def average(
       [0.25]
     """
     return tuple(
-        (decay * m + (1 - decay) * g.astype(m.dtype)).astype(m.dtype)
+        jnp.where(
+            jnp.isfinite(g),
+            (decay * m + (1 - decay) * g.astype(m.dtype)).astype(m.dtype),
+            m,
+        )
         for m, g in zip(old, gradient, strict=True)
     )

@@ -174,9 +174,10 @@ def open_cycle(
     # A broken weight counts where it is missing too: it cannot be zeroed.
     sound = jnp.logical_and(result.ok, all_finite(operands.params))
     go = sound
-    if idle and evidence.momentum:
+    seen = evidence.momentum or evidence.gradient
+    if idle and seen:
         # An update that is zero everywhere (a learning rate of 0) is no evidence.
-        moving = [jnp.any(m != 0) for m in evidence.momentum]
+        moving = [jnp.any(m != 0) for m in seen]
         go = jnp.logical_and(go, jnp.any(jnp.stack(moving)))
     moves = tuple(
         # Kept, or grown from missing. What was pruned rests for this update, also

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_optax.mask_trees import count_true
+
 
 class Evidence(NamedTuple):
     """All that a rule may look at. Each tuple has one entry a sparse leaf.
@@ -193,7 +195,9 @@ def layer_counts(
       [3]
     """
     counts = [
-        jnp.sum(mask, axis=other_axes(mask, axis), dtype=jnp.int32).reshape(-1)
+        count_true(mask).reshape(1)
+        if axis is None
+        else jnp.sum(mask, axis=other_axes(mask, axis), dtype=jnp.int32)
         for mask, axis in zip(masks, axes, strict=True)
     ]
     return jnp.concatenate(counts) if counts else jnp.zeros(0, jnp.int32)

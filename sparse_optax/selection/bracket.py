@@ -4,8 +4,8 @@ Values are unsigned integers. ``weigh(probes)`` says how much lies strictly abov
 each probe, which never grows with the probe. For each row (one search), the loop
 finds the smallest value whose weight fits the limit. Probes sit where a straight
 line through the bracket puts the answer, spread by the standard deviation of a
-random order there; one probe in the middle, and a round of evenly spaced ones
-after a bad guess, bound the number of rounds for any input.
+random order there; a round of evenly spaced ones after each that got nowhere bounds
+the number of rounds for any input.
 
 A *weight* is a tuple of one uint32 array, or of two (a pair of `wide`) where totals
 pass 32 bits.
@@ -23,12 +23,12 @@ from sparse_optax import wide
 
 Weight = tuple[jax.Array, ...]
 
-# Where probes go, in standard deviations, by number of probes; None is the middle.
-# Tuned by simulation on products of Gaussians, for the fewest passes.
+# Where probes go, in standard deviations, by number of probes. Tuned by simulation on
+# products of Gaussians, for the fewest passes.
 _OFFSETS = {
-    3: (-1.0, None, 1.0),
-    5: (-1.6, -0.4, None, 0.4, 1.6),
-    7: (-2.0, -1.0, -0.35, None, 0.35, 1.0, 2.0),
+    3: (-1.0, 0.0, 1.0),
+    5: (-2.0, -0.7, 0.0, 0.7, 2.0),
+    7: (-3.0, -1.3, -0.5, 0.0, 0.5, 1.3, 3.0),
 }
 
 
@@ -154,12 +154,10 @@ def propose(bracket: Bracket, limit: Weight, count: int, even) -> jax.Array:
     inside = jnp.maximum(real(subtract(below, above), dtype), 1)
     share = jnp.clip(real(subtract(limit, above), dtype) / inside, 0, 1)
     spread = jnp.sqrt(jnp.maximum(share * (1 - share) / inside, 0.25 / inside**2))
-    offsets = _OFFSETS[count]
-    off = np.array([[0.0 if x is None else x for x in offsets]], dtype)
-    middle = np.array([[x is None for x in offsets]])
+    offsets = np.array([_OFFSETS[count]], dtype)
     evenly = np.arange(1, count + 1, dtype=dtype)[None] / (count + 1)
-    guided = jnp.clip(share[:, None] + spread[:, None] * off, 0, 1)
-    place = jnp.where(even[:, None] | middle, evenly, guided)
+    guided = jnp.clip(share[:, None] + spread[:, None] * offsets, 0, 1)
+    place = jnp.where(even[:, None], evenly, guided)
     width = (high - low).astype(dtype)[:, None]
     # The largest float below 2**32 (2**64), so that the cast cannot overflow.
     top = np.nextafter(np.array(2.0 ** (8 * low.dtype.itemsize), dtype), dtype(0))

@@ -89,8 +89,8 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     spare = 0 if all(plan.costs) else None
     bracket = loop.search(weigh, bracket, room, probes, spare=spare)
     bound = values.to_keys(bracket.high)
-    ends = _early(part, bound, loop.subtract(room, bracket.above), spare)
-    least = _least(part, bound, ends) if plan.least else jnp.zeros_like(bound)
+    ends, kept = _early(part, bound, loop.subtract(room, bracket.above), spare)
+    least = _least(part, bound, kept) if plan.least else jnp.zeros_like(bound)
     if plan.pools == 1 and not plan.huge:
         return Cut((bound,), (ends,), least)
     # Cut up here, inside of the operation that a mesh does not see into: outside, a
@@ -176,11 +176,12 @@ def _sampled(
     return jnp.concatenate([below[:, None], inner, high[:, None]], axis=1)
 
 
-def _early(part: Part, bound: jax.Array, rest, spare: int | None) -> jax.Array:
+def _early(part: Part, bound: jax.Array, rest, spare: int | None):
     """Which of the weights at the bound are kept: the first ones that fit the rest.
 
     Returns:
-      Positions before which they are kept: ``ends`` of `Cut`.
+      ``(ends, kept)``: the positions before which they are kept, shape (P,) or, in
+      huge pools, (C,), and whether there are any, shape (C,).
     """
     plan = part.plan
     sizes = plan.sizes if plan.huge else plan.pool_sizes
@@ -221,15 +222,21 @@ def _early(part: Part, bound: jax.Array, rest, spare: int | None) -> jax.Array:
     limit = zero if plan.huge else rest
     state = (wanted, limit, bracket, probes)
     _, _, bracket, _ = lax.while_loop(unfinished, body, state)
-    return sizes - bracket.high
+    ends = sizes - bracket.high
+    kept = functools.reduce(jnp.bitwise_or, bracket.above) > 0
+    if spare is None:  # those kept may weigh nothing
+        cells = ends if plan.huge else _to_cells(plan, ends)
+        kept = part.at(bound, jnp.stack([cells, cells], axis=1))[:, 0] > 0
+    elif not plan.huge:
+        kept = kept[plan.pool_of_cell]
+    return ends, kept
 
 
-def _least(part: Part, bound: jax.Array, ends: jax.Array) -> jax.Array:
-    """The smallest key kept: the bound, if one at the bound is kept."""
-    plan, bounds = part.plan, _to_cells(part.plan, bound)
-    ends = ends if plan.huge else _to_cells(plan, ends)
-    ties = part.at(bounds, jnp.stack([ends, ends], axis=1))[:, 0] > 0
-    lowest = jnp.where(ties, bound[plan.pool_of_cell], part.least(bounds))
+def _least(part: Part, bound: jax.Array, kept: jax.Array) -> jax.Array:
+    """The smallest key kept: the bound, if any at the bound is kept."""
+    plan = part.plan
+    lowest = part.least(_to_cells(plan, bound))
+    lowest = jnp.where(kept, bound[plan.pool_of_cell], lowest)
     if plan.pools == plan.cells:
         return lowest
     if plan.pools == 1:
