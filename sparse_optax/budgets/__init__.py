@@ -38,3 +38,10 @@ from sparse_optax.budgets.factories import num_bytes as num_bytes
 from sparse_optax.budgets.factories import num_flops as num_flops
 from sparse_optax.budgets.factories import uniform as uniform
 from sparse_optax.budgets.records import Budget as Budget
+from sparse_optax.budgets.records import ErdosRenyi as ErdosRenyi
+from sparse_optax.budgets.records import ErdosRenyiKernel as ErdosRenyiKernel
+from sparse_optax.budgets.records import Linear as Linear
+from sparse_optax.budgets.records import Nonzeros as Nonzeros
+from sparse_optax.budgets.records import NumBytes as NumBytes
+from sparse_optax.budgets.records import NumFlops as NumFlops
+from sparse_optax.budgets.records import Uniform as Uniform
