@@ -14,6 +14,14 @@ for bit the same on one device and on any mesh.
 **Score functions** must be element-wise: they are applied to samples, to rows and
 to shards of the leaves, inside of the loop. They should be functions at module
 level, since each new function object is compiled anew.
+
+**On a mesh** (Auto or Explicit axes) each device counts its own part, and one small
+all-reduce a round adds the counts; masks have the sharding of their leaves. Edges that
+are known: inside ``shard_map`` give ``axis_name``, or each shard selects alone; a
+program for several devices cannot go through ``jax.export``; and the persistent
+compilation cache finds it again only with
+``jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)``.
+Under ``vmap`` on several devices plain sums do the counting, which is slower on CPU.
 """
 
 from sparse_optax.selection.topk import Selection as Selection

@@ -328,7 +328,7 @@ def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Arr
     """
     out = jnp.full((1,) * len(shape), base, jnp.uint32)
     for axis, stride in enumerate(strides):
-        if stride:
+        if stride and shape[axis] > 1:
             iota = lax.broadcasted_iota(jnp.uint32, shape, axis)
             out = out + iota * np.uint32(stride % 2**32)
     return out
