@@ -264,7 +264,7 @@ def _gate(
             return masks.rebuild(structure, len(old), index, values)
 
         return jax.tree.unflatten(update_structure, gradient), GsmState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             gsm_threshold=threshold,
             gsm_passed=tree(passed),
             gsm_reactivated=reactivated,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparse_optax import budgets, selection
 from sparse_optax.leaves import (
@@ -349,7 +350,7 @@ def random_masks(
 
 def _place(mask: jax.Array, like: Any) -> jax.Array:
     """A concrete mask on the devices of its concrete leaf, under Auto meshes too."""
-    is_abstract = isinstance(mask, jax.core.Tracer) or isinstance(like, jax.core.Tracer)
+    is_abstract = isinstance(mask, Tracer) or isinstance(like, Tracer)
     if is_abstract or not isinstance(like, jax.Array):
         return mask
     return jax.device_put(mask, like.sharding)

@@ -292,8 +292,9 @@ def check_static(density: Any, caller: str, argument: str = "density") -> None:
       >>> budgets.check_static(0.05, "doc")
     """
     is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    number: Any = density if is_number else 1
     wrong_type = density is None or isinstance(density, (bool, str))
-    if wrong_type or (is_number and not 0 < density <= 1):
+    if wrong_type or not 0 < number <= 1:
         raise ValueError(
             f"{caller}: `{argument}` must be in (0, 1], a budget or a schedule; got "
             f"{density!r}. Pass 1 / 60 to keep one weight in sixty."

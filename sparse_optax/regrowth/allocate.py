@@ -17,6 +17,10 @@ def _pair(x: jax.Array) -> wide.Pair:
     return jnp.zeros_like(x), x
 
 
+def _spread(pair: wide.Pair, shape: tuple[int, ...]) -> wide.Pair:
+    return jnp.broadcast_to(pair[0], shape), jnp.broadcast_to(pair[1], shape)
+
+
 def floor_fraction(rate: jax.Array, n: jax.Array) -> jax.Array:
     """floor(rate * n), exact for the float32 value of the rate.
 
@@ -84,7 +88,7 @@ def prune_counts(
     dense = wide.less64(wide.mul32(missing, jnp.full_like(layers, 5)), _pair(sizes))
     total = wide.sum64(shares)
     growing = wide.less64(
-        tuple(jnp.broadcast_to(t, shares.shape) for t in total),
+        _spread(total, shares.shape),
         wide.mul32(shares, layers),
     )
     # floor(sparsity * nonzeros) with sparsity = missing / size.
@@ -147,14 +151,14 @@ def apportion(
     if not layers:
         return jnp.zeros(0, jnp.int32)
     shares = jnp.where(jnp.any(shares > 0), shares, fallback.astype(jnp.uint32))
-    whole = tuple(jnp.broadcast_to(t, (layers,)) for t in wide.sum64(shares))
+    whole = _spread(wide.sum64(shares), (layers,))
     whole = wide.where64(whole[0] + whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
     product = wide.mul32(shares, jnp.full_like(shares, 1) * total.astype(jnp.uint32))
     quotient, remainder = wide.divmod64(product, whole)
     given = quotient[1].astype(jnp.int32)
     # A layer's rank is the number of layers whose remainder comes before its own.
-    mine = tuple(r[:, None] for r in remainder)
-    theirs = tuple(r[None, :] for r in remainder)
+    high, low = remainder
+    mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
     order = jnp.arange(layers)
     tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
     ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))

@@ -1,11 +1,12 @@
 """Checks and readies the arguments of ``regrow``: rates, first masks, budgets."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparse_optax import budgets, schedules
 from sparse_optax import masks as mask_trees
@@ -95,8 +96,7 @@ def first_masks(
 
 def _check_budget(density, masks, params, where, stacked, caller):
     abstract = any(
-        isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
-        for x in jax.tree.leaves(masks)
+        isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(masks)
     )
     if density is None or abstract:
         return
@@ -260,7 +260,7 @@ def rate_schedule(
       0.25
     """
     if prune_rate is None:
-        return schedules.cosine_prune_rate(0.5, stop=update_stop)
+        return schedules.cosine_prune_rate(0.5, stop=cast(int, update_stop))
     if callable(prune_rate):
         return prune_rate
     return lambda count: jnp.asarray(prune_rate, jnp.float32)

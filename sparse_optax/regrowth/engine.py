@@ -257,7 +257,7 @@ def regrow(
             rules=state.rules,
             key=state.key,
             step=state.count,
-            rate=rate_at(state.count),
+            rate=jnp.asarray(rate_at(state.count)),
             removed=pick(state.removed),
             grown=pick(state.grown),
             skipped=state.skipped,
@@ -288,10 +288,10 @@ def regrow(
             emitted[i] = jnp.where(move, step, -flat[i])
         own = state.momentum
         if jax.tree.leaves(own):
-            decay = OWN_DECAY if momentum == "auto" else momentum
+            decay = OWN_DECAY if isinstance(momentum, str) else momentum
             own = tree(momenta.average(pick(own), pick(updates), decay))
         return jax.tree.unflatten(update_structure, emitted), RegrowState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             inner_state=inner_state,
             regrow_masks=tree(after.masks),
             key=state.key,

@@ -79,7 +79,8 @@ def mean_magnitudes(
         sums.append((high.reshape(-1), low.reshape(-1)))
     if not sums:
         return jnp.zeros(0, jnp.uint32)
-    total = tuple(jnp.concatenate(parts) for parts in zip(*sums, strict=True))
+    highs, lows = zip(*sums, strict=True)
+    total = jnp.concatenate(highs), jnp.concatenate(lows)
     scaled = wide.mul64(total, jnp.uint32(2**MEAN_BITS))
     mean, _ = wide.divmod64(scaled, (jnp.zeros_like(divisor), divisor))
     return mean[1]
