@@ -19,9 +19,9 @@ level, since each new function object is compiled anew.
 all-reduce a round adds the counts; masks have the sharding of their leaves. Edges that
 are known: inside ``shard_map`` give ``axis_name``, or each shard selects alone; a
 program for several devices cannot go through ``jax.export``; and the persistent
-compilation cache finds it again only with
-``jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)``.
-Under ``vmap`` on several devices plain sums do the counting, which is slower on CPU.
+compilation cache finds it again only with the option
+``jax_remove_custom_partitioning_ptr_from_cache_key`` of JAX. Under ``vmap`` on several
+devices plain sums do the counting, which is slower on CPU.
 """
 
 from sparse_optax.selection.topk import Selection as Selection

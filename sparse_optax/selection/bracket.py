@@ -3,9 +3,9 @@
 Values are unsigned integers. ``weigh(probes)`` says how much lies strictly above
 each probe, which never grows with the probe. For each row (one search), the loop
 finds the smallest value whose weight fits the limit. Probes sit where a straight
-line through the bracket puts the answer, spread by the standard deviation of a
-random order there; a round of evenly spaced ones after each that got nowhere bounds
-the number of rounds for any input.
+line through the bracket puts the answer, spread by what that line may be off: the
+standard deviation of a random order, and the bend of a smooth density; a round of
+evenly spaced ones after each that got nowhere bounds the rounds for any input.
 
 A *weight* is a tuple of one uint32 array, or of two (a pair of `wide`) where totals
 pass 32 bits.
@@ -28,7 +28,7 @@ Weight = tuple[jax.Array, ...]
 _OFFSETS = {
     3: (-1.0, 0.0, 1.0),
     5: (-2.0, -0.7, 0.0, 0.7, 2.0),
-    7: (-3.0, -1.3, -0.5, 0.0, 0.5, 1.3, 3.0),
+    7: (-1.8, -0.9, -0.4, 0.0, 0.4, 0.9, 1.8),
 }
 
 
@@ -74,6 +74,7 @@ def search(
     probes: jax.Array,
     *,
     spare: int | None = 0,
+    bend: float = 0.0,
 ) -> Bracket:
     """Narrow a bracket around the smallest value whose weight fits the limit.
 
@@ -83,6 +84,7 @@ def search(
       limit: the weight that must fit, shape (P,).
       probes: the first probes, any values; shape (P, m), m = 3, 5 or 7.
       spare: see `unfinished`.
+      bend: see `propose`.
 
     Returns:
       The final bracket; ``high`` is the answer.
@@ -91,7 +93,7 @@ def search(
     def body(state):
         bracket, probes = state
         probes = within(bracket, probes)
-        return narrow(bracket, limit, probes, weigh(probes))
+        return narrow(bracket, limit, probes, weigh(probes), bend)
 
     return lax.while_loop(
         lambda state: jnp.any(unfinished(state[0], limit, spare)),
@@ -106,7 +108,11 @@ def within(bracket: Bracket, probes: jax.Array) -> jax.Array:
 
 
 def narrow(
-    bracket: Bracket, limit: Weight, probes: jax.Array, weight: Weight
+    bracket: Bracket,
+    limit: Weight,
+    probes: jax.Array,
+    weight: Weight,
+    bend: float = 0.0,
 ) -> tuple[Bracket, jax.Array]:
     """The bracket after one round, and the probes of the next.
 
@@ -115,6 +121,7 @@ def narrow(
       limit: the weight that must fit, shape (P,).
       probes: shape (P, m).
       weight: strictly above each probe, shape (P, m).
+      bend: see `propose`.
 
     Returns:
       ``(bracket, probes)``.
@@ -132,12 +139,13 @@ def narrow(
         low, below = lax.select(higher, probe + one, low), choose(higher, part, below)
     new = lax.optimization_barrier(Bracket(low, high, below, above))
     left, was = new.high - new.low, bracket.high - bracket.low
-    return new, propose(
-        new, limit, probes.shape[1], left > was >> np.array(2, low.dtype)
-    )
+    stuck = left > was >> np.array(2, low.dtype)
+    return new, propose(new, limit, probes.shape[1], stuck, bend)
 
 
-def propose(bracket: Bracket, limit: Weight, count: int, even) -> jax.Array:
+def propose(
+    bracket: Bracket, limit: Weight, count: int, even, bend: float = 0.0
+) -> jax.Array:
     """The next probes of each search.
 
     Args:
@@ -145,6 +153,8 @@ def propose(bracket: Bracket, limit: Weight, count: int, even) -> jax.Array:
       limit: the weight that must fit, shape (P,).
       count: probes per search: 3, 5 or 7.
       even: where True, evenly spaced probes. Bool, shape (P,).
+      bend: how far, as a share of the weight inside, the middle of a bracket may lie
+        off the straight line; times four and per unit of its width.
 
     Returns:
       Probes in [low, high) where that is not empty. Shape (P, count).
@@ -153,15 +163,17 @@ def propose(bracket: Bracket, limit: Weight, count: int, even) -> jax.Array:
     dtype = np.float32 if low.dtype.itemsize == 4 else np.float64
     inside = jnp.maximum(real(subtract(below, above), dtype), 1)
     share = jnp.clip(real(subtract(limit, above), dtype) / inside, 0, 1)
-    spread = jnp.sqrt(jnp.maximum(share * (1 - share) / inside, 0.25 / inside**2))
+    both = share * (1 - share)
+    width = (high - low).astype(dtype)
+    chance = jnp.maximum(both / inside, 0.25 / inside**2)
+    spread = jnp.sqrt(chance + (bend * both * width) ** 2)
     offsets = np.array([_OFFSETS[count]], dtype)
     evenly = np.arange(1, count + 1, dtype=dtype)[None] / (count + 1)
     guided = jnp.clip(share[:, None] + spread[:, None] * offsets, 0, 1)
     place = jnp.where(even[:, None], evenly, guided)
-    width = (high - low).astype(dtype)[:, None]
     # The largest float below 2**32 (2**64), so that the cast cannot overflow.
     top = np.nextafter(np.array(2.0 ** (8 * low.dtype.itemsize), dtype), dtype(0))
-    down = jnp.minimum(place * width, top).astype(low.dtype)
+    down = jnp.minimum(place * width[:, None], top).astype(low.dtype)
     one = np.array(1, low.dtype)
     # At least one below high, at most as low as low.
     down = jnp.clip(down, one, jnp.maximum(high - low, one)[:, None])

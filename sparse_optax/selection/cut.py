@@ -87,9 +87,10 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
 
     # A weight without cost may follow one with which the budget is used up.
     spare = 0 if all(plan.costs) else None
-    bracket = loop.search(weigh, bracket, room, probes, spare=spare)
+    bend = values.bend
+    bracket = loop.search(weigh, bracket, room, probes, spare=spare, bend=bend)
     bound = values.to_keys(bracket.high)
-    ends, kept = _early(part, bound, loop.subtract(room, bracket.above), spare)
+    ends, kept = _early(part, bound, bracket, room, whole, spare)
     least = _least(part, bound, kept) if plan.least else jnp.zeros_like(bound)
     if plan.pools == 1 and not plan.huge:
         return Cut((bound,), (ends,), least)
@@ -117,6 +118,11 @@ class _Values(NamedTuple):
     def shift(self) -> np.ndarray:
         bits = 8 * self.order.unsigned.itemsize
         return np.array(self.order.lowest % 2**bits, self.order.unsigned)
+
+    @property
+    def bend(self) -> float:
+        """How bent counts are over keys: floats are logarithms, and tails fall."""
+        return 0.0 if self.order.name == "uint32" else 0.7 / self.order.octave
 
     def to_keys(self, values: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(values + self.shift, self.order.dtype)
@@ -176,8 +182,16 @@ def _sampled(
     return jnp.concatenate([below[:, None], inner, high[:, None]], axis=1)
 
 
-def _early(part: Part, bound: jax.Array, rest, spare: int | None):
+def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | None):
     """Which of the weights at the bound are kept: the first ones that fit the rest.
+
+    Args:
+      part: the leaves.
+      bound: keys, shape (P,).
+      found: the bracket in which they were found.
+      room: the weight that must fit, shape (P,).
+      whole: whether all weights of a pool fit, shape (P,).
+      spare: see `loop.unfinished`.
 
     Returns:
       ``(ends, kept)``: the positions before which they are kept, shape (P,) or, in
@@ -189,9 +203,25 @@ def _early(part: Part, bound: jax.Array, rest, spare: int | None):
     none = part.varying(jnp.zeros(sizes.shape, jnp.uint32))
     sizes = none + sizes
     bound = _to_cells(plan, bound)
+    rest = loop.subtract(room, found.above)
+    most, zero = (tuple(none + np.uint32(x) for _ in rest) for x in (2**32 - 1, 0))
+    limit, first = rest, jnp.any(whole & _some(rest))
+    bracket = loop.Bracket(none, sizes, most, zero)
+    if plan.huge:
+        limit, first = zero, jnp.any(_some(rest))
+    else:
+        # How much lies at the bound is known, but where everything fits at once.
+        ties = loop.subtract(found.below, found.above)
+        fit = jnp.logical_not(whole | loop.less(rest, ties))
+        bracket = loop.Bracket(
+            jnp.where(whole | fit, none, none + np.uint32(1)),
+            jnp.where(fit, none, sizes),
+            loop.choose(whole, most, ties),
+            loop.choose(fit, ties, zero),
+        )
 
-    # Values count positions from the end, so that weights fall as values grow. The
-    # first round counts all ties; huge pools then share out the rest among cells.
+    # Values count positions from the end, so that weights fall as values grow. A first
+    # round, where one is needed, counts all ties; huge pools then share out the rest.
     def body(state):
         first, limit, bracket, probes = state
         probes = jnp.where(first, np.uint32(0), loop.within(bracket, probes))
@@ -211,19 +241,15 @@ def _early(part: Part, bound: jax.Array, rest, spare: int | None):
 
     def unfinished(state):
         first, limit, bracket, _ = state
-        return first | (wanted & jnp.any(loop.unfinished(bracket, limit, spare)))
+        return first | jnp.any(loop.unfinished(bracket, limit, spare))
 
-    wanted = none[0] == 0
-    if spare is not None:
-        wanted = jnp.any(functools.reduce(jnp.bitwise_or, rest) > 0)
-    most, zero = (tuple(none + np.uint32(x) for _ in rest) for x in (2**32 - 1, 0))
-    bracket = loop.Bracket(none, sizes, most, zero)
-    probes = jnp.zeros((1, 3), jnp.uint32) + none[:, None]
-    limit = zero if plan.huge else rest
-    state = (wanted, limit, bracket, probes)
+    if spare is None and plan.huge:
+        first = none[0] == 0
+    probes = loop.propose(bracket, limit, 3, none > 0)
+    state = (first, limit, bracket, probes)
     _, _, bracket, _ = lax.while_loop(unfinished, body, state)
     ends = sizes - bracket.high
-    kept = functools.reduce(jnp.bitwise_or, bracket.above) > 0
+    kept = _some(bracket.above)
     if spare is None:  # those kept may weigh nothing
         cells = ends if plan.huge else _to_cells(plan, ends)
         kept = part.at(bound, jnp.stack([cells, cells], axis=1))[:, 0] > 0
@@ -274,6 +300,11 @@ def _worth_sampling(plan: Plan) -> bool:
     """
     alone = plan.pools == 1 and plan.many and _unit(plan)
     return alone and sum(plan.totals) >= _WORTH_SAMPLING
+
+
+def _some(weight: loop.Weight) -> jax.Array:
+    """Whether a weight is not zero."""
+    return functools.reduce(jnp.bitwise_or, weight) > 0
 
 
 def _unit(plan: Plan) -> bool:
