@@ -10,8 +10,8 @@ From top to bottom, each module uses only those above it:
   and the masks in an optimizer state.
 - ``clipping``: by the norm of active weights.
 - ``schedules``: prune rates, density ramps, when to act.
-- ``gsm``, ``gsm_analysis``: ``gsm_mask``, the ready-made optimizer around it, and
-  whether a run can reach, and did reach, its goal.
+- ``gating``, ``gsm``, ``gsm_analysis``: which weights pass, ``gsm_mask``, the
+  ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
 - ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
 - ``methods``: one short file per paper, each a composition of rules.
 - ``experiments`` (extra ``[experiments]``): models, data, training, tables.

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparse_optax import budgets, mask_trees, masks, selection
+from sparse_optax import budgets, gating, mask_trees, masks, selection
+from sparse_optax.gating import saliency as saliency
 from sparse_optax.leaves import (
     PyTree,
     Where,
@@ -32,9 +33,10 @@ class GsmState(NamedTuple):
 
     Attributes:
       count: Finished updates.  # shape=(), int32
-      gsm_threshold: The Q-th largest saliency of the last step that ranked them; the
-        next step starts its search there.  # shape=(), float32
-      gsm_passed: Per leaf, how many weights passed.  # int32
+      gsm_threshold: A saliency at which the last step that ranked them cut: all
+        above it passed, none below it. The next step starts its search there.
+        # shape=(), float32
+      gsm_passed: Per leaf, how many weights passed, at most 2^31 - 1.  # int32
       gsm_reactivated: How many weights passed that had not at the step before;
         0 unless tracked.  # shape=(), int32
       gsm_active: The mask of the last step, or ``()`` where it is not needed.
@@ -45,25 +47,6 @@ class GsmState(NamedTuple):
     gsm_passed: PyTree
     gsm_reactivated: jax.Array
     gsm_active: PyTree
-
-
-def saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
-    """First-order Taylor saliency T = |g * w|: the loss change if w were removed.
-
-    Args:
-      gradient: g, of any shape.
-      weight: w, of the same shape.
-
-    Returns:
-      An array of that shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax.gsm import saliency
-      >>> saliency(jnp.array([-2.0]), jnp.array([3.0])).tolist()
-      [6.0]
-    """
-    return jnp.abs(gradient * weight)
 
 
 def gsm_mask(
@@ -220,36 +203,39 @@ def _gate(
         where_now = jax.tree.unflatten(
             jax.tree.structure(params, is_leaf=is_hole), among
         )
-        quota = _quota(density, state.count, params, where_now, size, caller)
+        quota = gating.quota(density, state.count, params, where_now, size, caller)
 
         def by_saliency():
             guess = state.gsm_threshold
-            return _passing(pairs, quota, size, ties, guess)
+            return gating.passing(pairs, quota, size, ties, guess)
+
+        def as_before():
+            return previous, state.gsm_threshold, [old[i] for i in index]
 
         previous: list[Any] = []
         if stores:
             previous = masks.flatten(state.gsm_active)[0]
             previous = [previous[i] for i in index]
         if freeze_at is None:
-            active, threshold = by_saliency()
+            active, threshold, passed = by_saliency()
         else:
 
             def by_rule():
                 if freeze_density is None:
                     return by_saliency()
-                k, costs = _quota(
+                k, costs = gating.quota(
                     freeze_density, state.count, params, where_now, size, caller
                 )
                 weights = [(flat[i],) for i in index]
-                kept = selection.top_k_mask(weights, k, score=jnp.abs, costs=costs)
-                return kept, state.gsm_threshold
-
-            def as_before():
-                return previous, state.gsm_threshold
+                kept = selection.select(
+                    weights, k, score=jnp.abs, costs=costs, exact_threshold=False
+                )
+                return kept.masks, state.gsm_threshold, gating.numbers(kept.counts)
 
             branch = jnp.sign(state.count - freeze_at) + 1
-            active, threshold = lax.switch(branch, [by_saliency, by_rule, as_before])
-        passed = [mask_trees.count_true(m) for m in active]
+            active, threshold, passed = lax.switch(
+                branch, [by_saliency, by_rule, as_before]
+            )
         reactivated = state.gsm_reactivated
         if stores:
             fresh = [
@@ -272,52 +258,6 @@ def _gate(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _float32_saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
-    return saliency(gradient.astype(jnp.float32), weight.astype(jnp.float32))
-
-
-def _passing(pairs, quota, size, ties, guess) -> tuple[list[jax.Array], jax.Array]:
-    """Masks of the Q most salient, without those of saliency zero; and the bound."""
-    k, costs = quota
-    if isinstance(k, int) and k >= size and costs is None:
-        return [jnp.ones_like(w, dtype=bool) for _, w in pairs], guess
-    if ties == "paper":
-        bound = selection.kth_largest(
-            pairs, k, score=saliency, costs=costs, guess=guess
-        )
-        scores = [_float32_saliency(g, w) for g, w in pairs]
-        # A NaN saliency passes, and no comparison finds it.
-        chosen = [jnp.logical_or(s >= bound, jnp.isnan(s)) for s in scores]
-    else:
-        chosen, bound = selection.select(
-            pairs, k, score=saliency, costs=costs, guess=guess
-        )
-    everything = False if isinstance(k, int) else k >= size
-    passing = [
-        jnp.logical_and(m, jnp.logical_or(_float32_saliency(g, w) != 0, everything))
-        for m, (g, w) in zip(chosen, pairs, strict=True)
-    ]
-    return passing, bound.astype(jnp.float32)
-
-
-def _quota(density, count, params, where, size, caller):
-    """How many weights pass, or what they may cost: ``(k, costs)``."""
-    if callable(density):
-        density = density(count)
-    if isinstance(density, (jax.Array, np.ndarray, np.generic)):
-        density = jnp.asarray(density)
-        if jnp.issubdtype(density.dtype, jnp.integer):
-            return jnp.clip(density, 0, size), None
-        # Rounded to the nearest float32 before the floor, so that 0.29 of 100 is 29.
-        k = jnp.floor(density.astype(jnp.float32) * np.float32(size))
-        return jnp.clip(k, 0, size).astype(jnp.int32), None
-    pool = budgets.pool(density, params, where=where, caller=caller)
-    costs = pool.costs
-    if costs is not None:
-        costs = [c for c in masks.flatten(costs)[0] if not is_hole(c)]
-    return pool.budget, costs
 
 
 def gsm(

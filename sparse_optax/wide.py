@@ -59,6 +59,26 @@ def pair64(value) -> Pair:
     return jnp.zeros_like(low), low
 
 
+def from_float(value: jax.Array) -> Pair:
+    """The pair of a whole float32 number, exactly.
+
+    Args:
+      value: float32 of any shape, whole numbers in [0, 2**64).
+
+    Returns:
+      The pair.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import wide
+      >>> wide.to_int(wide.from_float(jnp.float32(2**33 + 2**12))) == 2**33 + 2**12
+      True
+    """
+    word = np.float32(2**32)
+    high = jnp.floor(value / word)
+    return high.astype(jnp.uint32), (value - high * word).astype(jnp.uint32)
+
+
 def to_int(pair: Pair) -> int:
     """The Python int of a scalar pair (on the host, not under ``jit``).
 

@@ -27,6 +27,7 @@ ORDER = (
     "state.py",
     "clipping.py",
     "schedules.py",
+    "gating.py",
     "gsm.py",
     "gsm_analysis.py",
     "regrowth/",

@@ -63,6 +63,8 @@ def check(tree, chosen, budget, costs=None):
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, m)
     assert same(chosen.threshold, last), (chosen.threshold, last)
+    counts = jax.tree.leaves(chosen.counts)
+    assert [np.sum(n) for n in counts] == [m.sum() for m in expected]
 
 
 # --- values ---------------------------------------------------------------------------
@@ -270,7 +272,9 @@ def test_a_pool_per_leaf_and_per_slice(seed, kinds, data):
         np.array([data.draw(st.integers(0, 6)), data.draw(st.integers(0, 6))]),
         0,
     ]
-    masks, thresholds = selection.select(tree, counts)
+    masks, thresholds, kept = selection.select(tree, counts)
+    assert [np.sum(n) for n in kept] == [np.sum(n) for n in counts]
+    assert [n.shape for n in kept] == [np.shape(n) for n in counts]
     for i in (0, 1):
         (expected,), last = top([tree[i]], counts[i])
         np.testing.assert_array_equal(masks[i], expected)
@@ -384,13 +388,14 @@ def test_a_large_leaf():
     x = rng.standard_normal(2**22 + 64).astype(np.float32)
     tree = [jnp.asarray(x[: 2**22].reshape(2048, 2, 1024)), jnp.asarray(x[2**22 :])]
     k = 71_003
-    masks, threshold = select_jit(tree, k)
+    masks, threshold, counts = select_jit(tree, k)
     cutoff = np.partition(x, x.size - k)[x.size - k]
     assert float(threshold) == cutoff
     np.testing.assert_array_equal(masks[0], x[: 2**22].reshape(2048, 2, 1024) >= cutoff)
     # The same leaf with many ties: the first of them in row-major order.
     coarse = [jnp.round(leaf) for leaf in tree]
-    masks, threshold = select_jit(coarse, k)
+    masks, threshold, counts = select_jit(coarse, k)
+    assert sum(int(n) for n in counts) == k
     flat = np.concatenate([np.ravel(leaf) for leaf in coarse])
     over = flat > float(threshold)
     ties = np.flatnonzero(flat == float(threshold))
@@ -399,7 +404,7 @@ def test_a_large_leaf():
 
 
 def test_no_slices_at_all():
-    masks, thresholds = selection.select([jnp.ones((0, 3))], [np.zeros(0, int)])
+    masks, thresholds, _ = selection.select([jnp.ones((0, 3))], [np.zeros(0, int)])
     assert masks[0].shape == (0, 3)
     assert thresholds[0].shape == (0,)
 
@@ -458,6 +463,8 @@ ENDLESS = plan.Plan(
     axis_name=None,
     shards=1,
     least=False,
+    counts=True,
+    skip_zeros=False,
     many=True,
 )
 
@@ -475,6 +482,7 @@ def test_counts_past_32_bits(k):
     rows, rest = divmod(ties, 256)
     ends = np.asarray(found.ends[0])
     before = np.clip(ends.astype(np.int64) - value * 256, 0, 256)
+    assert np.asarray(found.counts[0]).astype(np.int64).sum() == k
     bound = int(keys.from_key(found.bound[0], ENDLESS.order)[0])
     if ties == 2**24:  # all of a value are kept: as well none of the next one
         over = 2**24 * (4095 - bound)
@@ -484,6 +492,28 @@ def test_counts_past_32_bits(k):
         np.testing.assert_array_equal(before[:rows], 256)
         assert before[rows] == rest
         assert not before[rows + 1 :].any()
+
+
+@pytest.mark.parametrize("guess", [None, 0.0, 3.0])
+@pytest.mark.parametrize("k", [0, 5, 8, 20, 30])
+def test_zeros_may_be_left_out(k, guess):
+    rng = np.random.default_rng(k)
+    tree = [np.abs(rng.standard_normal(n)).astype(np.float32) for n in (10, 20)]
+    alive = [rng.permutation(n) < 4 for n in (10, 20)]  # eight of thirty
+    tree = [np.where(a, x, 0) for a, x in zip(alive, tree, strict=True)]
+    found = selection.select(
+        tree, k, guess=guess, exact_threshold=False, skip_zeros=True
+    )
+    expected, _ = top(tree, k)
+    if k < 30:
+        expected = [m & a for m, a in zip(expected, alive, strict=True)]
+    for mask, m, count in zip(found.masks, expected, found.counts, strict=True):
+        np.testing.assert_array_equal(mask, m)
+        assert int(count) == m.sum()
+    # All above the threshold are kept, and none below it.
+    kept, scores = np.concatenate(found.masks), np.concatenate(tree)
+    assert kept[scores > found.threshold].all()
+    assert not kept[scores < found.threshold].any()
 
 
 # --- score functions ------------------------------------------------------------------
@@ -544,7 +574,8 @@ def test_vmap_gives_each_member_its_own_mask():
     def one(x, k):
         return selection.select([x, y], k)
 
-    masks, thresholds = jax.jit(jax.vmap(one))(x, counts)
+    masks, thresholds, kept = jax.jit(jax.vmap(one))(x, counts)
+    np.testing.assert_array_equal(kept[0] + kept[1], counts)
     for i, k in enumerate(counts):
         expected, last = top([x[i], y], k)
         np.testing.assert_array_equal(masks[0][i], expected[0])
@@ -562,7 +593,7 @@ def test_scan_over_steps():
     x = rng.integers(-3, 4, (4, 31)).astype(np.float32)
 
     def step(guess, x):
-        masks, threshold = selection.select([x], 11, guess=guess)
+        masks, threshold, _ = selection.select([x], 11, guess=guess)
         return threshold, masks[0]
 
     _, masks = jax.lax.scan(step, jnp.float32(0), x)

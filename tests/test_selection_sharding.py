@@ -109,10 +109,11 @@ def test_one_pool(kind):
             tree = pairs(ties)
             sharded = placed(tree, mesh, SPECS)
             for k in (0, 1, 291, SIZE // 2, SIZE):
-                masks, threshold = program(sharded, jnp.int32(k))
+                masks, threshold, counts = program(sharded, jnp.int32(k))
                 expected = selection.select(tree, k, score=saliency)
                 jax.tree.map(np.testing.assert_array_equal, masks, expected.masks)
                 np.testing.assert_array_equal(threshold, expected.threshold)
+                jax.tree.map(np.testing.assert_array_equal, counts, expected.counts)
                 assert sum(int(m.sum()) for m in jax.tree.leaves(masks)) == k
     for name, mask in masks.items():
         assert mask.sharding.is_equivalent_to(sharded[name][0].sharding, mask.ndim)
@@ -197,7 +198,7 @@ def test_shard_map_over_all_axes():
             body,
             mesh=mesh,
             in_specs=(spec, P()),
-            out_specs=selection.Selection(spec, P()),
+            out_specs=selection.Selection(spec, P(), P()),
         )
     )
     assert_small_sums_only(program.lower(tree, 1).compile())
@@ -220,7 +221,7 @@ def test_shard_map_over_some_axes():
             body,
             mesh=mesh,
             in_specs=(P("x"), P()),
-            out_specs=selection.Selection(P("x"), P()),
+            out_specs=selection.Selection(P("x"), P(), P()),
             axis_names={"x"},
         )
     )

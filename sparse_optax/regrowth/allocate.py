@@ -7,6 +7,7 @@ arithmetic, on 64-bit pairs (``wide``).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparse_optax import wide
@@ -120,7 +121,12 @@ def as_shares(shares: jax.Array) -> jax.Array:
 
 
 def apportion(
-    total: jax.Array, shares: jax.Array, room: jax.Array, fallback: jax.Array
+    total: jax.Array | wide.Pair,
+    shares: jax.Array,
+    room: jax.Array,
+    fallback: jax.Array,
+    *,
+    most: int = 2**32 - 1,
 ) -> jax.Array:
     """Splits a total over layers in proportion to shares, within each one's room.
 
@@ -131,10 +137,12 @@ def apportion(
     than there are such layers go one each to the first of them.
 
     Args:
-      total: int32 scalar, at most ``sum(room)``.
+      total: int32 scalar or a pair of ``wide``, at most ``sum(room)``.
       shares: uint32 vector, one entry a layer.
       room: int32 vector, the free places of each layer.
       fallback: int32 vector, the split where all shares are zero.
+      most: A bound of the total, below 2^63. Shares that are so large that their
+        product with it would not fit 64 bits lose their last bits.
 
     Returns:
       int32 vector whose sum is exactly ``total``.
@@ -150,12 +158,15 @@ def apportion(
     layers = len(shares)
     if not layers:
         return jnp.zeros(0, jnp.int32)
+    total = total if isinstance(total, tuple) else wide.pair64(total)
     shares = jnp.where(jnp.any(shares > 0), shares, fallback.astype(jnp.uint32))
+    longest = jnp.uint32(32) - lax.clz(jnp.max(shares))
+    allowed = np.uint32(min(64 - most.bit_length(), 32))
+    shares = shares >> jnp.where(longest > allowed, longest - allowed, 0)
     whole = _spread(wide.sum64(shares), (layers,))
-    whole = wide.where64(whole[0] + whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
-    product = wide.mul32(shares, jnp.full_like(shares, 1) * total.astype(jnp.uint32))
-    quotient, remainder = wide.divmod64(product, whole)
-    given = quotient[1].astype(jnp.int32)
+    whole = wide.where64(whole[0] | whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
+    product = wide.mul64(_spread(total, (layers,)), shares)
+    given, remainder = wide.divmod64(product, whole)
     # A layer's rank is the number of layers whose remainder comes before its own.
     high, low = remainder
     mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
@@ -163,21 +174,28 @@ def apportion(
     tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
     ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
     rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
-    left = total - jnp.sum(given, dtype=jnp.int32)
-    given = given + (rank < left).astype(jnp.int32)
+    _, left = wide.sub64(total, wide.sum64(given))  # fewer than there are layers
+    given = wide.add64(given, _pair(rank < left.astype(jnp.int32)))
+    placed = wide.min64(given, _pair(room))
+    excess = wide.sub64(total, wide.sum64(placed))
 
     def spill(carry):
         given, excess = carry
         free = room - given
         open_layers = free > 0
-        each = excess // jnp.maximum(jnp.sum(open_layers, dtype=jnp.int32), 1)
-        turn = jnp.cumsum(open_layers, dtype=jnp.int32)
-        offer = jnp.where(each > 0, each, (turn <= excess).astype(jnp.int32))
-        taken = jnp.where(open_layers, jnp.minimum(offer, free), 0)
-        return given + taken, excess - jnp.sum(taken, dtype=jnp.int32)
+        number = jnp.maximum(jnp.sum(open_layers, dtype=jnp.uint32), 1)
+        each, _ = wide.divmod64(excess, wide.pair64(number))
+        turn = jnp.cumsum(open_layers, dtype=jnp.uint32)
+        first = jnp.logical_not(wide.less64(_spread(excess, (layers,)), _pair(turn)))
+        some = (each[0] | each[1]) > 0
+        offer = wide.where64(some, _spread(each, (layers,)), _pair(first))
+        offer = wide.where64(open_layers, offer, _pair(jnp.zeros_like(turn)))
+        taken = wide.min64(offer, _pair(free))[1]
+        return given + taken.astype(jnp.int32), wide.sub64(excess, wide.sum64(taken))
 
-    over = jnp.sum(jnp.maximum(given - room, 0), dtype=jnp.int32)
     given, _ = lax.while_loop(
-        lambda carry: carry[1] > 0, spill, (jnp.minimum(given, room), over)
+        lambda carry: (carry[1][0] | carry[1][1]) > 0,
+        spill,
+        (placed[1].astype(jnp.int32), excess),
     )
     return given

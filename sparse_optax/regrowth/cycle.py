@@ -1,19 +1,21 @@
 """One cycle as a pure function: prune, redistribute, grow."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_optax import wide
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import (
     Evidence,
     Rule,
     axes_of,
-    layer_counts,
     layer_sizes,
     split_layers,
+    tally_layers,
 )
 
 
@@ -65,26 +67,14 @@ def init_rules(
     return prune, redistribute, grow
 
 
-def all_finite(*groups: tuple[jax.Array, ...] | None) -> jax.Array:
-    """Whether every number of every array is finite.
+def _active_and_broken(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Active weights, and those of which any number is not finite."""
+    finite = [jnp.isfinite(x) for x in arrays]
+    return mask, jnp.logical_not(functools.reduce(jnp.logical_and, finite))
 
-    Args:
-      *groups: Tuples of floating arrays; None is passed over.
 
-    Returns:
-      bool scalar.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax.regrowth.cycle import all_finite
-      >>> bool(all_finite((jnp.array([1.0, jnp.inf]),), None))
-      False
-    """
-    finite = jnp.asarray(True)
-    for group in groups:
-        for x in group or ():
-            finite = jnp.logical_and(finite, jnp.all(jnp.isfinite(x)))
-    return finite
+def _both(one: jax.Array, other: jax.Array) -> tuple[jax.Array]:
+    return (jnp.logical_and(one, other),)
 
 
 def cycle(
@@ -95,6 +85,7 @@ def cycle(
     grow: Rule,
     prune_rate: jax.Array | float,
     states: tuple[Any, Any, Any] | None = None,
+    enabled: jax.Array | bool = True,
 ) -> Cycle:
     """One cycle: prune, redistribute, grow, with exactly as many grown as removed.
 
@@ -110,6 +101,7 @@ def cycle(
       grow: The growth rule.
       prune_rate: p, a scalar in [0, 1].
       states: The rules' states, from ``init_rules``; None makes fresh ones.
+      enabled: Where False, masks and states stay as where evidence is broken.
 
     Returns:
       A ``Cycle``.
@@ -133,9 +125,20 @@ def cycle(
             (prune, redistribute, grow), evidence.params, evidence.masks
         )
     axes, before = axes_of(evidence), evidence.masks
-    sizes = jnp.asarray(layer_sizes(before, axes).astype(np.int32))
-    active = layer_counts(before, axes)
-    evidence = evidence._replace(counts=None)
+    whole = layer_sizes(before, axes)
+    sizes = jnp.asarray(whole.astype(np.int32))
+    rate = jnp.asarray(prune_rate, jnp.float32)
+    # One pass over all evidence: how many weights each layer has, and whether every
+    # number is sound.
+    groups = (before, evidence.params, evidence.gradient, evidence.momentum)
+    leaves = list(zip(*(group for group in groups if group is not None), strict=True))
+    active, ok = sizes, jnp.isfinite(rate)
+    if leaves:
+        active, broken = tally_layers(leaves, axes, _active_and_broken)
+        active = active.astype(jnp.int32)
+        ok = jnp.logical_and(ok, jnp.all(broken == 0))
+    parts = split_layers(active, before, axes)
+    evidence = evidence._replace(counts=None, active=parts)
 
     def keyed(evidence: Evidence, rule: int) -> Evidence:
         # A key for each rule: a random prune and a random growth must not agree.
@@ -146,7 +149,6 @@ def cycle(
     shares, share_state = None, states[1]
     if not redistribute.after_prune:
         shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
-    rate = jnp.asarray(prune_rate, jnp.float32)
     even = jnp.zeros_like(sizes, dtype=jnp.uint32)
     to_remove = allocate.prune_counts(
         rate, active, sizes, even if shares is None else allocate.as_shares(shares)
@@ -156,16 +158,20 @@ def cycle(
         states[0],
     )
     # A rule prunes what is active and nothing else.
-    kept = tuple(jnp.logical_and(k, m) for k, m in zip(kept, before, strict=True))
-    removed = active - layer_counts(kept, axes)
+    removed = to_remove
+    if before and not prune.exact:
+        pairs = list(zip(kept, before, strict=True))
+        removed = active - tally_layers(pairs, axes, _both)[0].astype(jnp.int32)
+        kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
     evidence = evidence._replace(masks=kept)
     if shares is None:
         shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
     to_grow = allocate.apportion(
-        jnp.sum(removed, dtype=jnp.int32),
+        wide.sum64(removed.astype(jnp.uint32)),
         allocate.as_shares(shares),
         sizes - active + removed,
         removed,
+        most=int(whole.sum()),
     )
     grown, grow_state = grow.apply(
         keyed(evidence._replace(counts=split_layers(to_grow, before, axes)), 2),
@@ -173,12 +179,13 @@ def cycle(
     )
     new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, grown, strict=True))
 
-    ok = all_finite(evidence.params, evidence.gradient, evidence.momentum, (rate,))
     if jnp.issubdtype(shares.dtype, jnp.floating):
         ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
 
+    go = jnp.logical_and(ok, enabled)
+
     def if_ok(after: Any, otherwise: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, otherwise)
+        return jax.tree.map(lambda a, b: jnp.where(go, a, b), after, otherwise)
 
     return Cycle(
         masks=if_ok(new, before),

@@ -11,8 +11,8 @@ from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
 from sparse_optax.regrowth import guard
 from sparse_optax.regrowth import momentum as momenta
-from sparse_optax.regrowth.cycle import all_finite, cycle
-from sparse_optax.regrowth.rules import Evidence, Rule, split_layers
+from sparse_optax.regrowth.cycle import cycle
+from sparse_optax.regrowth.rules import Evidence, Rule, split_layers, tally_layers
 
 
 class Operands(NamedTuple):
@@ -150,10 +150,7 @@ def open_cycle(
     old = tuple(mask_trees.unpack(m) for m in operands.masks)
     moments = operands.moments
     evidence = Evidence(
-        params=tuple(
-            jnp.where(m, p, jnp.zeros((), p.dtype))
-            for m, p in zip_equal(old, operands.params)
-        ),
+        params=operands.params,
         masks=old,
         gradient=operands.gradient,
         momentum=None if moments is None else tuple(momenta.value(*m) for m in moments),
@@ -162,6 +159,13 @@ def open_cycle(
         names=plan.names,
         axes=plan.axes,
     )
+    enabled: Any = True
+    seen = evidence.momentum or evidence.gradient
+    if idle and seen:
+        # An update that is zero everywhere (a learning rate of 0) is no evidence.
+        leaves = [(x,) for x in seen]
+        (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
+        enabled = jnp.any(moving > 0)
     prune, redistribute, grow = rules
     result = cycle(
         evidence,
@@ -170,15 +174,9 @@ def open_cycle(
         grow=grow,
         prune_rate=operands.rate,
         states=operands.rules,
+        enabled=enabled,
     )
-    # A broken weight counts where it is missing too: it cannot be zeroed.
-    sound = jnp.logical_and(result.ok, all_finite(operands.params))
-    go = sound
-    seen = evidence.momentum or evidence.gradient
-    if idle and seen:
-        # An update that is zero everywhere (a learning rate of 0) is no evidence.
-        moving = [jnp.any(m != 0) for m in seen]
-        go = jnp.logical_and(go, jnp.any(jnp.stack(moving)))
+    go = jnp.logical_and(result.ok, enabled)
     moves = tuple(
         # Kept, or grown from missing. What was pruned rests for this update, also
         # where the growth has brought it back.
@@ -194,19 +192,21 @@ def open_cycle(
             for x, m in zip_equal(plain, operands.masks)
         )
 
-    proposed = After(
+    def if_go(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, old)
+
+    return After(
         masks=store(result.masks),
         moves=store(moves),
         rules=result.states,
-        removed=removed,
-        grown=grown,
-        skipped=operands.skipped,
+        removed=if_go(removed, operands.removed),
+        grown=if_go(grown, operands.grown),
+        skipped=operands.skipped + jnp.logical_not(result.ok).astype(jnp.int32),
     )
-    chosen = jax.tree.map(
-        lambda a, b: jnp.where(go, a, b), proposed, no_cycle(operands)
-    )
-    broken = jnp.logical_not(sound).astype(jnp.int32)
-    return chosen._replace(skipped=operands.skipped + broken)
+
+
+def _not_zero(x: jax.Array) -> tuple[jax.Array]:
+    return (x != 0,)
 
 
 def reset_grown(inner_tx, inner_state, params, due, before, after, plan):

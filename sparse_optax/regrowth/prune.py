@@ -7,7 +7,7 @@ from sparse_optax import masks
 from sparse_optax.regrowth.rules import (
     Evidence,
     axes_of,
-    layer_counts,
+    layer_vector,
     require,
     split_layers,
     stateless,
@@ -21,12 +21,13 @@ def _active_magnitude(weight: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
     axes = axes_of(evidence)
-    active = split_layers(layer_counts(evidence.masks, axes), evidence.masks, axes)
+    active = require(evidence, "active", rule="prune.magnitude")
     counts = require(evidence, "counts", rule="prune.magnitude")
+    stay = layer_vector(active) - layer_vector(counts)
     return tuple(
         masks.select(
             list(zip(evidence.params, evidence.masks, strict=True)),
-            [a - c for a, c in zip(active, counts, strict=True)],
+            split_layers(stay, evidence.masks, axes),
             axes,
             _active_magnitude,
         )
@@ -35,4 +36,4 @@ def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
 
 #: Removes the ``counts`` active weights of smallest magnitude in each layer. Of
 #: equal magnitudes the lowest index stays.
-magnitude = stateless(_magnitude)
+magnitude = stateless(_magnitude, exact=True)

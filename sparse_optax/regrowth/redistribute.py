@@ -9,6 +9,7 @@ depends on the order of summation, a sum of integers does not.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparse_optax import wide
 from sparse_optax.regrowth.rules import (
@@ -16,11 +17,9 @@ from sparse_optax.regrowth.rules import (
     axes_of,
     layer_counts,
     layer_sizes,
-    other_axes,
-    per_weight,
     require,
-    split_layers,
     stateless,
+    tally_layers,
 )
 
 # |x| / max|x| is kept in 24 bits, as many as a float32 has; means of them in 31.
@@ -59,31 +58,34 @@ def mean_magnitudes(
       >>> [round(int(s) / int(shares[0]), 3) for s in shares]
       [1.0, 3.0]
     """
-    wide_values = [v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in values]
-    largest = jnp.zeros((), jnp.float32)
-    for value in wide_values:
-        biggest = jnp.max(jnp.abs(value), initial=0.0)
-        largest = jnp.maximum(largest, biggest.astype(jnp.float32))
-    largest = jnp.where(largest > 0, largest, 1.0)
-    active = layer_counts(masks, axes)
-    sizes = jnp.asarray(layer_sizes(masks, axes).astype(np.int32))
-    divisor = jnp.where(active > 0, active, jnp.maximum(sizes, 1)).astype(jnp.uint32)
-    sums = []
-    for value, mask, axis, a in zip(
-        wide_values, masks, axes, split_layers(active, masks, axes), strict=True
-    ):
-        counted = jnp.logical_or(mask, per_weight(a, mask, axis) == 0)
-        q = jnp.minimum(jnp.abs(value) / largest, 1.0) * 2**VALUE_BITS
-        q = jnp.where(counted, q, 0.0).astype(jnp.uint32)
-        high, low = wide.sum64(q, other_axes(mask, axis))
-        sums.append((high.reshape(-1), low.reshape(-1)))
-    if not sums:
+    if not values:
         return jnp.zeros(0, jnp.uint32)
-    highs, lows = zip(*sums, strict=True)
-    total = jnp.concatenate(highs), jnp.concatenate(lows)
-    scaled = wide.mul64(total, jnp.uint32(2**MEAN_BITS))
+    leaves = list(zip(values, masks, strict=True))
+    active, largest = tally_layers(leaves, axes, _counted)
+    largest = lax.bitcast_convert_type(jnp.max(largest), jnp.float32)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    existing, every = tally_layers(leaves, axes, _quantised, (largest,))
+    sizes = jnp.asarray(layer_sizes(masks, axes).astype(np.uint32))
+    total = wide.where64(active > 0, existing, every)
+    divisor = jnp.where(active > 0, active, jnp.maximum(sizes, 1))
+    scaled = wide.mul64(total, jnp.full_like(divisor, 2**MEAN_BITS))
     mean, _ = wide.divmod64(scaled, (jnp.zeros_like(divisor), divisor))
     return mean[1]
+
+
+def _counted(value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Active weights, and |x| as bits, which are ordered as the numbers are."""
+    return mask, lax.bitcast_convert_type(jnp.abs(value.astype(jnp.float32)), jnp.int32)
+
+
+def _quantised(
+    largest: jax.Array, value: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """|x| in units of the largest / 2^24, of active weights and of all."""
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    share = jnp.minimum(jnp.abs(value) / largest, 1.0) * 2**VALUE_BITS
+    q = share.astype(jnp.uint32)
+    return jnp.where(mask, q, jnp.uint32(0)), q
 
 
 def _momentum(evidence: Evidence) -> jax.Array:

@@ -1,13 +1,13 @@
 """The types of the algebra: the evidence that a rule sees, and what a rule is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax.mask_trees import count_true
+from sparse_optax.selection.tally import tally
 
 
 class Evidence(NamedTuple):
@@ -17,13 +17,15 @@ class Evidence(NamedTuple):
     means an int32 scalar a leaf, or shape (L,) for a leaf of L stacked layers.
 
     Attributes:
-      params: The weights, missing ones zero.
+      params: The weights as they were handed in. Missing ones are zero after any
+        update, but not where masks were replaced since: a rule looks at the masks.
       masks: Boolean arrays, True where a weight is active. A growth rule sees the
         masks after the prune: what it may grow is where they are False.
       gradient: The dense gradient of this step, or None.
       momentum: The smoothed gradient, of missing weights too, or None.
       counts: Per layer, how many weights to prune or to grow. A prune rule that
         sets its own numbers may ignore it; a growth rule must meet it exactly.
+      active: Per layer, how many weights are active before the prune.
       key: A random key, new for each cycle.
       step: int32 scalar, the number of finished updates.
       names: The leaves' names, for keys of their own.
@@ -35,6 +37,7 @@ class Evidence(NamedTuple):
     gradient: tuple[jax.Array, ...] | None = None
     momentum: tuple[jax.Array, ...] | None = None
     counts: tuple[jax.Array, ...] | None = None
+    active: tuple[jax.Array, ...] | None = None
     key: jax.Array | None = None
     step: jax.Array | int = 0
     names: tuple[str, ...] | None = None
@@ -59,12 +62,15 @@ class Rule(NamedTuple):
         collects what a rule needs and nothing else, and no cycle runs where that is
         not finite.
       after_prune: Whether a redistribution rule sees the masks after the prune.
+      exact: Whether a prune rule removes exactly ``counts`` active weights of each
+        layer. Then they are not counted again.
     """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
     needs: tuple[str, ...] = ()
     after_prune: bool = False
+    exact: bool = False
 
 
 def stateless(
@@ -72,6 +78,7 @@ def stateless(
     *,
     needs: tuple[str, ...] = (),
     after_prune: bool = False,
+    exact: bool = False,
 ) -> Rule:
     """Lifts a plain function of the evidence to a rule.
 
@@ -79,6 +86,7 @@ def stateless(
       function: ``function(evidence) -> result``.
       needs: See ``Rule``.
       after_prune: See ``Rule``.
+      exact: See ``Rule``.
 
     Returns:
       A rule without memory.
@@ -94,6 +102,7 @@ def stateless(
         apply=lambda evidence, state: (function(evidence), state),
         needs=needs,
         after_prune=after_prune,
+        exact=exact,
     )
 
 
@@ -194,13 +203,48 @@ def layer_counts(
       >>> regrowth.rules.layer_counts((jnp.eye(3) > 0,), (None,)).tolist()
       [3]
     """
-    counts = [
-        count_true(mask).reshape(1)
-        if axis is None
-        else jnp.sum(mask, axis=other_axes(mask, axis), dtype=jnp.int32)
-        for mask, axis in zip(masks, axes, strict=True)
+    if not masks:
+        return jnp.zeros(0, jnp.int32)
+    (counts,) = tally_layers([(mask,) for mask in masks], axes, _as_it_is)
+    return counts.astype(jnp.int32)
+
+
+def _as_it_is(mask: jax.Array) -> tuple[jax.Array]:
+    return (mask,)
+
+
+def tally_layers(
+    leaves: Sequence[tuple[jax.Array, ...]],
+    axes: tuple[int | None, ...],
+    function: Callable[..., tuple[jax.Array, ...]],
+    given: tuple[jax.Array, ...] = (),
+) -> tuple[Any, ...]:
+    """Whole-number statistics of each layer: `tally`, with layers along any axis.
+
+    Args:
+      leaves: For each leaf a tuple of arrays of one shape.
+      axes: For each the stacked axis, or None.
+      function: See `tally`.
+      given: See `tally`.
+
+    Returns:
+      See `tally`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> def positive(x):
+      ...     return (x > 0,)
+      >>> leaves = [(jnp.array([[1.0, -2.0], [3.0, 4.0]]),)]
+      >>> regrowth.rules.tally_layers(leaves, (1,), positive)[0].tolist()
+      [2, 1]
+    """
+    front = [
+        arrays if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in arrays)
+        for arrays, axis in zip(leaves, axes, strict=True)
     ]
-    return jnp.concatenate(counts) if counts else jnp.zeros(0, jnp.int32)
+    split = [axis is not None for axis in axes]
+    return tally(front, function, split=split, given=given)
 
 
 def other_axes(leaf: Any, axis: int | None) -> tuple[int, ...]:
@@ -252,6 +296,28 @@ def split_layers(
             parts.append(vector[start : start + leaf.shape[axis]])
             start += leaf.shape[axis]
     return tuple(parts)
+
+
+def layer_vector(parts: tuple[jax.Array, ...]) -> jax.Array:
+    """Puts the per-layer entries of all leaves into one vector.
+
+    Arithmetic on the vector is one operation to compile, instead of one a leaf.
+
+    Args:
+      parts: For each leaf a scalar, or an array of shape (L,).
+
+    Returns:
+      One entry a layer; what ``split_layers`` cuts up.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> parts = (jnp.int32(4), jnp.array([2, 3]))
+      >>> regrowth.rules.layer_vector(parts).tolist()
+      [4, 2, 3]
+    """
+    flat = [jnp.reshape(part, -1) for part in parts]
+    return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
 
 
 def per_weight(values: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:

@@ -40,12 +40,14 @@ class Bracket(NamedTuple):
       high: largest candidate. Unsigned, shape (P,).
       below: weight strictly above ``low - 1``, over the limit. Shape (P,).
       above: weight strictly above ``high``, within the limit. Shape (P,).
+      cells: how many of each cell that is, where asked for, else None. Shape (C,).
     """
 
     low: jax.Array
     high: jax.Array
     below: Weight
     above: Weight
+    cells: jax.Array | None = None
 
 
 def unfinished(bracket: Bracket, limit: Weight, spare: int | None = 0) -> jax.Array:
@@ -68,7 +70,7 @@ def unfinished(bracket: Bracket, limit: Weight, spare: int | None = 0) -> jax.Ar
 
 
 def search(
-    weigh: Callable[[jax.Array], Weight],
+    weigh: Callable[[jax.Array], tuple[Weight, jax.Array]],
     bracket: Bracket,
     limit: Weight,
     probes: jax.Array,
@@ -79,7 +81,8 @@ def search(
     """Narrow a bracket around the smallest value whose weight fits the limit.
 
     Args:
-      weigh: weights strictly above probes, both of shape (P, m).
+      weigh: gives the weight strictly above probes, both of shape (P, m), and how
+        many of each cell that is, shape (C, m), where C is P or P is 1.
       bracket: where to start; trivially true bounds will do.
       limit: the weight that must fit, shape (P,).
       probes: the first probes, any values; shape (P, m), m = 3, 5 or 7.
@@ -93,7 +96,7 @@ def search(
     def body(state):
         bracket, probes = state
         probes = within(bracket, probes)
-        return narrow(bracket, limit, probes, weigh(probes), bend)
+        return narrow(bracket, limit, probes, *weigh(probes), bend)
 
     return lax.while_loop(
         lambda state: jnp.any(unfinished(state[0], limit, spare)),
@@ -112,6 +115,7 @@ def narrow(
     limit: Weight,
     probes: jax.Array,
     weight: Weight,
+    counts: jax.Array,
     bend: float = 0.0,
 ) -> tuple[Bracket, jax.Array]:
     """The bracket after one round, and the probes of the next.
@@ -121,14 +125,15 @@ def narrow(
       limit: the weight that must fit, shape (P,).
       probes: shape (P, m).
       weight: strictly above each probe, shape (P, m).
+      counts: how many of each cell that is, shape (C, m).
       bend: see `propose`.
 
     Returns:
       ``(bracket, probes)``.
     """
     # Barriers store what XLA would otherwise compute again for every later use.
-    probes, weight = lax.optimization_barrier((probes, weight))
-    low, high, below, above = bracket
+    probes, weight, counts = lax.optimization_barrier((probes, weight, counts))
+    low, high, below, above, cells = bracket
     one = np.array(1, probes.dtype)
     for j in range(probes.shape[1]):
         probe, part = probes[:, j], tuple(word[:, j] for word in weight)
@@ -137,7 +142,9 @@ def narrow(
         higher = over & (probe >= low)
         high, above = lax.select(lower, probe, high), choose(lower, part, above)
         low, below = lax.select(higher, probe + one, low), choose(higher, part, below)
-    new = lax.optimization_barrier(Bracket(low, high, below, above))
+        if cells is not None:
+            cells = jnp.where(lower, counts[:, j], cells)
+    new = lax.optimization_barrier(Bracket(low, high, below, above, cells))
     left, was = new.high - new.low, bracket.high - bracket.low
     stuck = left > was >> np.array(2, low.dtype)
     return new, propose(new, limit, probes.shape[1], stuck, bend)
@@ -159,7 +166,7 @@ def propose(
     Returns:
       Probes in [low, high) where that is not empty. Shape (P, count).
     """
-    low, high, below, above = bracket
+    low, high, below, above, _ = bracket
     dtype = np.float32 if low.dtype.itemsize == 4 else np.float64
     inside = jnp.maximum(real(subtract(below, above), dtype), 1)
     share = jnp.clip(real(subtract(limit, above), dtype) / inside, 0, 1)

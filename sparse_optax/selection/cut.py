@@ -34,13 +34,17 @@ class Cut(NamedTuple):
         array for all leaves, or one per leaf, with a row for each of its pools.
       ends: keys at the bound are kept at positions before it (uint32). Arrays as in
         bound, but with a row for each cell where pools are huge.
-      least: the smallest key kept, the highest key where nothing is; shape (P,).
-        Only found on request, else zeros.
+      threshold: a key with nothing kept below it and all above it kept, shape (P,):
+        on request the smallest one kept (the highest of all where nothing is), else
+        the bound.
+      counts: how many weights each cell keeps (uint32), an array for each leaf;
+        empty where it was not asked for.
     """
 
     bound: tuple[jax.Array, ...]
     ends: tuple[jax.Array, ...]
-    least: jax.Array
+    threshold: jax.Array
+    counts: tuple[jax.Array, ...]
 
 
 def probe_count(plan: Plan) -> int:
@@ -73,6 +77,12 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     high = jnp.where(whole, low, values.span)
     nothing = part.varying(tuple(jnp.zeros_like(word) for word in totals))
     bracket = loop.Bracket(low, high, totals, nothing)
+    # Counts per cell come along in the search, but not to several pools of several
+    # cells each, which only leaves of 2**32 weights have.
+    along = plan.counts and plan.pools in (1, plan.cells)
+    if along:
+        none = part.varying(jnp.zeros((plan.cells,), jnp.uint32))
+        bracket = bracket._replace(cells=none)
 
     if guess is not None:
         probes = values.around(guess, count)
@@ -83,25 +93,40 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
 
     def weigh(probes):
         thresholds = _to_cells(plan, values.to_keys(probes))
-        return _to_pools(plan, part.above(thresholds))
+        counts = part.above(thresholds)
+        return _to_pools(plan, counts), counts
 
     # A weight without cost may follow one with which the budget is used up.
     spare = 0 if all(plan.costs) else None
     bend = values.bend
     bracket = loop.search(weigh, bracket, room, probes, spare=spare, bend=bend)
     bound = values.to_keys(bracket.high)
-    ends, kept = _early(part, bound, bracket, room, whole, spare)
-    least = _least(part, bound, kept) if plan.least else jnp.zeros_like(bound)
+    rest = loop.subtract(room, bracket.above)
+    if plan.skip_zeros:
+        skipped = (bound == values.zero) & jnp.logical_not(whole)
+        rest = loop.choose(skipped, nothing, rest)
+    ends, kept = _early(part, bound, bracket, rest, whole, spare)
+    counts = ()
+    cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
+    if plan.counts:
+        over = bracket.cells
+        if not along:
+            level = _to_cells(plan, bound)
+            over = part.above(jnp.stack([level, level], axis=1))[:, 0]
+        everything = np.array(plan.sizes, np.uint32)
+        counts = jnp.where(_to_cells(plan, whole), everything, over + kept)
+        counts = tuple(counts[cell] for cell in cells)
+    threshold = _least(part, bound, kept > 0) if plan.least else bound
     if plan.pools == 1 and not plan.huge:
-        return Cut((bound,), (ends,), least)
+        return Cut((bound,), (ends,), threshold, counts)
     # Cut up here, inside of the operation that a mesh does not see into: outside, a
     # slice of a row is an invitation to the partitioner to shard the row.
     rows = [slice(leaf.pool, leaf.pool + leaf.pools) for leaf in plan.leaves]
-    cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
     return Cut(
         tuple(bound[row] for row in rows),
         tuple(ends[row] for row in (cells if plan.huge else rows)),
-        least,
+        threshold,
+        counts,
     )
 
 
@@ -118,6 +143,12 @@ class _Values(NamedTuple):
     def shift(self) -> np.ndarray:
         bits = 8 * self.order.unsigned.itemsize
         return np.array(self.order.lowest % 2**bits, self.order.unsigned)
+
+    @property
+    def zero(self) -> np.ndarray:
+        """The key of the score zero."""
+        lowest = self.order.lowest if self.order.name == "uint32" else 0
+        return np.array(lowest, self.order.dtype)
 
     @property
     def bend(self) -> float:
@@ -163,7 +194,8 @@ def _sampled(
             lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
             (1,),
         )
-        return (part.total(jnp.stack(counts, axis=1)),)
+        counts = part.total(jnp.stack(counts, axis=1))
+        return (counts,), counts
 
     # Two searches at once, for the ranks on both sides of the answer.
     low, high = (jnp.concatenate([x, x]) for x in (bracket.low, bracket.high))
@@ -182,20 +214,20 @@ def _sampled(
     return jnp.concatenate([below[:, None], inner, high[:, None]], axis=1)
 
 
-def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | None):
+def _early(part: Part, bound, found: loop.Bracket, rest, whole, spare: int | None):
     """Which of the weights at the bound are kept: the first ones that fit the rest.
 
     Args:
       part: the leaves.
       bound: keys, shape (P,).
       found: the bracket in which they were found.
-      room: the weight that must fit, shape (P,).
+      rest: the weight that must fit, shape (P,).
       whole: whether all weights of a pool fit, shape (P,).
       spare: see `loop.unfinished`.
 
     Returns:
       ``(ends, kept)``: the positions before which they are kept, shape (P,) or, in
-      huge pools, (C,), and whether there are any, shape (C,).
+      huge pools, (C,), and how many that are, shape (C,).
     """
     plan = part.plan
     sizes = plan.sizes if plan.huge else plan.pool_sizes
@@ -203,10 +235,10 @@ def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | Non
     none = part.varying(jnp.zeros(sizes.shape, jnp.uint32))
     sizes = none + sizes
     bound = _to_cells(plan, bound)
-    rest = loop.subtract(room, found.above)
     most, zero = (tuple(none + np.uint32(x) for _ in rest) for x in (2**32 - 1, 0))
     limit, first = rest, jnp.any(whole & _some(rest))
-    bracket = loop.Bracket(none, sizes, most, zero)
+    nothing = part.varying(jnp.zeros((plan.cells,), jnp.uint32))
+    bracket = loop.Bracket(none, sizes, most, zero, nothing)
     if plan.huge:
         limit, first = zero, jnp.any(_some(rest))
     else:
@@ -218,6 +250,7 @@ def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | Non
             jnp.where(fit, none, sizes),
             loop.choose(whole, most, ties),
             loop.choose(fit, ties, zero),
+            nothing,
         )
 
     # Values count positions from the end, so that weights fall as values grow. A first
@@ -228,15 +261,17 @@ def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | Non
         ends = sizes[:, None] - probes
         counts = part.at(bound, ends if plan.huge else _to_cells(plan, ends))
         if not plan.huge:
-            new, probes = loop.narrow(bracket, limit, probes, _to_pools(plan, counts))
+            weight = _to_pools(plan, counts)
+            new, probes = loop.narrow(bracket, limit, probes, weight, counts)
             return first & np.False_, limit, new, probes
         weight = _weights(plan, counts)
         share, spent = _shares(plan, tuple(word[:, 0] for word in weight), rest)
         limit = loop.choose(first, share, limit)
-        new, probes = loop.narrow(bracket, limit, probes, weight)
+        new, probes = loop.narrow(bracket, limit, probes, weight, counts)
         spent = first & spent
         low, high = (jnp.where(spent, sizes, x) for x in (new.low, new.high))
-        new = new._replace(low=low, high=high)
+        cells = jnp.where(spent, jnp.uint32(0), new.cells)
+        new = new._replace(low=low, high=high, cells=cells)
         return first & np.False_, limit, new, probes
 
     def unfinished(state):
@@ -249,12 +284,10 @@ def _early(part: Part, bound, found: loop.Bracket, room, whole, spare: int | Non
     state = (first, limit, bracket, probes)
     _, _, bracket, _ = lax.while_loop(unfinished, body, state)
     ends = sizes - bracket.high
-    kept = _some(bracket.above)
-    if spare is None:  # those kept may weigh nothing
+    kept = bracket.cells
+    if spare is None:  # the search may end before it has counted what fits at once
         cells = ends if plan.huge else _to_cells(plan, ends)
-        kept = part.at(bound, jnp.stack([cells, cells], axis=1))[:, 0] > 0
-    elif not plan.huge:
-        kept = kept[plan.pool_of_cell]
+        kept = part.at(bound, jnp.stack([cells, cells], axis=1))[:, 0]
     return ends, kept
 
 

@@ -1,13 +1,14 @@
-"""The search on any mesh: each device counts its own part, one all-reduce a round.
+"""Reductions on any mesh: each device reads its own part, small all-reduces add up.
 
 The SPMD partitioner would gather every leaf for the reductions of `passes`, and under
-Auto axes no sharding is visible while tracing. So the whole search is one operation
-with a partitioning of its own: it takes the leaves as they are sharded, runs the
-loop on local parts inside, sums counts over the mesh, and returns a few scalars
-that are the same everywhere.
+Auto axes no sharding is visible while tracing. So a whole search, or a whole tally, is
+one operation with a partitioning of its own: it takes the leaves as they are sharded,
+runs on local parts inside, sums over the mesh, and returns a few small arrays that are
+the same everywhere.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
-from sparse_optax.selection import cut
 from sparse_optax.selection.passes import Part, Place, whole
 from sparse_optax.selection.plan import Leaf, Plan
+
+Body = Callable[..., Any]
 
 
 def places(plan: Plan) -> list[Place]:
@@ -42,57 +44,60 @@ def places(plan: Plan) -> list[Place]:
     ]
 
 
-def find(plan: Plan, args, limit, guess) -> cut.Cut:
-    """The cut through the pools of a selection, under any sharding.
+def run(body: Body, plan: Plan, args, *rest) -> Any:
+    """``body(part, *rest)``, under any sharding of the leaves.
 
     Args:
+      body: a function at module level, of a `Part` and of what else is given, whose
+        results are the same on all devices.
       plan: the static facts.
       args: a tuple of arrays for each leaf.
-      limit: counts, or summed costs, that may be kept. Pair, shape (P,).
-      guess: keys near the bounds, shape (P,), or None.
+      *rest: pytrees of small arrays that are the same on all devices.
 
     Returns:
-      The cut, replicated.
+      The result, replicated.
     """
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     if plan.axis_name is None and AxisType.Manual not in kinds:
-        return _operation(plan)(args, limit, guess)
+        return _operation(body, plan)(args, *rest)
     if AxisType.Manual in kinds and len(kinds) > 1:
         # In a partly manual region only plain sums are split over the other axes.
         plan = plan._replace(many=False)
     names = plan.axis_name if isinstance(plan.axis_name, tuple) else (plan.axis_name,)
     names = () if plan.axis_name is None else names
-    return cut.find(Part(plan, args, places(plan), names), limit, guess)
+    return body(Part(plan, args, places(plan), names), *rest)
 
 
 @functools.lru_cache(maxsize=1024)
-def _operation(plan: Plan):
-    """The search as an operation with rules for partitioning and for vmap."""
+def _operation(body: Body, plan: Plan):
+    """A reduction as an operation with rules for partitioning and for vmap."""
 
-    def alone(plan, args, limit, guess):
-        return cut.find(Part(plan, args, places(plan), ()), limit, guess)
+    def alone(plan, args, *rest):
+        return body(Part(plan, args, places(plan), ()), *rest)
 
-    def partitioned(plan, args, limit, guess):
+    def partitioned(plan, args, *rest):
         # On several devices this body only says what comes out. The jit keeps array
         # constants inside, which custom_partitioning does not take.
-        return jax.jit(_automatic(functools.partial(alone, plan)))(args, limit, guess)
+        return jax.jit(_automatic(functools.partial(alone, plan)))(args, *rest)
 
     sharded: Any = custom_partitioning(partitioned, static_argnums=(0,))
-    sharded.def_partition(partition=_partition, sharding_rule=_rule)
+    sharded.def_partition(
+        partition=functools.partial(_partition, body), sharding_rule=_rule
+    )
 
-    def unbatched(args, limit, guess):
-        return sharded(plan, args, limit, guess)
+    def unbatched(args, *rest):
+        return sharded(plan, args, *rest)
 
     operation: Any = jax.custom_batching.custom_vmap(unbatched)
 
     @operation.def_vmap
-    def batched(size, in_batched, args, limit, guess):
+    def batched(size, in_batched, args, *rest):
         # Plain sums are slow but split over a mesh, as custom_partitioning (which has
         # no rule for vmap) cannot here.
         plain = plan._replace(many=jax.device_count() == 1)
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
         many = jax.vmap(functools.partial(alone, plain), in_axes=axes, axis_size=size)
-        found = _automatic(many)(args, limit, guess)
+        found = _automatic(many)(args, *rest)
         return found, jax.tree.map(lambda _: True, found)
 
     return operation
@@ -120,13 +125,13 @@ def _rule(plan, mesh, value_types, result_types) -> str:
     )
 
 
-def _partition(plan: Plan, mesh, operands, results):
+def _partition(body: Body, plan: Plan, mesh, operands, results):
     """How one device takes part: called while XLA partitions the program."""
-    args, limit, guess = operands
+    args, *rest = operands
     specs = [_even(arrays[0], mesh) for arrays in args]
     same = NamedSharding(mesh, PartitionSpec())
 
-    def local(args, limit, guess):
+    def local(args, *rest):
         part = Part(
             plan,
             args,
@@ -136,14 +141,14 @@ def _partition(plan: Plan, mesh, operands, results):
             ],
             tuple(mesh.axis_names),
         )
-        return cut.find(part, limit, guess)
+        return body(part, *rest)
 
     shardings = (
         tuple(
             tuple(NamedSharding(mesh, PartitionSpec(*spec)) for _ in arrays)
             for arrays, spec in zip(args, specs, strict=True)
         ),
-        *jax.tree.map(lambda _: same, (limit, guess)),
+        *jax.tree.map(lambda _: same, tuple(rest)),
     )
     return mesh, local, jax.tree.map(lambda _: same, results), shardings
 

@@ -68,7 +68,7 @@ class Part(NamedTuple):
           Counts over all devices. uint32, shape (C, m).
         """
         count = thresholds.shape[1]
-        rows, over = lax.optimization_barrier((self._rows(), _unpacked(thresholds)))
+        rows, over = lax.optimization_barrier((self.rows(), _unpacked(thresholds)))
 
         def condition(i):
             keys = self._keys(i, rows[i])
@@ -88,7 +88,7 @@ class Part(NamedTuple):
         """
         count = ends.shape[1]
         rows, at, before, zero = lax.optimization_barrier(
-            (self._rows(), _unpacked(bound[:, None]), _unpacked(ends), jnp.uint32(0))
+            (self.rows(), _unpacked(bound[:, None]), _unpacked(ends), jnp.uint32(0))
         )
 
         def condition(i):
@@ -96,9 +96,10 @@ class Part(NamedTuple):
             equal = keys == self._across(i, at, 0, keys.ndim)
             # The barred zero keeps XLA from storing positions outside of the loop.
             position = self._row_positions(i, keys.shape, zero)
+            # Past every end where the key is another.
+            position = jnp.where(equal, position, np.uint32(2**32 - 1))
             return [
-                equal & (position < self._across(i, before, j, keys.ndim))
-                for j in range(count)
+                position < self._across(i, before, j, keys.ndim) for j in range(count)
             ]
 
         return self._count(condition, count)
@@ -114,9 +115,7 @@ class Part(NamedTuple):
         """
         plan = self.plan
         top = np.array(plan.order.highest, plan.order.dtype)
-        rows, level = lax.optimization_barrier(
-            (self._rows(), _unpacked(bound[:, None]))
-        )
+        rows, level = lax.optimization_barrier((self.rows(), _unpacked(bound[:, None])))
         done, pending = {}, {}
         for i, leaf in enumerate(plan.leaves):
             keys = self._keys(i, rows[i])
@@ -200,7 +199,7 @@ class Part(NamedTuple):
         """The sum of x over all devices."""
         return lax.psum(x, self.names) if self.names else x
 
-    def _rows(self) -> list[list[jax.Array]]:
+    def rows(self) -> list[list[jax.Array]]:
         """The arrays as rows to reduce over axis 1: cells, or parts of one cell.
 
         Where the SPMD partitioner has to follow, they stay as they are: it would
@@ -235,7 +234,7 @@ class Part(NamedTuple):
         return x.reshape((here,) + (1,) * (ndim - 1))
 
     def _row_positions(self, i: int, rows: tuple[int, ...], zero) -> jax.Array:
-        """Positions of the weights of leaf i, as `_rows` arranges them."""
+        """Positions of the weights of leaf i, as `rows` arranges them."""
         place, split = self.places[i], self.plan.leaves[i].split
         shape = self.args[i][0].shape
         base = jnp.asarray(place.base, jnp.uint32) + zero

@@ -68,6 +68,8 @@ class Plan(NamedTuple):
       axis_name: mesh axes of a surrounding shard_map over which pools extend.
       shards: number of shards along these axes.
       least: whether the smallest score kept is wanted.
+      counts: whether it is wanted how many each cell keeps.
+      skip_zeros: whether scores of zero are never kept, unless all weights are.
       many: several comparisons in one reduction (fast, but the SPMD partitioner
         does not split it) or plain sums.
     """
@@ -78,6 +80,8 @@ class Plan(NamedTuple):
     axis_name: Any
     shards: int
     least: bool
+    counts: bool
+    skip_zeros: bool
     many: bool
 
     @property

@@ -97,7 +97,17 @@ def prepare(
     if costs is not None:
         prices, counts = _integer_costs(costs, counts, treedef, names, caller)
     layout = _layout(args, slices, single, prices, shards, names, caller)
-    static = plan.Plan(score, order, layout, axis_name, shards, False, True)
+    static = plan.Plan(
+        score,
+        order,
+        layout,
+        axis_name,
+        shards,
+        least=False,
+        counts=False,
+        skip_zeros=False,
+        many=True,
+    )
 
     if max(static.totals) >= 2**64:
         raise ValueError(
@@ -106,6 +116,11 @@ def prepare(
         )
     sizes = static.pool_sizes if single else [static.pool_sizes[x.pool] for x in layout]
     labels = ["k"] if single else [f"k for {name}" for name in names]
+    kinds = {x.dtype for x in counts if isinstance(x, jax.Array)}
+    if len(kinds) == 1 and all(isinstance(x, jax.Array) for x in counts):
+        # All at once: a conversion of each count alone is a kernel to compile.
+        counts = [jnp.concatenate([jnp.reshape(x, -1) for x in counts])]
+        sizes, labels = [0], ["k"]
     limits = [
         _limit(count, n if costs is None else None, label, caller)
         for count, n, label in zip(counts, sizes, labels, strict=True)

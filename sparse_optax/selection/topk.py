@@ -4,25 +4,33 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparse_optax.selection import keys as key_order
 from sparse_optax.selection import mesh, passes
+from sparse_optax.selection.cut import find
 from sparse_optax.selection.problem import Problem, prepare
 
 PyTree = Any
 
 
 class Selection(NamedTuple):
-    """Masks and the threshold that made them.
+    """Masks, the threshold that made them, and how many weights they keep.
 
     Attributes:
       masks: the tree with a bool array in place of each array (tuple of arrays).
-      threshold: the smallest score kept, as `kth_largest` returns it.
+      threshold: the smallest score kept, as `kth_largest` returns it; or, where that
+        was not asked for, a score with all above it kept and none below it.
+      counts: the tree with the number of weights kept in place of each array, uint32;
+        shape (L,) where the L slices of a leaf are pools. Of a leaf of 2**32 weights
+        and more, one number for each slice along axis 0.
     """
 
     masks: PyTree
     threshold: PyTree
+    counts: PyTree
 
 
 def top_k_mask(
@@ -139,11 +147,13 @@ def select(
     costs: PyTree = None,
     axis_name: Any = None,
     guess: PyTree = None,
+    exact_threshold: bool = True,
+    skip_zeros: bool = False,
 ) -> Selection:
-    """Masks and threshold together, in one search.
+    """Masks, threshold and counts together, in one search.
 
-    Costs one pass over the leaves more than `top_k_mask`. The threshold is a good
-    guess for the next step.
+    The exact threshold costs one pass over the leaves more than `top_k_mask`, the
+    counts cost nothing. Any threshold is a good guess for the next step.
 
     Args:
       leaves: see `top_k_mask`, as for all arguments.
@@ -152,9 +162,13 @@ def select(
       costs: what a weight of each leaf costs, which makes k a budget.
       axis_name: mesh axes of a surrounding ``shard_map``.
       guess: a score near the threshold.
+      exact_threshold: whether the threshold must be the smallest score kept. False
+        saves a pass; the threshold is then the same on any mesh if a guess is given.
+      skip_zeros: whether a weight whose score is zero is left out even if k is not
+        used up, unless k takes all weights. For scores that are never negative.
 
     Returns:
-      ``Selection(masks, threshold)``.
+      ``Selection(masks, threshold, counts)``.
 
     Raises:
       ValueError: as `top_k_mask`.
@@ -162,21 +176,32 @@ def select(
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import selection
-      >>> masks, threshold = selection.select(jnp.array([3.0, -1.0, 2.0]), 2)
-      >>> masks.tolist(), float(threshold)
-      ([True, False, True], 2.0)
+      >>> masks, threshold, count = selection.select(jnp.array([3.0, -1.0, 2.0]), 2)
+      >>> masks.tolist(), float(threshold), int(count)
+      ([True, False, True], 2.0, 2)
     """
     problem = prepare(leaves, k, score, costs, axis_name, guess, "select")
-    plan = problem.plan._replace(least=True)
-    masks, least = _select(problem.args, problem.limit, problem.guess, plan=plan)
+    plan = problem.plan._replace(
+        least=exact_threshold, counts=True, skip_zeros=skip_zeros
+    )
+    masks, cut = _select(problem.args, problem.limit, problem.guess, plan=plan)
+    threshold = key_order.from_key(cut.threshold, plan.order)
+    counts = [
+        count if leaf.split else count[: leaf.shape[0]] if stacked else count[0]
+        for leaf, stacked, count in zip(
+            plan.leaves, problem.stacked, cut.counts, strict=True
+        )
+    ]
     return Selection(
-        jax.tree.unflatten(problem.treedef, masks), _thresholds(problem, least)
+        jax.tree.unflatten(problem.treedef, masks),
+        _thresholds(problem, threshold),
+        jax.tree.unflatten(problem.treedef, counts),
     )
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _select(args, limit, guess, *, plan):
-    cut = mesh.find(plan, args, limit, guess)
+    cut = mesh.run(find, plan, args, limit, guess)
     # The same barrier and the same keys as in the search: masks cannot disagree.
     args, bound, ends = lax.optimization_barrier((args, cut.bound, cut.ends))
     count = len(plan.leaves)
@@ -190,14 +215,18 @@ def _select(args, limit, guess, *, plan):
         shape = (-1,) + (1,) * (keys.ndim - 1) if keys.ndim else ()
         position = passes.positions(keys.shape, place.strides, place.base)
         level, end = level.reshape(shape), end.reshape(shape)
-        masks.append((keys > level) | ((keys == level) & (position < end)))
-    return masks, key_order.from_key(cut.least, plan.order)
+        if plan.order.name == "uint32":  # whose lowest key has none below it
+            masks.append((keys > level) | ((keys == level) & (position < end)))
+        else:
+            one = np.array(1, level.dtype)
+            masks.append(keys > jnp.where(position < end, level - one, level))
+    return masks, cut
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _threshold(args, limit, guess, *, plan):
-    cut = mesh.find(plan, args, limit, guess)
-    return key_order.from_key(cut.least, plan.order)
+    cut = mesh.run(find, plan, args, limit, guess)
+    return key_order.from_key(cut.threshold, plan.order)
 
 
 def _thresholds(problem: Problem, least: jax.Array) -> PyTree:

@@ -1,0 +1,183 @@
+"""Whole-number statistics of layers, in one pass over the leaves, on any mesh.
+
+Sums and maxima of integers do not depend on their order: every mesh of devices
+arrives at the same numbers, where a sum of floats differs in the last bit.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sparse_optax import wide
+from sparse_optax.selection import mesh
+from sparse_optax.selection.keys import Order
+from sparse_optax.selection.passes import Part
+from sparse_optax.selection.plan import Leaf, Plan
+
+# A float32 order: no tally compares, but a plan has one.
+_ORDER = Order("float32")
+
+
+def tally(
+    leaves: Sequence[tuple[jax.Array, ...]],
+    function: Callable[..., tuple[jax.Array, ...]],
+    *,
+    split: Sequence[bool],
+    given: tuple[jax.Array, ...] = (),
+) -> tuple[Any, ...]:
+    """Sums and maxima of element-wise integers over each layer.
+
+    A layer is a leaf, or one slice of it along axis 0. What becomes of an array that
+    the function returns is said by its dtype: bool is counted, uint32 is summed in 64
+    bits, of int32 the largest is taken.
+
+    Args:
+      leaves: For each leaf a tuple of arrays of one shape.
+      function: A function at module level, ``function(*given, *arrays)``, that is
+        element-wise and returns a tuple of arrays of bool, uint32 or int32.
+      split: For each leaf whether its slices along axis 0 are layers.
+      given: Scalars that the function takes before the arrays.
+
+    Returns:
+      For each array that the function returns the result for all layers in turn:
+      uint32 counts; a pair of `wide`; int32 maxima, which are the lowest int32 for
+      an empty layer. Shape (layers,).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.selection.tally import tally
+      >>> def positive(x):
+      ...     return x > 0, x.astype(jnp.int32)
+      >>> leaves = [(jnp.array([[1.0, -2.0], [3.0, 4.0]]),)]
+      >>> for x in tally(leaves, positive, split=[True]):
+      ...     print(x.tolist())
+      [1, 2]
+      [1, 4]
+    """
+    layout, cell = [], 0
+    for arrays, is_split in zip(leaves, split, strict=True):
+        shape = tuple(arrays[0].shape)
+        cells = shape[0] if is_split else 1
+        leaf = Leaf(shape, len(arrays), is_split, cell, cell, cells, 0, 1)
+        layout.append(leaf)
+        cell += cells
+    plan = Plan(
+        function,
+        _ORDER,
+        tuple(layout),
+        axis_name=None,
+        shards=1,
+        least=False,
+        counts=False,
+        skip_zeros=False,
+        many=True,
+    )
+    return _tally(tuple(tuple(x) for x in leaves), given, plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _tally(args, given, *, plan):
+    return mesh.run(_on_each_device, plan, args, given)
+
+
+def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    """The tallies of a device's part, added up over all devices."""
+    plan = part.plan
+    rows: list[list[Any]] = []
+    cells = []
+    for i, (leaf, arrays) in enumerate(zip(plan.leaves, part.rows(), strict=True)):
+        values = plan.score(*given, *arrays)
+        reduced = (_reduce if plan.many else _plain)(values, leaf.split)
+        counts = part.places[i].counts
+        flat, structure = jax.tree.flatten(reduced)
+        if counts is not None:  # a copy of what another device counts
+            flat = [jnp.where(counts, x, _nothing(x)) for x in flat]
+        rows.append(jax.tree.unflatten(structure, flat))
+        number = flat[0].shape[0]
+        first = leaf.cell + part.places[i].cell
+        cells.append(first + np.arange(number, dtype=np.int32) * np.int32(leaf.split))
+    cell = jnp.concatenate([jnp.asarray(c, jnp.int32) for c in cells])
+    return tuple(
+        _over_cells(part, jax.tree.map(lambda *x: jnp.concatenate(x), *column), cell)
+        for column in zip(*rows, strict=True)
+    )
+
+
+def _reduce(values: Sequence[jax.Array], split: bool) -> list[Any]:
+    """Every statistic of each row in one reduction: one kernel for a leaf."""
+    del split
+    operands, start, combiners = [], [], []
+    for x in values:
+        if x.dtype == bool:
+            operands += [x.astype(jnp.uint32)]
+            start += [np.uint32(0)]
+            combiners.append((1, lambda a, b: (a[0] + b[0],)))
+        elif x.dtype == jnp.uint32:
+            operands += [jnp.zeros_like(x), x]
+            start += [np.uint32(0), np.uint32(0)]
+            combiners.append((2, wide.add64))
+        else:
+            operands += [x]
+            start += [np.int32(np.iinfo(np.int32).min)]
+            combiners.append((1, lambda a, b: (jnp.maximum(a[0], b[0]),)))
+
+    if len(operands) == 1:
+        # XLA turns a reduction of one operand into several kernels.
+        operands, start = [*operands, operands[0] ^ 1], start * 2
+        combiners = combiners * 2
+
+    def combine(a, b):
+        out, at = [], 0
+        for width, combiner in combiners:
+            out += combiner(tuple(a[at : at + width]), tuple(b[at : at + width]))
+            at += width
+        return tuple(out)
+
+    reduced = list(lax.reduce(tuple(operands), tuple(start), combine, (1,)))
+    out = []
+    for (width, _), _ in zip(combiners, values, strict=False):
+        head, reduced = reduced[:width], reduced[width:]
+        out.append(head[0] if width == 1 else tuple(head))
+    return out
+
+
+def _plain(values: Sequence[jax.Array], split: bool) -> list[Any]:
+    """The same in plain reductions, which the SPMD partitioner splits over a mesh."""
+    out = []
+    for x in values:
+        axes = tuple(range(1 if split else 0, x.ndim))
+        if x.dtype == bool:
+            found = jnp.sum(x, axis=axes, dtype=jnp.uint32)
+        elif x.dtype == jnp.uint32:
+            found = wide.sum64(x, axes) if axes else wide.pair64(x)
+        else:
+            found = jnp.max(x, axis=axes, initial=np.iinfo(np.int32).min)
+        out.append(found if split else jax.tree.map(lambda y: y[None], found))
+    return out
+
+
+def _over_cells(part: Part, values: Any, cell: jax.Array) -> Any:
+    """Statistics of rows put together for each cell, over all devices."""
+    cells = part.plan.cells
+    if isinstance(values, tuple):
+        # In limbs of 16 bits, so that sums over rows and devices do not overflow.
+        limbs = [x & 0xFFFF for x in (values[1], values[1] >> 16, values[0])]
+        limbs.append(values[0] >> 16)
+        sums = [jax.ops.segment_sum(x, cell, cells) for x in limbs]
+        low, middle, high, top = part.total(jnp.stack(sums))
+        return wide.add64((high + (top << 16), low), (middle >> 16, middle << 16))
+    if values.dtype == jnp.uint32:
+        return part.total(jax.ops.segment_sum(values, cell, cells))
+    largest = jax.ops.segment_max(values, cell, cells)
+    return lax.pmax(largest, part.names) if part.names else largest
+
+
+def _nothing(x: jax.Array) -> np.ndarray:
+    """What changes no sum and no maximum."""
+    value = 0 if x.dtype == jnp.uint32 else np.iinfo(np.int32).min
+    return np.array(value, x.dtype)
