@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_optax.leaves import PyTree, is_hole, leaf_names
@@ -170,6 +171,26 @@ def count_true(mask: jax.Array) -> jax.Array:
     if mask.ndim > 1 and mask.shape[0] < 2**16:
         mask = jnp.sum(mask, axis=0, dtype=jnp.uint16)
     return jnp.sum(mask, dtype=jnp.int32)
+
+
+def whole_count(mask: jax.Array) -> int:
+    """Number of True entries of a concrete mask of any size, as a Python integer.
+
+    Args:
+      mask: Boolean array, with fewer than 2^31 elements in each slice along axis 0.
+
+    Returns:
+      The count.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.whole_count(jnp.eye(3, dtype=bool))
+      3
+    """
+    # Slice by slice: an int32 could not hold the sum over a leaf of 2^31 weights.
+    slices = jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
+    return int(np.asarray(slices).sum(dtype=np.int64))
 
 
 def mask_shape(mask: Any) -> tuple[int, ...]:

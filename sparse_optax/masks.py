@@ -27,10 +27,10 @@ from sparse_optax.mask_trees import PackedMask as PackedMask
 from sparse_optax.mask_trees import check_names as check_names
 from sparse_optax.mask_trees import (
     check_shapes,
-    count_true,
     is_mask,
     mask_shape,
     rebuild,
+    whole_count,
 )
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
@@ -117,7 +117,7 @@ def count(masks: PyTree) -> int:
     kept = [m for m in flatten(masks)[0] if not is_hole(m)]
     # Given masks are constants of the trace: they are counted while it is made.
     with jax.ensure_compile_time_eval():
-        return sum(int(count_true(unpack(m))) for m in kept)
+        return sum(whole_count(unpack(m)) for m in kept)
 
 
 def density(masks: PyTree) -> float:

@@ -20,7 +20,7 @@ from sparse_optax.leaves import (
     require_some,
     resolve_where,
 )
-from sparse_optax.regrowth.rules import Rule
+from sparse_optax.regrowth.rules import Rule, layer_sizes
 
 
 def first_masks(
@@ -75,12 +75,14 @@ def first_masks(
                     f"{caller}: in `masks`, {names[i]!r} has dtype {dtype}; it must be "
                     "bool. Pass mask.astype(bool)."
                 )
+        _check_layers(plan, flat, caller)
         # Copied: the caller may donate the state and keep the masks.
         kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
         _check_budget(density, masks, params, where, stacked, caller)
     else:
         chosen = resolve_where(params, where, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)
+        _check_layers(plan, flat, caller)
         random = mask_trees.random_masks(
             jax.random.fold_in(seed, 0),
             params,
@@ -92,6 +94,18 @@ def first_masks(
         kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
     require_some(params, plan, caller=caller)
     return plan, tuple(kept)
+
+
+def _check_layers(plan: Layout, flat: list[Any], caller: str) -> None:
+    for i, name, axis in zip(plan.index, plan.names, plan.axes, strict=True):
+        (size, *_) = layer_sizes((flat[i],), (axis,)) if flat[i].shape else (1,)
+        if size >= 2**31:  # counts of a layer are int32
+            raise ValueError(
+                f"{caller}: {name!r} of shape {tuple(flat[i].shape)} is a layer of "
+                f"{size} weights; a layer must hold fewer than 2**31. Make it several "
+                f"layers: stacked={{{name!r}: axis}} takes each slice along an axis as "
+                "one."
+            )
 
 
 def _check_budget(density, masks, params, where, stacked, caller):
