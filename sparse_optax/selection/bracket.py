@@ -12,7 +12,7 @@ pass 32 bits.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Bracket(NamedTuple):
     high: jax.Array
     below: Weight
     above: Weight
-    cells: jax.Array | None = None
+    cells: Any = None
 
 
 def unfinished(bracket: Bracket, limit: Weight, spare: int | None = 0) -> jax.Array:
