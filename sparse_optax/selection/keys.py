@@ -88,12 +88,13 @@ def order_of(dtypes, names, caller: str) -> Order:
     return Order("float64" if "float64" in found else "float32")
 
 
-def to_key(score: jax.Array, order: Order) -> jax.Array:
+def to_key(score: jax.Array, order: Order, *, positive: bool = False) -> jax.Array:
     """The key of each score.
 
     Args:
       score: an array of any dtype that `order` covers.
       order: from `order_of`.
+      positive: whether no score is negative, which takes fewer operations.
 
     Returns:
       An array of ``order.dtype``, of the shape of ``score``.
@@ -110,6 +111,8 @@ def to_key(score: jax.Array, order: Order) -> jax.Array:
         bits = _bits64(score)
         magnitude = bits & np.int64(2**63 - 1)
     infinity = np.array(_INFINITY[order.name], order.dtype)
+    if positive:
+        return jnp.minimum(magnitude, infinity + 1)
     key = jnp.where(bits < 0, -magnitude, magnitude)
     return jnp.where(magnitude > infinity, infinity + 1, key)
 

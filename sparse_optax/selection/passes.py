@@ -219,7 +219,7 @@ class Part(NamedTuple):
 
     def _keys(self, i: int, arrays) -> jax.Array:
         del i
-        return key_order.to_key(scores(self.plan.score, arrays), self.plan.order)
+        return keys(self.plan, arrays)
 
     def _across(self, i: int, values: list, j: int, ndim: int) -> jax.Array:
         """Column j of unpacked values, to broadcast over leaf i's rows here."""
@@ -312,6 +312,20 @@ def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
         return arrays[0]
     half = (jnp.float16, jnp.bfloat16)
     return score(*(x.astype(jnp.float32) if x.dtype in half else x for x in arrays))
+
+
+def keys(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
+    """The keys of one leaf, by which scores compare as integers.
+
+    Args:
+      plan: the static facts.
+      arrays: the arguments of the score function.
+
+    Returns:
+      An array of ``plan.order.dtype``.
+    """
+    score = scores(plan.score, arrays)
+    return key_order.to_key(score, plan.order, positive=plan.skip_zeros)
 
 
 def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Array:

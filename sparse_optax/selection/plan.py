@@ -69,7 +69,8 @@ class Plan(NamedTuple):
       shards: number of shards along these axes.
       least: whether the smallest score kept is wanted.
       counts: whether it is wanted how many each cell keeps.
-      skip_zeros: whether scores of zero are never kept, unless all weights are.
+      skip_zeros: whether no score is negative, and those of zero are never kept
+        unless all weights are.
       many: several comparisons in one reduction (fast, but the SPMD partitioner
         does not split it) or plain sums.
     """
