@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from shapes import resnet50_kernels
 
 from sparse_optax import selection
 
@@ -182,21 +183,9 @@ def test_values(benchmark, kind):
 # A tree of many leaves.
 
 
-def resnet50():
-    """Shapes of the kernels of ResNet-50: 54 leaves, 25.5 million weights."""
-    shapes, inputs = [(7, 7, 3, 64)], 64
-    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        for block in range(blocks):
-            shapes += [(1, 1, inputs, width), (3, 3, width, width)]
-            shapes += [(1, 1, width, 4 * width)]
-            shapes += [(1, 1, inputs, 4 * width)] * (block == 0)
-            inputs = 4 * width
-    return [*shapes, (2048, 1000)]
-
-
 @pytest.mark.parametrize("rival", ["a read", "mask", "mask from a guess 5% off"])
 def test_tree(benchmark, rival):
-    tree = pairs(resnet50())
+    tree = pairs(resnet50_kernels())
     k = sum(g.size for g, _ in tree) // 60
     benchmark.group = "tree of ResNet-50, k = 60th"
     benchmark.pedantic(ours(rival)(tree, k), rounds=10, warmup_rounds=1)
@@ -205,7 +194,7 @@ def test_tree(benchmark, rival):
 @pytest.mark.parametrize("leaves", [54, 160])
 def test_tree_compile(benchmark, leaves):
     """Seconds from a Python function to a program: trace, lower and compile."""
-    shapes = (resnet50() * 3)[:leaves]
+    shapes = (resnet50_kernels() * 3)[:leaves]
     tree = [(jax.ShapeDtypeStruct(s, jnp.float32),) * 2 for s in shapes]
 
     def build():

@@ -1,4 +1,7 @@
-"""The networks: their counts, their initial weights, their shapes."""
+"""The networks: their counts, their initial weights, their logits and statistics."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,39 @@ pytest.importorskip("flax")
 models = pytest.importorskip("sparse_optax.experiments.models")
 lenet = pytest.importorskip("sparse_optax.experiments.models.lenet")
 
+from flax import nnx  # noqa: E402
+
 import sparse_optax  # noqa: E402
+from sparse_optax.experiments import config, data  # noqa: E402
+from sparse_optax.experiments.models import vgg, wide_resnet  # noqa: E402
 
 MNIST = (28, 28, 1)
+CIFAR = (32, 32, 3)
+LENETS = ("lenet-300-100", "lenet-5-caffe")
+TINY = ("vgg16-c", "vgg16-d", "wrn-10-2")
+# A generator whose draws compile in a third of the time.
+KEY = jax.random.key(1, impl="rbg")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The conv models with few channels, for images of 8 x 8."""
+    monkeypatch.setattr(vgg, "BLOCKS", ((3,), (5, 4, 6)))
+    monkeypatch.setattr(vgg, "_HIDDEN", 7)
+    make = functools.partial(wide_resnet.WideResNet, depth=10, factor=2, dropout=0.0)
+    monkeypatch.setitem(models.MODELS, "wrn-10-2", models.Entry(make, True))
+
+
+def layers(tree):
+    """All dicts of the tree that hold a kernel."""
+    if "kernel" in tree:
+        return [tree]
+    return [
+        layer
+        for child in tree.values()
+        if isinstance(child, dict)
+        for layer in layers(child)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -19,19 +52,145 @@ MNIST = (28, 28, 1)
     [("lenet-300-100", 266_610, 266_200, 3), ("lenet-5-caffe", 431_080, 430_500, 4)],
 )
 def test_counts(name, total, weights, tensors):
-    _, params = models.create(name, MNIST, 10, key=jax.random.key(0))
-    leaves = jax.tree.leaves(params)
-    chosen = jax.tree.leaves(sparse_optax.eligible(params))
-    assert sum(leaf.size for leaf in leaves) == total
-    kernels = [leaf for leaf, kept in zip(leaves, chosen, strict=True) if kept]
-    assert sum(leaf.size for leaf in kernels) == weights
-    assert len(kernels) == tensors
+    params, stats = shapes(name, MNIST)
+    assert count(params) == total
+    assert kernels(params) == (weights, tensors)
+    assert stats == {}
 
 
-@pytest.mark.parametrize("name", list(models.MODELS))
+def vgg_counts(pointwise_padded):
+    """Conv kernels, dense kernels and channels of VGG16, from its definition."""
+    convs, inputs, size = [], 3, 32
+    widths = [(64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3]
+    for block in widths:
+        for layer, width in enumerate(block):
+            pointwise = pointwise_padded and layer == 2
+            convs.append((1 if pointwise else 9) * inputs * width)
+            size += 2 if pointwise else 0
+            inputs = width
+        size //= 2
+    dense = [size * size * 512 * 512, 512 * 512, 512 * 10]
+    channels = [width for block in widths for width in block]
+    return convs, dense, channels
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "weights"),
+    [("vgg16-c", 11_323_466, 11_307_712), ("vgg16-d", 15_255_626, 15_239_872)],
+)
+def test_vgg_counts(name, total, weights):
+    """Totals as tabulated; one by one as computed from the definition."""
+    convs, dense, channels = vgg_counts(name == "vgg16-c")
+    params, stats = shapes(name)
+    assert [
+        math.prod(params[f"conv{block}_{layer}"]["kernel"].shape)
+        for block, depth in enumerate((2, 2, 3, 3, 3), 1)
+        for layer in range(1, depth + 1)
+    ] == convs
+    sizes = [math.prod(params[f"fc{layer}"]["kernel"].shape) for layer in (1, 2, 3)]
+    assert sizes == dense
+    assert sum(convs) + sum(dense) == weights
+    # A bias a unit, and a scale and a shift where batch norm follows.
+    units = sum(channels) + 512 + 512
+    assert weights + units + 10 + 2 * units == total
+    assert count(params) == total
+    assert count(stats) == 2 * units
+    assert kernels(params) == (weights, 16)
+
+
+def wrn_counts(depth, factor):
+    """Weights, batch norm channels and kernels of a wide residual network."""
+    weights, channels, tensors, inputs = 27 * 16, 0, 2, 16
+    for width in (16 * factor, 32 * factor, 64 * factor):
+        for _ in range((depth - 4) // 6):
+            weights += 9 * inputs * width + 9 * width * width
+            channels += inputs + width
+            tensors += 2
+            if inputs != width:
+                weights, tensors = weights + inputs * width, tensors + 1
+            inputs = width
+    return weights + inputs * 10, channels + inputs, tensors
+
+
+@pytest.mark.parametrize(
+    ("depth", "factor", "total", "weights", "tensors"),
+    [
+        (28, 2, 1_467_610, 1_463_984, 29),
+        (16, 8, 10_961_370, 10_954_160, 17),
+        (16, 10, 17_116_634, 17_107_632, 17),
+    ],
+)
+def test_wide_resnet_counts(depth, factor, total, weights, tensors):
+    params, stats = shapes(f"wrn-{depth}-{factor}")
+    computed, channels, kernel_count = wrn_counts(depth, factor)
+    assert (computed, kernel_count) == (weights, tensors)
+    assert kernels(params) == (weights, tensors)
+    assert weights + 2 * channels + 10 == total
+    assert count(params) == total
+    assert count(stats) == 2 * channels
+    # What Mostafa and Wang keep dense: the first kernel, the shortcuts, the last.
+    blocks = [params[name] for name in params if name.startswith("block")]
+    dense = [params["conv"], params["fc"]]
+    dense += [block["shortcut"] for block in blocks if "shortcut" in block]
+    assert len(blocks) == (depth - 4) // 2
+    if (depth, factor) == (28, 2):
+        assert sum(math.prod(layer["kernel"].shape) for layer in dense) == 12_464
+
+
+def shapes(name, in_shape=CIFAR):
+    """Abstract parameters and statistics of a model."""
+    return jax.eval_shape(
+        lambda key: models.create_stateful(name, in_shape, 10, key=key)[1:],
+        jax.random.key(0),
+    )
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def kernels(params):
+    """How many weights the methods make sparse, in how many kernels."""
+    chosen = zip(
+        jax.tree.leaves(params),
+        jax.tree.leaves(sparse_optax.eligible(params)),
+        strict=True,
+    )
+    sizes = [math.prod(leaf.shape) for leaf, kept in chosen if kept]
+    return sum(sizes), len(sizes)
+
+
+@pytest.mark.parametrize("name", [n for n in models.MODELS if n not in LENETS])
+def test_logits_and_statistics_of_the_large_models(name):
+    """By shape alone: nothing is drawn and nothing compiled."""
+
+    def step(key, images):
+        apply, params, stats = models.create_stateful(name, CIFAR, 10, key=key)
+        return stats, apply(params, stats, images, train=True, key=key)
+
+    images = jax.ShapeDtypeStruct((3, *CIFAR), jnp.float32)
+    stats, (logits, after) = jax.eval_shape(step, jax.random.key(0), images)
+    assert logits.shape == (3, 10)
+    assert jax.tree.structure(after) == jax.tree.structure(stats)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(stats)
+    ]
+
+
+def test_statistics_lie_beside_the_scales_that_they_go_with():
+    params, stats = shapes("wrn-16-8")
+    for block in ("block1_1", "block3_2"):
+        for norm in ("norm1", "norm2"):
+            expected = params[block][norm]["scale"].shape
+            assert stats[block][norm]["mean"].shape == expected
+            assert stats[block][norm]["var"].shape == expected
+
+
+@pytest.mark.parametrize("name", [*LENETS, "vgg16-c"])
+@pytest.mark.usefixtures("tiny")
 def test_torch_start_is_uniform_up_to_one_over_root_fan_in(name):
-    _, params = models.create(name, MNIST, 10, key=jax.random.key(1))
-    for layer in params.values():
+    params = models.create_stateful(name, MNIST, 10, key=KEY)[1]
+    for layer in layers(params):
         fan_in = int(np.prod(layer["kernel"].shape[:-1]))
         bound = fan_in**-0.5
         kernel = np.asarray(layer["kernel"]).ravel()
@@ -42,15 +201,41 @@ def test_torch_start_is_uniform_up_to_one_over_root_fan_in(name):
         assert 0 < np.abs(layer["bias"]).max() <= bound
 
 
-@pytest.mark.parametrize("name", list(models.MODELS))
+def test_wide_resnet_starts_from_he_normal_by_fan_out():
+    def make(key):
+        model = wide_resnet.WideResNet(CIFAR, depth=10, factor=4, rngs=nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    params = jax.jit(make)(KEY)
+    convs = [np.asarray(layer["kernel"]) for layer in layers(params)]
+    convs = [kernel for kernel in convs if kernel.ndim == 4]
+    assert len(convs) == 10
+    for kernel in convs:
+        expected = (2 / kernel[:, :, 0].size) ** 0.5
+        error = expected / (2 * kernel.size) ** 0.5
+        assert abs(kernel.std() - expected) < 4 * error
+        # No cut at two deviations.
+        assert np.abs(kernel).max() > 2.5 * expected
+    bound = 256**-0.5
+    assert 0.95 * bound < np.abs(params["fc"]["kernel"]).max() <= bound
+    assert not np.asarray(params["fc"]["bias"]).any()
+    norm = params["block2_1"]["norm1"]
+    assert np.all(np.asarray(norm["scale"]) == 1)
+    assert not np.asarray(norm["bias"]).any()
+
+
+@pytest.mark.parametrize("name", [*LENETS, "vgg16-c", "wrn-10-2"])
+@pytest.mark.usefixtures("tiny")
 def test_xavier_start(name):
-    _, params = models.create(name, MNIST, 10, init="xavier", key=jax.random.key(1))
-    for layer in params.values():
+    params = models.create_stateful(name, MNIST, 10, init="xavier", key=KEY)[1]
+    for layer in layers(params):
         *window, fan_in, fan_out = layer["kernel"].shape
         bound = (6 / (np.prod(window) * (fan_in + fan_out))) ** 0.5
         kernel = np.abs(np.asarray(layer["kernel"]))
-        assert 0.95 * bound < kernel.max() <= bound
-        assert not np.asarray(layer["bias"]).any()
+        assert kernel.max() <= bound
+        # Of n draws the largest is expected 1/n below the bound.
+        assert kernel.max() > (1 - 10 / kernel.size) * bound
+        assert not np.asarray(layer.get("bias", 0)).any()
 
 
 def test_lenet300100_is_three_matrices():
@@ -84,6 +269,188 @@ def test_lenet5_is_two_convolutions_and_two_matrices():
     np.testing.assert_allclose(apply(params, images), x, rtol=1e-3, atol=1e-4)
 
 
+class Oracle:
+    """The layers of the conv models in NumPy, from the definitions.
+
+    Args:
+      params: parameters.
+      stats: running statistics.
+      train: whether batch norm takes the statistics of the batch.
+    """
+
+    def __init__(self, params, stats, train):
+        self.params, self.stats = (
+            jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+            for tree in (params, stats)
+        )
+        self.train = train
+
+    def conv(self, x, path, stride=1, padding=1):
+        layer = self.get(self.params, path)
+        kernel = layer["kernel"]
+        x = np.pad(x, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(
+            x, kernel.shape[:2], axis=(1, 2)
+        )[:, ::stride, ::stride]
+        x = np.einsum("bijchw,hwco->bijo", windows, kernel)
+        return x + layer.get("bias", np.zeros(1))[None, None, None]
+
+    def dense(self, x, path):
+        layer = self.get(self.params, path)
+        return x @ layer["kernel"] + layer["bias"][None]
+
+    def norm(self, x, path):
+        layer, running = self.get(self.params, path), self.get(self.stats, path)
+        flat = x.reshape(-1, x.shape[-1])
+        mean, var = running["mean"], running["var"]
+        if self.train:
+            mean = flat.sum(0) / len(flat)
+            var = ((flat - mean[None]) ** 2).sum(0) / len(flat)
+            running["mean"] = 0.9 * running["mean"] + 0.1 * mean
+            running["var"] = 0.9 * running["var"] + 0.1 * var
+        flat = (flat - mean[None]) / np.sqrt(var + 1e-5)[None]
+        return (flat * layer["scale"][None] + layer["bias"][None]).reshape(x.shape)
+
+    @staticmethod
+    def get(tree, path):
+        for key in path.split("/"):
+            tree = tree[key]
+        return tree
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def vgg_oracle(oracle, x):
+    for block, depth in ((1, 1), (2, 3)):
+        for layer in range(1, depth + 1):
+            x = oracle.conv(x, f"conv{block}_{layer}")
+            x = relu(oracle.norm(x, f"norm{block}_{layer}"))
+        b, h, w, c = x.shape
+        x = x[:, : h // 2 * 2, : w // 2 * 2]
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+    x = x.reshape(len(x), -1)
+    for layer in (1, 2):
+        x = oracle.norm(relu(oracle.dense(x, f"fc{layer}")), f"norm_fc{layer}")
+    return oracle.dense(x, "fc3")
+
+
+def wrn_oracle(oracle, x):
+    x = oracle.conv(x, "conv")
+    for group, stride in ((1, 1), (2, 2), (3, 2)):
+        block = f"block{group}_1"
+        y = relu(oracle.norm(x, f"{block}/norm1"))
+        x = oracle.conv(y, f"{block}/shortcut", stride, padding=0)
+        y = oracle.conv(y, f"{block}/conv1", stride)
+        y = relu(oracle.norm(y, f"{block}/norm2"))
+        x = x + oracle.conv(y, f"{block}/conv2")
+    x = relu(oracle.norm(x, "norm"))
+    return oracle.dense(x.sum((1, 2)) / (x.shape[1] * x.shape[2]), "fc")
+
+
+def drawn(tree, seed):
+    """Values of which none is 0 or 1, and variances that are positive."""
+    rng = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            rng.uniform(0.5, 2, x.shape)
+            if path[-1].key == "var"
+            else rng.normal(size=x.shape) / max(1, math.prod(x.shape[:-1])) ** 0.5
+        ).astype(np.float32),
+        tree,
+    )
+
+
+def undrawn(name, shape):
+    """A model of 5 classes, with parameters and statistics no initializer gives."""
+
+    def make(key):
+        return models.create_stateful(name, shape, 5, key=key)
+
+    def apply(*args, **kwargs):
+        # Made inside the trace, so that no weight is drawn.
+        return make(jax.random.key(0))[0](*args, **kwargs)
+
+    params, stats = jax.eval_shape(lambda key: make(key)[1:], jax.random.key(0))
+    return apply, drawn(params, 1), drawn(stats, 2)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.usefixtures("tiny")
+def test_conv_models_against_numpy(name, train):
+    apply, params, stats = undrawn(name, (8, 8, 3))
+    images = np.random.default_rng(3).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    run = jax.jit(functools.partial(apply, train=train))
+    logits, after = run(params, stats, images)
+    oracle = Oracle(params, stats, train)
+    make = wrn_oracle if name.startswith("wrn") else vgg_oracle
+    expected = make(oracle, images.astype(np.float64))
+    assert expected.shape == (4, 5)
+    np.testing.assert_allclose(logits, expected, rtol=2e-3, atol=2e-4)
+    same = np.testing.assert_array_equal
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close if train else same, after, oracle.stats if train else stats)
+
+
+def test_padding_of_the_1_by_1_convolutions_enlarges_the_maps():
+    """32, 16, 8 + 2, 5 + 2, 3 + 2, then 2 x 2 x 512 features."""
+    params, _ = shapes("vgg16-c")
+    assert params["conv3_3"]["kernel"].shape == (1, 1, 256, 256)
+    assert params["fc1"]["kernel"].shape == (2048, 512)
+    assert shapes("vgg16-d")[0]["fc1"]["kernel"].shape == (512, 512)
+
+
+def test_dropout_of_wide_resnets_is_inside_the_blocks(monkeypatch):
+    make = functools.partial(wide_resnet.WideResNet, depth=10, factor=1, dropout=0.5)
+    monkeypatch.setitem(models.MODELS, "wrn-10-1", models.Entry(make, True))
+    apply, params, stats = undrawn("wrn-10-1", (8, 8, 1))
+    images = np.random.default_rng(3).normal(size=(4, 8, 8, 1)).astype(np.float32)
+
+    @jax.jit
+    def logits(params, key):
+        return apply(params, stats, images, train=True, key=key)[0]
+
+    key, another = KEY, jax.random.key(2, impl="rbg")
+    first, again, other = (logits(params, k) for k in (key, key, another))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    # Nothing that is dropped comes through where the second convolutions are zero.
+    closed = {
+        name: layer | {"conv2": {"kernel": jnp.zeros_like(layer["conv2"]["kernel"])}}
+        if name.startswith("block")
+        else layer
+        for name, layer in params.items()
+    }
+    first, other = (logits(closed, k) for k in (key, another))
+    np.testing.assert_array_equal(first, other)
+    with pytest.raises(ValueError, match="key=None, and dropout in training"):
+        logits(params, None)
+
+
+def test_dropout_of_the_registered_wide_resnets_is_the_papers():
+    model = nnx.eval_shape(
+        lambda: models.MODELS["wrn-28-2"].make(
+            CIFAR, 10, init="torch", rngs=nnx.Rngs(0)
+        )
+    )
+    assert model.block1_1.dropout.rate == 0.3
+
+
+def test_model_without_statistics_takes_both_forms():
+    apply, params = models.create("lenet-300-100", MNIST, 10, key=jax.random.key(0))
+    stateful, same, stats = models.create_stateful(
+        "lenet-300-100", MNIST, 10, key=jax.random.key(0)
+    )
+    assert stats == {}
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    images = np.random.default_rng(0).normal(size=(2, *MNIST)).astype(np.float32)
+    logits, after = stateful(params, stats, images, train=True, key=jax.random.key(1))
+    np.testing.assert_array_equal(logits, apply(params, images))
+    assert after == {}
+
+
 def test_same_key_same_weights():
     first, again, other = (
         models.create("lenet-300-100", MNIST, 10, key=jax.random.key(seed))[1]
@@ -112,8 +479,166 @@ def test_same_key_same_weights():
             ),
             r"in_shape=\(8, 8, 1\) leaves no pixel",
         ),
+        (
+            lambda: make_abstract(vgg.VGG16, MNIST),
+            r"in_shape=\(28, 28, 1\) leaves no pixel after five poolings",
+        ),
+        (
+            lambda: make_abstract(vgg.VGG16, CIFAR, variant="E"),
+            "variant='E'; choose 'C' or 'D'",
+        ),
+        (
+            lambda: make_abstract(wide_resnet.WideResNet, CIFAR, depth=18, factor=2),
+            r"depth=18 must be 6 n \+ 4",
+        ),
+        (
+            lambda: make_abstract(wide_resnet.WideResNet, CIFAR, depth=4, factor=2),
+            r"depth=4 must be 6 n \+ 4",
+        ),
+        (
+            lambda: make_abstract(wide_resnet.WideResNet, CIFAR, depth=16, factor=0),
+            "factor=0 must be 1 or more",
+        ),
+        (
+            lambda: make_abstract(
+                wide_resnet.WideResNet, CIFAR, depth=16, factor=1, dropout=1.0
+            ),
+            r"dropout=1.0 must be in \[0, 1\)",
+        ),
+        (
+            lambda: jax.eval_shape(
+                lambda key: models.create("wrn-28-2", CIFAR, 10, key=key)[1],
+                jax.random.key(0),
+            ),
+            "model='wrn-28-2' keeps running statistics.* use create_stateful",
+        ),
+        (
+            lambda: models.create_stateful("wrn", CIFAR, 10, key=jax.random.key(0)),
+            "model='wrn'; choose one of",
+        ),
     ],
 )
 def test_wrong_arguments(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def make_abstract(module, *args, **kwargs):
+    """Makes a module without drawing its weights."""
+    return nnx.eval_shape(lambda: module(*args, **kwargs, rngs=nnx.Rngs(0)))
+
+
+# -- training ----------------------------------------------------------------------
+
+
+class Small(nnx.Module):
+    """All that the conv models have and the LeNets have not, in two dense layers."""
+
+    def __init__(self, in_shape, classes, *, init, rngs):
+        del init
+        self.fc1 = nnx.Linear(math.prod(in_shape), 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3)
+        self.fc2 = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, images, *, train, key=None):
+        x = self.fc1(images.reshape(len(images), -1))
+        x = nnx.relu(self.norm(x, use_running_average=not train))
+        return self.fc2(self.dropout(x, deterministic=not train, rngs=key))
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_training_carries_the_running_statistics(monkeypatch, convolutional):
+    """An epoch in one scan and step by step, both against a plain loop."""
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    monkeypatch.setitem(
+        models.MODELS, "lenet-5-caffe", models.Entry(Small, convolutional)
+    )
+    run = config.TrainConfig(
+        model="lenet-5-caffe",
+        method="dense",
+        epochs=1,
+        drop_epochs=(),
+        batch_size=128,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=0.0,
+    )
+    trained = train.train(run, runs=None)
+    digits = data.load("digits")
+    init_key, order_key, _ = jax.random.split(jax.random.key(0), 3)
+    apply, params, stats = models.create_stateful(
+        "lenet-5-caffe", (8, 8, 1), 10, key=init_key
+    )
+
+    @jax.jit
+    def step(params, stats, x, y, key):
+        def loss(params):
+            logits, after = apply(params, stats, x, train=True, key=key)
+            return -jax.nn.log_softmax(logits)[np.arange(128), y].mean(), after
+
+        gradient, after = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, gradient), after
+
+    key = jax.random.fold_in(order_key, 0)
+    order = np.asarray(jax.random.permutation(key, 1293))
+    for number, rows in enumerate(order[: 10 * 128].reshape(10, 128)):
+        drop = jax.random.fold_in(key, 2 + number)
+        x, y = digits.train_x[rows], digits.train_y[rows]
+        params, stats = step(params, stats, x, y, drop)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, (trained.params, trained.stats), (params, stats))
+    assert np.abs(stats["norm"]["mean"]).max() > 0.05
+    logits, _ = apply(params, stats, digits.test_x)
+    wrong = np.asarray(logits).argmax(-1) != digits.test_y
+    error = trained.record.results["test_error"]
+    assert error == pytest.approx(100 * wrong.mean(), abs=0.6)
+
+
+def test_statistics_survive_a_kill_and_follow_their_weights(monkeypatch, tmp_path):
+    """Killed after the base and an epoch, taken up again: the same bits at the end."""
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    monkeypatch.setitem(models.MODELS, "lenet-5-caffe", models.Entry(Small, False))
+    base = config.Base(
+        epochs=1, batch_size=64, learning_rate=0.1, drop_epochs=(), momentum=0.9
+    )
+    run = config.TrainConfig(
+        model="lenet-5-caffe",
+        method="dense",
+        epochs=2,
+        batch_size=600,
+        drop_epochs=(),
+        base=base,
+    )
+    unbroken = train.train(run, runs=None)
+
+    class Killed(Exception):
+        pass
+
+    stages = []
+
+    def kill(progress):
+        if progress.stage == "dense":
+            raise Killed
+
+    folder = {"runs": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Killed):
+        train.train(run, **folder, on_epoch=kill)
+    resumed = train.train(
+        run, **folder, on_epoch=lambda p: stages.append((p.stage, p.epoch))
+    )
+    assert stages == [("dense", 2)]
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, resumed.params, unbroken.params)
+    jax.tree.map(same, resumed.stats, unbroken.stats)
+    assert resumed.record.results == unbroken.record.results
+    resolved = config.resolve(run)
+    mean = np.asarray(resumed.stats["norm"]["mean"])
+    with np.load(tmp_path / config.default_name(resolved) / "weights.npz") as saved:
+        same(saved["stats/norm/mean"], mean)
+        same(saved["fc1/kernel"], resumed.params["fc1"]["kernel"])
+    # Four steps later, and 0.34 of the way where they had started from zero.
+    base_name = config.default_name(config.base_of(resolved))
+    with np.load(tmp_path / base_name / "weights.npz") as saved:
+        before = saved["stats/norm/mean"]
+    assert mean @ before > 0.7 * before @ before

@@ -35,11 +35,13 @@ class Trained(NamedTuple):
     Attributes:
       record: its record.
       params: the final parameters, pruned weights exactly zero.
+      stats: the final running statistics of batch norm, empty without.
       opt_state: the final optimizer state, None where the weights were loaded.
     """
 
     record: records.Record
     params: Any
+    stats: Any
     opt_state: Any
 
 
@@ -148,7 +150,7 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     """One stage in its folder, after the dense stage that it may start from."""
     dataset = setting.dataset
     init_key, order_key, method_key = jax.random.split(jax.random.key(config.seed), 3)
-    apply, params = models.create(
+    apply, params, stats = models.create_stateful(
         config.model,
         dataset.train_x.shape[1:],
         dataset.classes,
@@ -158,20 +160,35 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     base = None
     if config.base.epochs:
         base = _train(configs.base_of(config), setting, stage="base")
-        params = base.params
+        params, stats = base.params, base.stats
     plan = methods.METHODS[config.method](
         config, len(dataset.train_x) // config.batch_size, method_key
     )
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     if setting.runs is None:
-        return run.train(params, folder=None)
+        return run.train(params, stats, folder=None)
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config))
     with folder.lock(wait=stage == "base"):
         if setting.fresh:
             folder.clear()
-        elif stage == "base" and (done := folder.finished(params)) is not None:
-            return Trained(done[1], done[0], None)
-        return run.train(params, folder)
+        elif (
+            stage == "base"
+            and (done := folder.finished(_joined(params, stats))) is not None
+        ):
+            return Trained(done[1], *_parted(done[0]), None)
+        return run.train(params, stats, folder)
+
+
+def _joined(params: Any, stats: Any) -> Any:
+    """The form of weights in files: statistics are one more layer, if there are any."""
+    return {**params, "stats": stats} if stats else params
+
+
+def _parted(weights: Any) -> tuple[Any, Any]:
+    """Parameters and statistics of what :func:`_joined` made."""
+    params = dict(weights)
+    stats = params.pop("stats", {})
+    return params, stats
 
 
 class _Run(NamedTuple):
@@ -180,22 +197,28 @@ class _Run(NamedTuple):
     config: configs.Resolved
     setting: _Setting
     stage: str
-    apply: Callable[[Any, jax.Array], jax.Array]
+    apply: Callable[..., tuple[jax.Array, Any]]
     plan: methods.Plan
     order_key: jax.Array
     base: Trained | None
 
-    def train(self, params: Any, folder: checkpoints.RunFolder | None) -> Trained:
-        """Trains from ``params``, or from the newest checkpoint of the folder."""
+    def train(
+        self, params: Any, stats: Any, folder: checkpoints.RunFolder | None
+    ) -> Trained:
+        """Trains from what is given, or from the newest checkpoint of the folder."""
         config, dataset = self.config, self.setting.dataset
         opt_state = self.plan.optimizer.init(params)
         # Copies: donated buffers must not be shared, neither inside nor outside.
-        state = jax.tree.map(jnp.copy, (self.plan.start(params, opt_state), opt_state))
+        params = self.plan.start(params, opt_state)
+        params, stats, opt_state = jax.tree.map(jnp.copy, (params, stats, opt_state))
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
-        restored = None if folder is None else folder.restore(state)
+        saved = (_joined(params, stats), opt_state)
+        restored = None if folder is None else folder.restore(saved)
         first = 0
         if restored is not None:
-            first, state, history = restored
+            first, (weights, opt_state), history = restored
+            params, stats = _parted(weights)
+        state = params, stats, opt_state
 
         images = jax.device_put((dataset.train_x, dataset.train_y))
         evaluate = self._evaluator()
@@ -211,7 +234,7 @@ class _Run(NamedTuple):
             metrics = {
                 "epoch": epoch + 1,
                 "train_loss": _short(float(loss)),
-                **evaluate(state[0]),
+                **evaluate(*state[:2]),
                 "seconds": _short(seconds),
             }
             history["epochs"].append(metrics)
@@ -220,17 +243,20 @@ class _Run(NamedTuple):
             if folder is not None and (
                 last or (epoch + 1) % self.setting.checkpoint_every == 0
             ):
-                folder.save(epoch + 1, state, history)
+                saved = (_joined(*state[:2]), state[2])
+                folder.save(epoch + 1, saved, history)
             self.setting.on_epoch(
                 Progress(self.stage, epoch + 1, config.epochs, metrics)
             )
 
-        params, opt_state = state
-        results, layers, params = self._results(params, opt_state, history, evaluate)
+        params, stats, opt_state = state
+        results, layers, params = self._results(
+            params, stats, opt_state, history, evaluate
+        )
         record = self._record(results, layers, history)
         if folder is not None:
-            folder.finish(params, record)
-        return Trained(record, params, opt_state)
+            folder.finish(_joined(params, stats), record)
+        return Trained(record, params, stats, opt_state)
 
     def _epoch_function(self, state, images):
         """Compiles ``(state, key, x, y) -> (state, mean loss)`` for one epoch."""
@@ -238,19 +264,20 @@ class _Run(NamedTuple):
         batch = self.config.batch_size
         steps = len(images[0]) // batch
 
-        def step(state, rows, x, y):
-            params, opt_state = state
+        def step(state, key, number, rows, x, y):
+            params, stats, opt_state = state
             x, y = (a.at[rows].get(mode="promise_in_bounds") for a in (x, y))
 
             def loss_of(params):
-                losses = optax.softmax_cross_entropy_with_integer_labels(
-                    apply(params, x), y
-                )
-                return losses.mean()
+                # Dropout. The order of the images takes the folds 0 and 1.
+                drop = jax.random.fold_in(key, 2 + number)
+                logits, new = apply(params, stats, x, train=True, key=drop)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+                return losses.mean(), new
 
-            loss, gradient = jax.value_and_grad(loss_of)(params)
+            (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            return (optax.apply_updates(params, updates), stats, opt_state), loss
 
         def order(key):
             # The last images of the order make no full batch and sit this epoch out.
@@ -265,7 +292,9 @@ class _Run(NamedTuple):
 
             def scanned(state, key, x, y):
                 state, losses = jax.lax.scan(
-                    lambda state, rows: step(state, rows, x, y), state, order(key)
+                    lambda state, numbered: step(state, key, *numbered, x, y),
+                    state,
+                    (jnp.arange(steps), order(key)),
                 )
                 return state, losses.mean()
 
@@ -273,20 +302,20 @@ class _Run(NamedTuple):
             return scanned.lower(state, key, *images).compile()
 
         order = jax.jit(order)
-        rows = order(key)[0]
-        one = jax.jit(step, donate_argnums=0).lower(state, rows, *images).compile()
+        example = (state, key, np.int32(0), order(key)[0], *images)
+        one = jax.jit(step, donate_argnums=0).lower(*example).compile()
 
         def looped(state, key, x, y):
             losses = []
-            for rows in np.asarray(order(key)):
-                state, loss = one(state, rows, x, y)
+            for number, rows in enumerate(np.asarray(order(key))):
+                state, loss = one(state, key, np.int32(number), rows, x, y)
                 losses.append(loss)
             return state, jnp.stack(losses).mean()
 
         return looped
 
     def _evaluator(self):
-        """Makes ``params -> {"valid_error", "test_error", "below_..."}``."""
+        """Makes ``params, stats -> {"valid_error", "test_error", "below_..."}``."""
         dataset, apply = self.setting.dataset, self.apply
         sets = {
             "valid_error": (dataset.valid_x, dataset.valid_y),
@@ -303,9 +332,9 @@ class _Run(NamedTuple):
         }
 
         @jax.jit
-        def wrong(params, parts):
+        def wrong(params, stats, parts):
             return [
-                jnp.sum(apply(params, x).argmax(-1) != y, dtype=jnp.int32)
+                jnp.sum(apply(params, stats, x)[0].argmax(-1) != y, dtype=jnp.int32)
                 for x, y in parts
             ]
 
@@ -326,13 +355,14 @@ class _Run(NamedTuple):
                 for limit in SMALL
             ]
 
-        def evaluate(params):
+        def evaluate(params, stats):
             metrics = {}
             for name, (x, _) in sets.items():
                 # One call for the whole set; images of networks with convolutions
                 # go in several, for the memory that their activations take.
                 calls = [parts[name]] if whole else [[part] for part in parts[name]]
-                count = sum(int(n) for call in calls for n in wrong(params, call))
+                wrongs = (wrong(params, stats, call) for call in calls)
+                count = sum(int(n) for numbers in wrongs for n in numbers)
                 metrics[name] = _short(100 * count / len(x)) if len(x) else None
             shares = (_short(float(share)) for share in below(params))
             names = (f"below_{limit:.0e}" for limit in SMALL)
@@ -340,7 +370,7 @@ class _Run(NamedTuple):
 
         return evaluate
 
-    def _results(self, params, opt_state, history, evaluate):
+    def _results(self, params, stats, opt_state, history, evaluate):
         """Final errors, layers and params, after the cut where the method has one."""
         errors = ("valid_error", "test_error")
         last = {name: history["epochs"][-1][name] for name in errors}
@@ -348,7 +378,7 @@ class _Run(NamedTuple):
         if self.plan.cut is not None:
             gap = sparse_optax.gsm_gap(params, self.config.density)
             params = self.plan.cut(params)
-            after = evaluate(params)
+            after = evaluate(params, stats)
             results = {
                 **{name: after[name] for name in errors},
                 **{f"{name}_before_cut": last[name] for name in errors},

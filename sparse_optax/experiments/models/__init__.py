@@ -1,5 +1,11 @@
-"""Networks of the papers, one family per file, and their registry."""
+"""Networks of the papers, one family per file, and their registry.
 
+:func:`create` makes a network that is a function of its parameters alone;
+:func:`create_stateful` makes any network, also one with batch norm, whose running
+statistics are neither trained nor pruned, and with dropout, which draws at random.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from sparse_optax.experiments.models import lenet
+from sparse_optax.experiments.models import lenet, vgg, wide_resnet
 
 
 class Entry(NamedTuple):
@@ -15,7 +21,9 @@ class Entry(NamedTuple):
 
     Attributes:
       make: ``make(in_shape, classes, *, init, rngs)`` returns the nnx module;
-        ``in_shape`` is (height, width, channels).
+        ``in_shape`` is (height, width, channels). A module with running statistics
+        is called as ``module(images, train=..., key=...)``, one without as
+        ``module(images)``.
       convolutional: whether it holds convolutions. On a CPU these are slow inside
         ``lax.scan``, so that the train loop steps through them in Python.
     """
@@ -32,6 +40,15 @@ MODELS: dict[str, Entry] = {
         convolutional=False,
     ),
     "lenet-5-caffe": Entry(lenet.LeNet5Caffe, convolutional=True),
+    "vgg16-c": Entry(functools.partial(vgg.VGG16, variant="C"), convolutional=True),
+    "vgg16-d": Entry(functools.partial(vgg.VGG16, variant="D"), convolutional=True),
+    **{
+        f"wrn-{depth}-{factor}": Entry(
+            functools.partial(wide_resnet.WideResNet, depth=depth, factor=factor),
+            convolutional=True,
+        )
+        for depth, factor in ((28, 2), (16, 8), (16, 10))
+    },
 }
 
 
@@ -43,7 +60,7 @@ def create(
     init: str = "torch",
     key: jax.Array,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    """Makes a model as a pure function and its parameters.
+    """Makes a model without running statistics: a pure function and its parameters.
 
     Args:
       name: a key of :data:`MODELS`.
@@ -57,7 +74,7 @@ def create(
       (batch, classes); ``params`` is a nested dict of arrays.
 
     Raises:
-      ValueError: for an unknown model.
+      ValueError: for an unknown model, and for one that keeps running statistics.
 
     Examples:
       >>> import jax
@@ -70,12 +87,69 @@ def create(
       >>> apply(params, jax.numpy.zeros((5, 28, 28, 1))).shape
       (5, 10)
     """
+    apply, params, stats = create_stateful(name, in_shape, classes, init=init, key=key)
+    if stats:
+        raise ValueError(
+            f"create: model={name!r} keeps running statistics, so that its logits are "
+            "no function of its parameters alone; use create_stateful."
+        )
+    return lambda params, images: apply(params, {}, images)[0], params
+
+
+def create_stateful(
+    name: str,
+    in_shape: tuple[int, ...],
+    classes: int,
+    *,
+    init: str = "torch",
+    key: jax.Array,
+) -> tuple[Callable[..., tuple[jax.Array, Any]], Any, Any]:
+    """Makes any model as a pure function, its parameters and its statistics.
+
+    Args:
+      name: a key of :data:`MODELS`.
+      in_shape: shape of one image, (height, width, channels).
+      classes: number of classes, at least 2.
+      init: ``"torch"`` or ``"xavier"``, see :func:`lenet.initializers`.
+      key: random key of the initial weights.
+
+    Returns:
+      ``(apply, params, stats)``. ``apply(params, stats, images, train=False,
+      key=None)`` gives ``(logits, stats)``. With ``train`` the images are normalised
+      by their own mean and variance, which enter the new statistics, and features are
+      dropped at random as ``key`` says; it may be left out for a model without
+      dropout. Without ``train`` the statistics normalise and come back unchanged.
+      ``params`` and ``stats`` are nested dicts of arrays; ``stats`` is empty for a
+      model that keeps none, and there ``train`` and ``key`` change nothing.
+
+    Raises:
+      ValueError: for an unknown model.
+
+    Examples:
+      >>> import jax
+      >>> from sparse_optax.experiments import models
+      >>> def logits(key, images):
+      ...     apply, params, stats = models.create_stateful(
+      ...         "wrn-28-2", (32, 32, 3), 10, key=key
+      ...     )
+      ...     return apply(params, stats, images, train=True, key=key)
+      >>> images = jax.numpy.zeros((5, 32, 32, 3))
+      >>> shape, stats = jax.eval_shape(logits, jax.random.key(0), images)
+      >>> shape.shape, sorted(stats["norm"])
+      ((5, 10), ['mean', 'var'])
+    """
     if name not in MODELS:
         raise ValueError(f"create: model={name!r}; choose one of {', '.join(MODELS)}.")
     module = MODELS[name].make(in_shape, classes, init=init, rngs=nnx.Rngs(key))
-    graph, state = nnx.split(module)
+    graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
+    stateful = bool(nnx.to_pure_dict(stats))
 
-    def apply(params, images):
-        return nnx.merge(graph, params)(images)
+    def apply(params, stats, images, *, train=False, key=None):
+        # A variable that holds a NumPy array would be written to in place.
+        module = nnx.merge(graph, params, jax.tree.map(jax.numpy.asarray, stats))
+        if not stateful:
+            return module(images), stats
+        logits = module(images, train=train, key=key)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-    return apply, nnx.to_pure_dict(state)
+    return apply, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
