@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
@@ -177,11 +178,13 @@ def open_cycle(
         enabled=enabled,
     )
     go = jnp.logical_and(result.ok, enabled)
+    # Stored once, not made again for the moves: that is half the kernels to compile.
+    new_masks, kept_masks = lax.optimization_barrier((result.masks, result.kept))
     moves = tuple(
         # Kept, or grown from missing. What was pruned rests for this update, also
         # where the growth has brought it back.
         jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
-        for new, kept, was in zip_equal(result.masks, result.kept, old)
+        for new, kept, was in zip_equal(new_masks, kept_masks, old)
     )
     removed = split_layers(result.removed, old, plan.axes)
     grown = split_layers(result.grown, old, plan.axes)
@@ -196,7 +199,7 @@ def open_cycle(
         return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, old)
 
     return After(
-        masks=store(result.masks),
+        masks=store(new_masks),
         moves=store(moves),
         rules=result.states,
         removed=if_go(removed, operands.removed),

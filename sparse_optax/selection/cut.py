@@ -10,6 +10,7 @@ from jax import lax
 
 from sparse_optax import wide
 from sparse_optax.selection import bracket as loop
+from sparse_optax.selection import many
 from sparse_optax.selection.keys import Order
 from sparse_optax.selection.passes import Part
 from sparse_optax.selection.plan import Plan, pairs
@@ -49,8 +50,11 @@ class Cut(NamedTuple):
 
 
 def probe_count(plan: Plan) -> int:
-    """Probes per round: more where reading the leaves costs more than comparing."""
-    return 7 if sum(plan.pool_sizes) >= 2**22 else 5
+    """Probes per round: more where reading the leaves costs more than comparing.
+
+    Not for many pools: they are searched now and then, and each probe is compiled.
+    """
+    return 7 if plan.pools == 1 and sum(plan.pool_sizes) >= 2**22 else 5
 
 
 def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
@@ -100,13 +104,22 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     # A weight without cost may follow one with which the budget is used up.
     spare = 0 if all(plan.costs) else None
     bend = values.bend
-    bracket = loop.search(weigh, bracket, room, probes, spare=spare, bend=bend)
-    bound = values.to_keys(bracket.high)
-    rest = loop.subtract(room, bracket.above)
-    if plan.skip_zeros:
-        skipped = (bound == values.zero) & jnp.logical_not(whole)
-        rest = loop.choose(skipped, nothing, rest)
-    ends, kept = _early(part, bound, bracket, rest, whole, spare)
+    if 1 < plan.pools == plan.cells and _unit(plan) and not plan.huge:
+        zero = values.zero if plan.skip_zeros else None
+        # Where everything fits, the first value below all weights ends the search.
+        bracket = bracket._replace(high=low + values.span)
+        bracket, ends, kept = many.search(
+            part, values.to_keys, bracket, room, whole, probes, bend=bend, zero=zero
+        )
+        bound = values.to_keys(bracket.high)
+    else:
+        bracket = loop.search(weigh, bracket, room, probes, spare=spare, bend=bend)
+        bound = values.to_keys(bracket.high)
+        rest = loop.subtract(room, bracket.above)
+        if plan.skip_zeros:
+            skipped = (bound == values.zero) & jnp.logical_not(whole)
+            rest = loop.choose(skipped, nothing, rest)
+        ends, kept = _early(part, bound, bracket, rest, whole, spare)
     counts = ()
     cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
     if plan.counts:

@@ -76,6 +76,37 @@ class Part(NamedTuple):
 
         return self._count(condition, count)
 
+    def before(self, thresholds: jax.Array, ends: jax.Array) -> jax.Array:
+        """How many weights come before pairs of key and position.
+
+        Args:
+          thresholds: keys, shape (C, m); m >= 2.
+          ends: positions, shape (C, m). uint32.
+
+        Returns:
+          Counts over all devices of keys over the threshold, and of keys at it at
+          positions before the end. uint32, shape (C, m).
+        """
+        plan, count = self.plan, ends.shape[1]
+        rows, levels, before, zero = lax.optimization_barrier(
+            (self.rows(), _unpacked(thresholds), _unpacked(ends), jnp.uint32(0))
+        )
+
+        def condition(i):
+            keys = self._keys(i, rows[i])
+            position = self._row_positions(i, keys.shape, zero)
+            return [
+                kept(
+                    keys,
+                    self._across(i, levels, j, keys.ndim),
+                    position < self._across(i, before, j, keys.ndim),
+                    plan,
+                )
+                for j in range(count)
+            ]
+
+        return self._count(condition, count)
+
     def at(self, bound: jax.Array, ends: jax.Array) -> jax.Array:
         """How many keys equal the bound, at positions before each end.
 
@@ -326,6 +357,23 @@ def keys(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
     """
     score = scores(plan.score, arrays)
     return key_order.to_key(score, plan.order, positive=plan.skip_zeros)
+
+
+def kept(keys: jax.Array, level: jax.Array, early: jax.Array, plan: Plan) -> jax.Array:
+    """Which weights are kept: over the level, and at it where the position is early.
+
+    Args:
+      keys: of a leaf.
+      level: a key, to broadcast over them.
+      early: bool, of their shape.
+      plan: the static facts.
+
+    Returns:
+      A bool array.
+    """
+    if plan.order.name == "uint32":  # whose lowest key has none below it
+        return (keys > level) | ((keys == level) & early)
+    return keys > jnp.where(early, level - np.array(1, level.dtype), level)
 
 
 def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Array:

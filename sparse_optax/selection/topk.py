@@ -4,8 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from sparse_optax.selection import keys as key_order
@@ -215,11 +213,7 @@ def _select(args, limit, guess, *, plan):
         shape = (-1,) + (1,) * (keys.ndim - 1) if keys.ndim else ()
         position = passes.positions(keys.shape, place.strides, place.base)
         level, end = level.reshape(shape), end.reshape(shape)
-        if plan.order.name == "uint32":  # whose lowest key has none below it
-            masks.append((keys > level) | ((keys == level) & (position < end)))
-        else:
-            one = np.array(1, level.dtype)
-            masks.append(keys > jnp.where(position < end, level - one, level))
+        masks.append(passes.kept(keys, level, position < end, plan))
     return masks, cut
 
 
