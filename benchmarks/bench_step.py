@@ -239,6 +239,17 @@ def summarise(times: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
     return rows
 
 
+def estimate(step: float, updates: dict[str, Any]) -> dict[str, Any]:
+    """Rows of whole steps: a measured step of SGD, and the differences of updates."""
+    rows = {}
+    for label, row in updates.items():
+        base = updates[row["base"]]["values"]
+        values = {key: step + row["values"][key] - base[key] for key in base}
+        ratios = {key: value / step for key, value in values.items()}
+        rows[label] = {"base": row["base"], "values": values, "ratios": ratios}
+    return rows
+
+
 def memory_of(run: Any) -> dict[str, int]:
     """Bytes that XLA plans for a program."""
     found = run.memory_analysis()
@@ -253,7 +264,9 @@ def bytes_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def bench(name: str, rounds: int, steps: int, batch: int | None) -> dict[str, Any]:
+def bench(
+    name: str, rounds: int, steps: int, batch: int | None, slow: bool
+) -> dict[str, Any]:
     """Everything about one model."""
     setting = SETTINGS[name]
     batch = batch or setting.batch
@@ -280,8 +293,17 @@ def bench(name: str, rounds: int, steps: int, batch: int | None) -> dict[str, An
         return update_program(given, optimizer, gradients)
 
     gradients = gradients_of(given)
-    for part, make in (("step", whole), ("update", alone)):
-        programs = {key: make(opt) for key, opt in optimizers(steps).items()}
+    for part, make in (("update", alone), ("step", whole)):
+        some = optimizers(steps)
+        if slow and part == "step":
+            # The step of one optimizer, once; what the others add to their update.
+            times = measure({SGD: whole(some[SGD])}, 1, 2)
+            result["seconds"]["step of sgd"] = times
+            result["rows"][part] = estimate(
+                min(times[SGD]["ordinary"]), result["rows"]["update"]
+            )
+            continue
+        programs = {key: make(opt) for key, opt in some.items()}
         result["memory"][part] = {
             key: memory_of(program.run) for key, program in programs.items()
         }
@@ -308,6 +330,9 @@ def show(name: str, result: dict[str, Any]) -> None:
     for label, size in result["state_bytes"].items():
         row = f"{label:36}{size / 1e6:10.2f}"
         for part, width in (("step", 17), ("update", 19)):
+            if part not in result["memory"]:
+                row += f"{'-':>{width}}{'-':>9}{'-':>9}"
+                continue
             found = result["memory"][part][label]
             row += f"{found['arguments'] / 1e6:{width}.2f}"
             row += f"{found['temporaries'] / 1e6:9.2f}{found['outputs'] / 1e6:9.2f}"
@@ -320,6 +345,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
     parser.add_argument("--batch", type=int, help="images a step")
+    parser.add_argument(
+        "--slow",
+        action="store_true",
+        help="time two whole steps of SGD, and add what the others' updates take more",
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write all figures")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.steps < 2:
@@ -336,7 +366,9 @@ def main():
         "models": {},
     }
     for name in arguments.models:
-        result = bench(name, arguments.rounds, arguments.steps, arguments.batch)
+        result = bench(
+            name, arguments.rounds, arguments.steps, arguments.batch, arguments.slow
+        )
         record["models"][name] = result
         show(name, result)
         if arguments.json:
