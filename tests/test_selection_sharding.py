@@ -1,45 +1,40 @@
-"""Selection on meshes of eight devices: the same bits, and nothing gathered.
+"""Selection on meshes of eight devices: the same bits, and nothing gathered."""
 
-A process has as many CPU devices as its first import of JAX was told, so the tests
-run in a process of their own, which the first of them starts.
-"""
-
+import functools
 import math
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
+import mesh_helpers
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mesh_helpers import (
+    KINDS,
+    mesh_of,
+    not_on_eight,
+    on_eight,
+    placed,
+    run_on_eight_devices,
+)
 
 from sparse_optax import selection
 
-EIGHT = jax.device_count() == 8
-on_eight = pytest.mark.skipif(not EIGHT, reason="needs a process with eight devices")
+# Counts per leaf (or slice) and probe, and nothing that grows with the leaves.
+assert_small_sums_only = functools.partial(
+    mesh_helpers.assert_small_sums_only, most=7 * 70
+)
 
 
-@pytest.mark.skipif(EIGHT, reason="this is the process with eight devices")
+@not_on_eight
 def test_in_a_process_with_eight_devices():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed, 1 skipped" in done.stdout, done.stdout
+    run_on_eight_devices(__file__, passed=11)
 
 
 SPECS = {"a": P("x", "y"), "b": P(None, "x", None), "c": P(), "d": P("y", ("x",))}
 SHAPES = {"a": (128, 96), "b": (16, 8, 24), "c": (40,), "d": (8, 256)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
-KINDS = [AxisType.Auto, AxisType.Explicit]
 
 
 def saliency(gradient, weight):
@@ -55,39 +50,6 @@ def pairs(ties):
         return tuple(np.round(2 * x) / 2 if ties else x)
 
     return {name: draw(shape) for name, shape in SHAPES.items()}
-
-
-def mesh_of(kind):
-    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-
-
-def placed(tree, mesh, specs):
-    return {
-        name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
-        for name, leaf in tree.items()
-    }
-
-
-def collectives(compiled):
-    """Kinds of communication in a program, with the elements that each one moves."""
-    found = re.findall(
-        r"= \(?(.*?)\)? (all-gather|all-reduce|all-to-all|collective-permute|"
-        r"reduce-scatter|collective-broadcast)(?:-start)?\(",
-        compiled.as_text(),
-    )
-    sizes = {}
-    for shapes, kind in found:
-        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes):
-            number = math.prod(int(d) for d in dims.split(",") if d)
-            sizes.setdefault(kind, []).append(number)
-    return sizes
-
-
-def assert_small_sums_only(compiled):
-    sizes = collectives(compiled)
-    assert set(sizes) == {"all-reduce"}, sizes
-    # Counts per leaf (or slice) and probe, and nothing that grows with the leaves.
-    assert max(sizes["all-reduce"]) <= 7 * 70, sizes
 
 
 def compiled_select(arguments, k, **options):
@@ -271,4 +233,6 @@ def test_eight_billion_weights():
         program = compiled_select(tree, k, score=saliency)
     assert sum(math.prod(shape) for shape in shapes.values()) > 2**32
     assert_small_sums_only(program)
-    assert program.memory_analysis().temp_size_in_bytes < 2**20
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2**20
