@@ -3,14 +3,16 @@
 The scores are |g * w| in float32, and all weights that take part are one pool.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import budgets, mask_trees, masks, selection, wide
+from sparse_optax import budgets, masks, selection, wide
 from sparse_optax.leaves import PyTree, is_hole
+from sparse_optax.selection.tally import tally
 
 # Counts in the state are int32.
 _MOST = np.uint32(2**31 - 1)
@@ -97,8 +99,31 @@ def passing(
         over = jnp.logical_or(score >= bound, jnp.isnan(score))
         alive = jnp.logical_or(score != 0, everything)
         passing.append(jnp.logical_and(over, alive))
-    passed = [mask_trees.count_true(m) for m in passing]
-    return passing, bound.astype(jnp.float32), passed
+    return passing, bound.astype(jnp.float32), counted([(m,) for m in passing])
+
+
+def _all_true(*masks: jax.Array) -> tuple[jax.Array]:
+    return (functools.reduce(jnp.logical_and, masks),)
+
+
+def counted(leaves: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
+    """How many entries are True in all masks of each leaf, on any mesh.
+
+    Args:
+      leaves: For each leaf one or more boolean arrays of its shape.
+
+    Returns:
+      int32 scalars.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import gating
+      >>> both = jnp.array([True, True, False]), jnp.array([True, False, True])
+      >>> [int(n) for n in gating.counted([both, both[:1]])]
+      [1, 2]
+    """
+    (counts,) = tally(leaves, _all_true, split=[False] * len(leaves))
+    return numbers([counts[i] for i in range(len(leaves))])
 
 
 def numbers(counts: list[Any]) -> list[jax.Array]:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparse_optax import budgets, gating, mask_trees, masks, selection
+from sparse_optax import budgets, gating, masks, selection
 from sparse_optax.gating import saliency as saliency
 from sparse_optax.leaves import (
     PyTree,
@@ -238,10 +238,9 @@ def _gate(
             )
         reactivated = state.gsm_reactivated
         if stores:
-            fresh = [
-                mask_trees.count_true(jnp.logical_and(m, jnp.logical_not(p)))
-                for m, p in zip(active, previous, strict=True)
-            ]
+            fresh = gating.counted(
+                [(m, jnp.logical_not(p)) for m, p in zip(active, previous, strict=True)]
+            )
             reactivated = jnp.where(state.count > 0, sum(fresh), 0)
         for i, m in zip(index, active, strict=True):
             gradient[i] = jnp.where(m, gradient[i], jnp.zeros((), gradient[i].dtype))

@@ -75,6 +75,10 @@ def pack(mask: jax.Array) -> PackedMask:
     Returns:
       A ``PackedMask`` of ceil(last / 8) bytes a row.
 
+    Raises:
+      ValueError: If an Explicit mesh cuts the last axis within a byte. (An Auto mesh
+        gathers such a mask.)
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import mask_trees
@@ -82,6 +86,17 @@ def pack(mask: jax.Array) -> PackedMask:
       >>> packed.bits.shape, bool(mask_trees.unpack(packed).all())
       ((3, 2), True)
     """
+    sharding = jax.typeof(mask).sharding
+    if not sharding.mesh.empty and mask.ndim and sharding.spec[-1] is not None:
+        axes = sharding.spec[-1]
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+        if mask.shape[-1] % (8 * parts):
+            raise ValueError(
+                f"packed: the last axis of a mask of shape {mask.shape} is cut into "
+                f"{parts} parts that are not whole bytes; its length must be a "
+                f"multiple of {8 * parts}. Shard another axis, or use packed=False."
+            )
     like = jnp.zeros((*mask.shape, 0), bool)
     return PackedMask(jnp.packbits(mask, axis=-1), like)
 

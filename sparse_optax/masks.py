@@ -35,6 +35,7 @@ from sparse_optax.mask_trees import (
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
+from sparse_optax.selection import mesh
 
 Key = jax.Array | int
 
@@ -197,7 +198,7 @@ def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
     Args:
       key: Random key.
       name: The normalised name of the leaf.
-      like: The leaf, concrete or abstract, whose shape and sharding they take.
+      like: The leaf, concrete or not, whose shape and sharding they take.
 
     Returns:
       uint32 array of the shape of ``like``.
@@ -209,13 +210,13 @@ def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
       (2, 3)
     """
     sharding = jax.typeof(like).sharding
-    return jax.random.bits(
-        leaf_key(key, name),
-        like.shape,
-        jnp.uint32,
-        # Under an Explicit mesh the type of the result must be the leaf's own.
-        out_sharding=None if sharding.mesh.empty else sharding,
-    )
+    with mesh.of(like):
+        return jax.random.bits(
+            leaf_key(key, name),
+            like.shape,
+            jnp.uint32,
+            out_sharding=None if sharding.mesh.empty else sharding,  # an Explicit one
+        )
 
 
 def as_key(key: Key, *, caller: str) -> jax.Array:
@@ -392,14 +393,13 @@ def magnitude_masks(
     """
     if scope not in ("global", "leaf"):
         raise ValueError(
-            f"magnitude_masks: `scope` must be 'global' or 'leaf'; got {scope!r}. "
-            "Use 'leaf' to rank each layer alone."
+            f"magnitude_masks: `scope` must be 'global' or 'leaf'; got {scope!r}."
+            " Use 'leaf' to rank each layer alone."
         )
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    chosen = resolve_where(
-        params, where, embeddings=embeddings, caller="magnitude_masks"
-    )
-    plan = layout(params, chosen, stacked, caller="magnitude_masks")
+    name = "magnitude_masks"
+    chosen = resolve_where(params, where, embeddings=embeddings, caller=name)
+    plan = layout(params, chosen, stacked, caller=name)
     where = jax.tree.unflatten(structure, chosen)
     pool = [(flat[i],) for i in plan.index]
     if not pool:

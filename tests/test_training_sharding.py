@@ -37,7 +37,7 @@ from sparse_optax.mask_trees import is_mask, unpack
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():
-    run_on_eight_devices(__file__, passed=24)
+    run_on_eight_devices(__file__, passed=29)
 
 
 # Every axis but that of the layers is longer than SMALL, so that a sum over some axes
@@ -297,22 +297,33 @@ def test_steps(method, placement, kind):
 
 
 @on_eight
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("method", ["gsm", "sparse_momentum"])
-def test_steps_without_a_mesh_in_context(method):
-    run = OnMesh(method, "fsdp", AxisType.Auto, in_context=False)
+def test_steps_without_a_mesh_in_context(method, kind):
+    run = OnMesh(method, "fsdp", kind, in_context=False)
     run.check_traffic()
     run.check_run()
 
 
 @on_eight
+@pytest.mark.parametrize("in_context", [True, False], ids=["in context", "without"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_first_masks(kind):
+def test_first_masks(kind, in_context):
     mesh, specs = mesh_of(kind), PLACEMENTS["mixed"]
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
         params = placed(network(), mesh, specs)
         masks = sparse_optax.get_masks(sparse_momentum().init(params))
     assert_same_bits(masks, first_masks())
     assert_same_place(masks, placed(first_masks(), mesh, specs))
+
+
+@on_eight
+def test_packed_masks_cut_within_a_byte_are_refused():
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        mask = placed({"w": jnp.ones((8, 96), bool)}, mesh, {"w": P(None, ALL)})["w"]
+        with pytest.raises(ValueError, match=r"packed.*8 parts.*multiple of 64"):
+            sparse_optax.masks.pack(mask)
 
 
 @on_eight

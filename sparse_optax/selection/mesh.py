@@ -7,14 +7,16 @@ runs on local parts inside, sums over the mesh, and returns a few small arrays t
 the same everywhere.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
@@ -42,6 +44,36 @@ def places(plan: Plan) -> list[Place]:
         place._replace(base=np.uint32(place.base) + shard * np.uint32(leaf.size))
         for place, leaf in zip(out, plan.leaves, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def of(tree: Any) -> Iterator[None]:
+    """Makes the mesh of explicitly sharded arrays the current one.
+
+    Arrays carry their mesh, so that Optax needs no ``jax.set_mesh`` around it; but what
+    looks at the current mesh, as `run` and random bits do, then sees none.
+
+    Args:
+      tree: a pytree of arrays, concrete or traced.
+
+    Yields:
+      Nothing.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    traced = any(isinstance(x, Tracer) for x in leaves)
+    for x in leaves:
+        # A traced array tells an abstract mesh; outside of a trace devices are needed.
+        sharding = jax.typeof(x).sharding if traced else x.sharding
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            enter = jax.sharding.use_abstract_mesh if traced else jax.set_mesh
+            with enter(mesh):
+                yield
+            return
+    yield
 
 
 def run(body: Body, plan: Plan, args, *rest) -> Any:
@@ -119,7 +151,11 @@ def _rule(plan, mesh, value_types, result_types) -> str:
         factors = " ".join(f"l{number}d{axis}" for axis in range(len(leaf.shape)))
         operands += [factors] * leaf.arity
     rest = value_types[len(operands) :]
-    names = [f"v{i}" for i in range(len(rest) + len(result_types))]
+    # A factor for each axis: none for a scalar.
+    names = [
+        " ".join(f"v{i}d{axis}" for axis in range(len(value.shape)))
+        for i, value in enumerate([*rest, *result_types])
+    ]
     return (
         f"{', '.join(operands + names[: len(rest)])} -> {', '.join(names[len(rest) :])}"
     )

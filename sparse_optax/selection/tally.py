@@ -77,7 +77,8 @@ def tally(
         skip_zeros=False,
         many=True,
     )
-    return _tally(tuple(tuple(x) for x in leaves), given, plan=plan)
+    with mesh.of(leaves):
+        return _tally(tuple(tuple(x) for x in leaves), given, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

@@ -9,6 +9,7 @@ from jax import lax
 from sparse_optax.selection import keys as key_order
 from sparse_optax.selection import mesh, passes
 from sparse_optax.selection.cut import find
+from sparse_optax.selection.plan import Plan
 from sparse_optax.selection.problem import Problem, prepare
 
 PyTree = Any
@@ -93,7 +94,7 @@ def top_k_mask(
       ([True, False, False], [False, True])
     """
     problem = prepare(leaves, k, score, costs, axis_name, guess, "top_k_mask")
-    masks, _ = _select(problem.args, problem.limit, problem.guess, plan=problem.plan)
+    masks, _ = _found(_select, problem, problem.plan)
     return jax.tree.unflatten(problem.treedef, masks)
 
 
@@ -133,7 +134,7 @@ def kth_largest(
     """
     problem = prepare(leaves, k, score, costs, axis_name, guess, "kth_largest")
     plan = problem.plan._replace(least=True)
-    least = _threshold(problem.args, problem.limit, problem.guess, plan=plan)
+    least = _found(_threshold, problem, plan)
     return _thresholds(problem, least)
 
 
@@ -182,7 +183,7 @@ def select(
     plan = problem.plan._replace(
         least=exact_threshold, counts=True, skip_zeros=skip_zeros
     )
-    masks, cut = _select(problem.args, problem.limit, problem.guess, plan=plan)
+    masks, cut = _found(_select, problem, plan)
     threshold = key_order.from_key(cut.threshold, plan.order)
     counts = [
         count if leaf.split else count[: leaf.shape[0]] if stacked else count[0]
@@ -195,6 +196,11 @@ def select(
         _thresholds(problem, threshold),
         jax.tree.unflatten(problem.treedef, counts),
     )
+
+
+def _found(search: Any, problem: Problem, plan: Plan) -> Any:
+    with mesh.of(problem.args):
+        return search(problem.args, problem.limit, problem.guess, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
