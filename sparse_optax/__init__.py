@@ -15,6 +15,7 @@ From top to bottom, each module uses only those above it:
   ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
 - ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
 - ``methods``: one short file per paper, each a composition of rules.
+- ``report``: what a run did, layer by layer: records, a dict for loggers, a table.
 - ``experiments`` (extra ``[experiments]``): models, data, training, tables.
 """
 
@@ -25,6 +26,7 @@ from sparse_optax import leaves as leaves
 from sparse_optax import masks as masks
 from sparse_optax import methods as methods
 from sparse_optax import regrowth as regrowth
+from sparse_optax import report as report
 from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
 from sparse_optax import sparse_files as sparse_files

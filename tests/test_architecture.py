@@ -39,7 +39,7 @@ ORDER = (
     "specialization.py",
     "speedup.py",
     "compaction.py",
-    "report.py",
+    "report/",
     "__init__.py",
     "experiments/",
 )
@@ -299,7 +299,7 @@ def test_public_names_have_docs_with_examples(name, thing):
 PROMISED = (
     "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
-    "selection masks budgets schedules regrowth methods save_sparse load_sparse "
+    "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
     "sparse_files"
 ).split()
 

@@ -124,6 +124,8 @@ def test_bits_shrink_in_the_file(tmp_path):
 def test_equal_models_give_equal_files(path, tmp_path):
     save_sparse(tmp_path / "again", PARAMS, MASKS)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    with zipfile.ZipFile(path) as archive:  # no date in it either
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
 
 
 # --- the same bits --------------------------------------------------------------------
