@@ -179,6 +179,7 @@ def kept(density):
 
 def test_every_python_snippet_is_run_here():
     marks = ("sparse_momentum_regrow(", "gsm_mask(", "gsm_gap(", "get_masks(")
+    marks += ("save_sparse(",)
     assert sorted(map(snippet, marks)) == sorted(blocks(README, "python"))
 
 
@@ -230,3 +231,21 @@ def test_mask_snippet_reads_and_writes_the_state(trained, capsys):
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_report_snippet_tells_and_keeps_the_run(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run(snippet("save_sparse("), dict(trained))
+    (total,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("tot")]
+    assert total.split()[1:3] == [f"{WEIGHTS:,}", str(kept(0.05))]
+    assert names["metrics"]["kept/total"] == kept(0.05)
+    biases = sum(SIZES[1:])
+    payload = -(-WEIGHTS // 8) + 4 * (kept(0.05) + biases)
+    assert names["summary"].file_bytes == payload
+    before, after = trained["params"], names["params"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    np.testing.assert_array_equal(
+        names["kernel"].toarray(), before["Dense_0"]["kernel"]
+    )

@@ -1,0 +1,188 @@
+"""The records of a report, as flat numbers for loggers and as text for people."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Layer(NamedTuple):
+    """One layer, or all of them. None stands for what is not known.
+
+    Attributes:
+      name: Name of the leaf, with ``[i]`` for a slice of one that stacks layers.
+      weights: Number of weights.
+      kept: How many of them the mask keeps; without a mask, how many are not zero.
+      dense_bytes: Bytes of all weights.
+      sparse_bytes: Bytes of a bit a weight and of the kept weights. The bits of all
+        layers lie end to end, so that the total may be less than the sum.
+      dense_flops: FLOPs of all weights.
+      kept_flops: FLOPs of the kept weights.
+      removed: Weights removed in the last cycle.
+      grown: Weights grown in the last cycle.
+      added: Kept weights that were not kept before.
+      explored: Weights that were ever kept.
+      units: Output units, the indices along the unit axis; None for a vector.
+      dead_units: Units none of whose incoming weights is kept and not zero: what
+        they give is their bias, whatever the input.
+      passed: Weights whose gradient GSM let pass at the last step.
+      threshold: The saliency at which GSM cut.
+    """
+
+    name: str
+    weights: int
+    kept: int
+    dense_bytes: int
+    sparse_bytes: int
+    dense_flops: int | float | None = None
+    kept_flops: int | float | None = None
+    removed: int | None = None
+    grown: int | None = None
+    added: int | None = None
+    explored: int | None = None
+    units: int | None = None
+    dead_units: int | None = None
+    passed: int | None = None
+    threshold: float | None = None
+
+    @property
+    def density(self) -> float:
+        """Kept weights over all; 1 for a layer without weights."""
+        return self.kept / self.weights if self.weights else 1.0
+
+    @property
+    def churn(self) -> float | None:
+        """Share of the kept weights that were not kept before."""
+        return None if self.added is None else self.added / max(self.kept, 1)
+
+    @property
+    def explored_share(self) -> float | None:
+        """Share of all weights that were ever kept."""
+        return None if self.explored is None else self.explored / max(self.weights, 1)
+
+
+class Summary(NamedTuple):
+    """What ``summary`` gives.
+
+    Attributes:
+      layers: One record a layer, in the order of the parameters.
+      total: All layers together.
+      dense_weights: Number of parameters in the leaves that stay dense.
+      dense_bytes: Their bytes.
+      skipped: Cycles left out because of numbers that are not finite, or None.
+    """
+
+    layers: tuple[Layer, ...]
+    total: Layer
+    dense_weights: int
+    dense_bytes: int
+    skipped: int | None = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole model in a sparse file, before the container."""
+        return self.total.sparse_bytes + self.dense_bytes
+
+    def scalars(self) -> dict[str, float]:
+        """See ``report.scalars``."""
+        return scalars(self)
+
+
+_SHOWN: dict[str, Callable[[Layer], Any]] = {
+    "weights": lambda layer: layer.weights,
+    "kept": lambda layer: layer.kept,
+    "density": lambda layer: layer.density,
+    "bytes": lambda layer: layer.sparse_bytes,
+    "flops": lambda layer: layer.kept_flops,
+    "removed": lambda layer: layer.removed,
+    "grown": lambda layer: layer.grown,
+    "churn": lambda layer: layer.churn,
+    "explored": lambda layer: layer.explored_share,
+    "dead_units": lambda layer: layer.dead_units,
+    "passed": lambda layer: layer.passed,
+    "threshold": lambda layer: layer.threshold,
+}
+_SHARES = ("density", "churn", "explored")
+
+
+def scalars(summary: Summary) -> dict[str, float]:
+    """A summary as flat numbers, for any logger.
+
+    Args:
+      summary: What ``summary`` gave.
+
+    Returns:
+      ``{"density/Dense_0/kernel": 0.05, ..., "density/total": 0.05}``: every quantity
+      that is known, for each layer and in total.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import report
+      >>> made = report.summary({"kernel": jnp.eye(2)})
+      >>> report.scalars(made)["density/kernel"]
+      0.5
+    """
+    rows = (*summary.layers, summary.total)
+    found = {
+        f"{quantity}/{layer.name}": float(value)
+        for quantity, read in _SHOWN.items()
+        for layer in rows
+        if (value := read(layer)) is not None
+    }
+    found["file_bytes/total"] = float(summary.file_bytes)
+    if summary.skipped is not None:
+        found["skipped/total"] = float(summary.skipped)
+    return found
+
+
+def table(summary: Summary) -> str:
+    """A summary as aligned text, a line a layer.
+
+    It is plain text whatever is installed, so that a log, a terminal and a doctest
+    show the same.
+
+    Args:
+      summary: What ``summary`` gave.
+
+    Returns:
+      Lines without a trailing newline; what is not known shows as a dash, and a
+      column in which nothing is known is left out.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import report
+      >>> print(report.table(report.summary({"kernel": jnp.eye(2, 40)})))
+      layer   weights  kept  density  bytes  dead_units
+      kernel       80     2     2.5%     18          38
+      total        80     2     2.5%     18          38
+      18 bytes sparse, 320 dense; 0 parameters in dense leaves included.
+    """
+    rows = (*summary.layers, summary.total)
+    columns = [["layer", *(layer.name for layer in rows)]]
+    for quantity, read in _SHOWN.items():
+        values = [read(layer) for layer in rows]
+        if any(value is not None for value in values):
+            shown = [_text(value, quantity in _SHARES) for value in values]
+            columns.append([quantity, *shown])
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in zip(*columns, strict=True)
+    ]
+    dense = summary.total.dense_bytes + summary.dense_bytes
+    lines.append(
+        f"{summary.file_bytes:,} bytes sparse, {dense:,} dense; "
+        f"{summary.dense_weights:,} parameters in dense leaves included."
+    )
+    if summary.skipped:
+        lines.append(f"{summary.skipped:,} cycles skipped: numbers not finite.")
+    return "\n".join(lines)
+
+
+def _text(value: Any, is_share: bool) -> str:
+    if value is None:
+        return "-"
+    if is_share:
+        return f"{100 * value:.3g}%"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -1,0 +1,626 @@
+"""What a run did: every number against a hand-worked one or a count by NumPy."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import flax.nnx as nnx
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import network, random_gradients, refuses, stepper
+from hypothesis import given
+
+import sparse_optax
+from sparse_optax import budgets, masks, report, sparse_files
+
+HOLE = optax.MaskedNode()
+SHAPES = ((4, 3), (3, 5))
+PARAMS = network(SHAPES)
+
+
+def array(rows, dtype=bool):
+    return np.array(rows, dtype)
+
+
+def summary_by_name(*args, **kwargs):
+    made = report.summary(*args, **kwargs)
+    return {layer.name: layer for layer in made.layers} | {"total": made.total}
+
+
+# --- by hand --------------------------------------------------------------------------
+
+HAND = {
+    "conv": {"bias": np.ones(2, np.float32), "kernel": array([[1, 0], [2, 0]], "f4")},
+    "head": {"kernel": array([[1, 0, 3, 0]] * 3, "f2")},
+}
+NOW = {
+    "conv": {"bias": HOLE, "kernel": array([[1, 1], [0, 0]])},
+    "head": {"kernel": array([[1, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]])},
+}
+BEFORE = {
+    "conv": {"bias": HOLE, "kernel": array([[1, 0], [0, 0]])},
+    "head": {"kernel": array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]])},
+}
+
+
+def test_every_number_by_hand():
+    explored = report.explore(report.explore(None, BEFORE), NOW)
+    made = report.summary(
+        HAND,
+        masks=NOW,
+        previous_masks=BEFORE,
+        explored=explored,
+        costs={"conv/kernel": 2 * 49, "head/kernel": 0.5},
+    )
+    conv, head = made.layers
+    assert conv == report.Layer(
+        name="conv/kernel",
+        weights=4,
+        kept=2,
+        dense_bytes=16,
+        sparse_bytes=1 + 8,
+        dense_flops=392,
+        kept_flops=196,
+        added=1,
+        explored=2,
+        units=2,
+        dead_units=1,  # the second: its one kept weight is zero
+    )
+    assert head == report.Layer(
+        name="head/kernel",
+        weights=12,
+        kept=4,
+        dense_bytes=24,
+        sparse_bytes=2 + 8,
+        dense_flops=6,
+        kept_flops=2,
+        added=2,
+        explored=5,
+        units=4,
+        dead_units=3,  # without weights kept, twice, and with zeros alone
+    )
+    assert made.total == report.Layer(
+        name="total",
+        weights=16,
+        kept=6,
+        dense_bytes=40,
+        sparse_bytes=2 + 16,  # the bits of both layers in two bytes
+        dense_flops=398,
+        kept_flops=198,
+        added=3,
+        explored=7,
+        units=6,
+        dead_units=4,
+    )
+    assert (conv.density, conv.churn, conv.explored_share) == (0.5, 0.5, 0.5)
+    assert (made.total.density, made.total.churn) == (6 / 16, 0.5)
+    assert (made.dense_weights, made.dense_bytes, made.skipped) == (2, 8, None)
+    assert made.file_bytes == 26 == sparse_files.sparse_bytes(HAND, NOW)
+    numbers = [v for layer in made.layers for v in layer[1:] if v is not None]
+    assert {type(v) for v in numbers} == {int}
+
+
+def test_the_table_by_hand():
+    made = report.summary(HAND, masks=NOW, previous_masks=BEFORE)
+    assert report.table(made).splitlines() == [
+        "layer        weights  kept  density  bytes  churn  dead_units",
+        "conv/kernel        4     2      50%      9    50%           1",
+        "head/kernel       12     4    33.3%     10    50%           3",
+        "total             16     6    37.5%     18    50%           4",
+        "26 bytes sparse, 48 dense; 2 parameters in dense leaves included.",
+    ]
+
+
+def test_the_scalars_by_hand():
+    made = report.summary(HAND, masks=NOW, previous_masks=BEFORE)
+    flat = report.scalars(made)
+    assert flat == made.scalars()
+    assert flat["density/conv/kernel"] == 0.5
+    assert flat["kept/head/kernel"] == 4
+    assert flat["churn/total"] == 0.5
+    assert flat["file_bytes/total"] == 26
+    assert {name.split("/")[0] for name in flat} == {
+        "weights",
+        "kept",
+        "density",
+        "bytes",
+        "churn",
+        "dead_units",
+        "file_bytes",
+    }
+    assert all(type(value) is float for value in flat.values())
+    assert json.loads(json.dumps(flat)) == flat
+
+
+def test_table_shows_what_is_unknown_as_a_dash():
+    params = {"v": np.ones(3, np.float32), "w": np.eye(2, dtype=np.float32)}
+    made = report.summary(params, where=lambda name, leaf: True)
+    lines = report.table(made).splitlines()
+    assert lines[1].split() == ["v", "3", "3", "100%", "13", "-"]
+    assert lines[2].split() == ["w", "4", "2", "50%", "9", "0"]
+    assert made.layers[0].units is None
+    assert "dead_units/v" not in made.scalars()
+
+
+# --- counts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e5m2"])
+def test_without_a_state_what_is_not_zero_is_kept(dtype):
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    values = array([[0.0, -0.0, tiny], [np.nan, np.inf, -1.0]], np.float32)
+    params = {"bias": np.ones(3, dtype), "w": values.astype(dtype)}
+    for leaf in (params, jax.tree.map(jnp.asarray, params)):
+        (layer,) = report.summary(leaf).layers
+        assert (layer.name, layer.kept, layer.dead_units) == ("w", 4, 0)
+
+
+def test_where_chooses_the_layers():
+    made = report.summary(PARAMS, where=lambda name, leaf: "1/kernel" in name)
+    assert [layer.name for layer in made.layers] == ["Dense_1/kernel"]
+    assert made.dense_weights == 12 + 3 + 5
+
+
+@st.composite
+def cases(draw):
+    rank = draw(st.integers(1, 4))
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=rank, max_size=rank)))
+    stacked = draw(st.none() | st.integers(0, rank - 1)) if rank > 1 else None
+    slice_rank = rank - (stacked is not None)
+    unit_axis = draw(st.integers(-slice_rank, slice_rank - 1))
+    return shape, stacked, unit_axis, draw(st.integers(0, 2**32 - 1))
+
+
+@given(cases())
+def test_counts_are_those_of_numpy(case):
+    shape, stacked, unit_axis, seed = case
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-1, 2, shape).astype(np.float32)
+    now, before, ever = rng.random((3, *shape)) < 0.4
+    made = report.summary(
+        {"w": x},
+        masks={"w": now},
+        previous_masks={"w": before},
+        explored={"w": ever},
+        stacked=None if stacked is None else {"w": stacked},
+        unit_axis=unit_axis,
+    )
+    parts = [(x, now, before, ever)]
+    if stacked is not None:
+        parts = list(zip(*(np.moveaxis(a, stacked, 0) for a in parts[0]), strict=True))
+    assert len(made.layers) == len(parts)
+    for i, (layer, (x_i, now_i, before_i, ever_i)) in enumerate(
+        zip(made.layers, parts, strict=True)
+    ):
+        assert layer.name == ("w" if stacked is None else f"w[{i}]")
+        assert layer.weights == x_i.size
+        assert layer.kept == now_i.sum()
+        assert layer.added == (now_i & ~before_i).sum()
+        assert layer.explored == ever_i.sum()
+        assert layer.sparse_bytes == math.ceil(x_i.size / 8) + 4 * now_i.sum()
+        if x_i.ndim < 2:
+            assert layer.dead_units is None
+            continue
+        incoming = np.moveaxis(now_i * x_i, unit_axis, 0)
+        assert layer.units == len(incoming)
+        assert layer.dead_units == sum(not unit.any() for unit in incoming)
+    assert made.total.kept == now.sum()
+    assert made.total.added == (now & ~before).sum()
+    assert made.total.sparse_bytes == math.ceil(x.size / 8) + 4 * now.sum()
+
+
+def test_flops_stay_within_their_budget():
+    costs = {"Dense_0/kernel": 2 * 7, "Dense_1/kernel": 2}
+    made = masks.random_masks(0, PARAMS, budgets.num_flops(100, costs))
+    layers = summary_by_name(PARAMS, masks=made, costs=costs)
+    assert layers["total"].dense_flops == 14 * 12 + 2 * 15
+    assert 100 - 2 < layers["total"].kept_flops <= 100
+    chosen = sparse_optax.eligible(PARAMS)
+    tree = jax.tree.map(lambda is_layer: 3 if is_layer else HOLE, chosen)
+    assert report.summary(PARAMS, costs=tree).total.dense_flops == 3 * 27
+
+
+def test_costs_are_exact():
+    """Tenths add up to whole numbers, and large numbers to the unit."""
+    made = report.summary({"w": jnp.ones((2, 5))}, costs={"w": 0.1})
+    assert made.total.dense_flops == 1
+    made = report.summary({"w": jnp.ones((3, 1))}, costs={"w": 2**60 + 1})
+    assert made.total.dense_flops == 3 * 2**60 + 3
+
+
+def test_no_layer_no_error():
+    made = report.summary({})
+    assert made.layers == ()
+    assert (made.total.density, made.file_bytes) == (1.0, 0)
+    assert report.table(made).splitlines()[1].split()[0] == "total"
+
+
+# --- explored weights -----------------------------------------------------------------
+
+
+def test_explored_weights_add_up_under_jit():
+    rng = np.random.default_rng(0)
+    trees = [{"b": HOLE, "w": rng.random((3, 4)) < 0.3} for _ in range(4)]
+    explore = jax.jit(report.explore)
+    seen = report.explore(None, trees[0])
+    for tree in trees[1:]:
+        seen = explore(seen, tree)
+    np.testing.assert_array_equal(seen["w"], np.any([t["w"] for t in trees], axis=0))
+    assert isinstance(seen["b"], optax.MaskedNode)
+
+
+def test_explored_weights_are_no_part_of_a_donated_state():
+    first = {"w": jnp.array([[True, False]])}
+    seen = report.explore(None, first)
+    first["w"].delete()
+    assert seen["w"].tolist() == [[True, False]]
+
+
+def test_explored_weights_of_packed_masks():
+    mask = array([[1, 0, 1]])
+    seen = report.explore(None, {"w": masks.pack(jnp.asarray(mask))})
+    np.testing.assert_array_equal(seen["w"], mask)
+
+
+# --- states of regrow -----------------------------------------------------------------
+
+
+def momentum(**kwargs):
+    settings = dict(density=0.5, update_period=2, update_stop=20, key=0) | kwargs
+    return sparse_optax.sparse_momentum_regrow(optax.sgd(0.1, momentum=0.9), **settings)
+
+
+def by_layer(params):
+    """Labels for optax.partition: the first layer is a, the second b."""
+    labels = dict(zip(sorted(params), "ab", strict=True))
+    return {
+        name: jax.tree.map(lambda _, label=label: label, params[name])
+        for name, label in labels.items()
+    }
+
+
+WRAPPERS = {
+    "plain": lambda: momentum(),
+    "packed": lambda: momentum(packed=True),
+    "chain": lambda: optax.chain(optax.clip(1.0), momentum()),
+    "named_chain": lambda: optax.named_chain(("sparse", momentum())),
+    "multi_steps": lambda: optax.MultiSteps(momentum(), 2),
+    "injected": lambda: optax.inject_hyperparams(
+        lambda prune_rate: momentum(prune_rate=prune_rate)
+    )(prune_rate=0.5),
+    "partition": lambda: optax.partition(
+        {"a": momentum(), "b": momentum(key=1)}, by_layer
+    ),
+    "one inside another": lambda: sparse_optax.sparse_momentum_regrow(
+        momentum(where=lambda name, leaf: name == "Dense_0/kernel"),
+        density=0.5,
+        update_period=2,
+        update_stop=20,
+        key=0,
+        where=lambda name, leaf: name == "Dense_1/kernel",
+    ),
+}
+
+
+def marked(state, removed, grown):
+    """The state with other numbers in it, one a leaf."""
+
+    def is_regrow(node):
+        return hasattr(node, "regrow_masks")
+
+    def numbers(tree, values):
+        values = iter(values)
+        return jax.tree.map(lambda x: jnp.full_like(x, next(values)), tree)
+
+    def mark(node):
+        if not is_regrow(node):
+            return node
+        count = len(jax.tree.leaves(node.removed))
+        return node._replace(
+            removed=numbers(node.removed, itertools.islice(removed, count)),
+            grown=numbers(node.grown, itertools.islice(grown, count)),
+            skipped=jnp.full_like(node.skipped, 3),
+            inner_state=jax.tree.map(mark, node.inner_state, is_leaf=is_regrow),
+        )
+
+    return jax.tree.map(mark, state, is_leaf=is_regrow)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_states_are_found_anywhere(wrapper):
+    state = WRAPPERS[wrapper]().init(PARAMS)
+    state = marked(state, itertools.count(1), itertools.count(11))
+    kept = sparse_optax.get_masks(state)
+    made = report.summary(PARAMS, state)
+    assert [layer.name for layer in made.layers] == ["Dense_0/kernel", "Dense_1/kernel"]
+    for layer, (name, tree) in zip(made.layers, sorted(kept.items()), strict=True):
+        assert layer.name.startswith(name)
+        assert layer.kept == np.asarray(tree["kernel"]).sum()
+    assert sorted(layer.removed for layer in made.layers) == [1, 2]
+    assert sorted(layer.grown for layer in made.layers) == [11, 12]
+    assert (made.total.removed, made.total.grown) == (3, 23)
+    several = wrapper in ("partition", "one inside another")
+    assert made.skipped == (6 if several else 3)
+    assert made.scalars()["skipped/total"] == made.skipped
+    assert "cycles skipped" in report.table(made)
+
+
+def test_a_run_is_what_numpy_sees_of_it():
+    tx = momentum(update_period=2, prune_rate=0.5)
+    step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+    gradients = random_gradients(0, PARAMS, 3)
+    before = jax.tree.map(np.asarray, sparse_optax.get_masks(state))
+    for t in range(3):
+        gradient = jax.tree.map(lambda g, t=t: g[t], gradients)
+        params, state = step(params, state, gradient)
+    made = report.summary(params, state, before)
+    after = sparse_optax.get_masks(state)
+    total = 0
+    for layer, name in zip(made.layers, sorted(before), strict=True):
+        old, new = before[name]["kernel"], np.asarray(after[name]["kernel"])
+        weights = np.asarray(params[name]["kernel"])
+        assert layer.removed == old.sum() // 2
+        assert layer.kept == new.sum()
+        assert layer.kept - old.sum() == layer.grown - layer.removed
+        assert layer.churn == (new & ~old).sum() / new.sum()
+        alive = (new & (weights != 0)).any(axis=0)
+        assert layer.dead_units == (~alive).sum()
+        total += (new & ~old).sum()
+    assert total > 0
+    assert made.total.added == total
+    assert made.total.removed == made.total.grown == 3 + 3
+    assert made.skipped == 0
+
+
+def test_previous_masks_may_be_the_state_of_then():
+    states = [momentum(key=key).init(PARAMS) for key in (0, 1)]
+    old, new = map(sparse_optax.get_masks, states)
+    made = report.summary(PARAMS, states[1], states[0])
+    wanted = sum(
+        (np.asarray(new[k]["kernel"]) & ~np.asarray(old[k]["kernel"])).sum()
+        for k in old
+    )
+    assert made.total.added == wanted > 0
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_stacked_layers(told):
+    params = {"blocks": {"kernel": jnp.ones((3, 4, 5))}, "head": jnp.ones((5, 2))}
+    stacked = {"blocks/kernel": 0}
+    state = momentum(stacked=stacked).init(params)
+    per_slice = {"blocks": {"kernel": jnp.array([1, 2, 3])}, "head": jnp.array(4)}
+    state = state._replace(removed=per_slice)
+    made = report.summary(
+        params,
+        state,
+        stacked=stacked if told else None,
+        costs={n: 2 for n in ("blocks/kernel", "head")},
+    )
+    assert made.total.removed == 10
+    assert made.total.kept_flops == 2 * (3 * 10 + 5)
+    removed = {layer.name: layer.removed for layer in made.layers}
+    if told:
+        names = [f"blocks/kernel[{i}]" for i in range(3)]
+        assert removed == dict(zip([*names, "head"], (1, 2, 3, 4), strict=True))
+        assert [layer.kept for layer in made.layers] == [10, 10, 10, 5]
+    else:
+        assert removed == {"blocks/kernel": 6, "head": 4}
+
+
+def test_slices_that_the_state_does_not_tell_apart():
+    params = {"kernel": jnp.ones((3, 4, 5))}
+    state = momentum().init(params)._replace(removed={"kernel": jnp.array(7)})
+    made = report.summary(params, state, stacked={"kernel": 0})
+    assert [layer.removed for layer in made.layers] == [None] * 3
+    assert made.total.removed == 7
+
+
+# --- states of GSM --------------------------------------------------------------------
+
+
+def after_one_step(tx):
+    gradient = jax.tree.map(lambda g: g[0], random_gradients(1, PARAMS, 1))
+    return gradient, tx.update(gradient, tx.init(PARAMS), PARAMS)[1]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        sparse_optax.gsm_mask(0.2),
+        optax.chain(sparse_optax.gsm_mask(0.2), optax.sgd(0.1)),
+        sparse_optax.gsm(0.1, 0.2),
+    ],
+)
+def test_what_gsm_let_pass(tx):
+    gradient, state = after_one_step(tx)
+    made = report.summary(PARAMS, state)
+    saliency = {
+        k: np.abs(np.asarray(gradient[k]["kernel"]) * np.asarray(v["kernel"]))
+        for k, v in PARAMS.items()
+    }
+    pool = np.sort(np.concatenate([s.ravel() for s in saliency.values()]))[::-1]
+    for layer, score in zip(made.layers, saliency.values(), strict=True):
+        assert layer.passed == (score >= pool[4]).sum()  # floor(0.2 * 27) pass
+        assert layer.kept == layer.weights
+        assert pool[5] <= layer.threshold <= pool[4]
+    assert made.total.passed == 5
+    assert made.total.threshold == made.layers[0].threshold
+    assert made.skipped is None
+    assert "threshold" in report.table(made)
+
+
+def test_masks_after_the_cut_beside_a_state_of_gsm():
+    _, state = after_one_step(sparse_optax.gsm_mask(0.2))
+    cut = masks.magnitude_masks(PARAMS, 0.2)
+    made = report.summary(sparse_optax.sparsify(PARAMS, cut), state, masks=cut)
+    assert (made.total.kept, made.total.passed) == (5, 5)
+
+
+def test_two_methods_on_disjoint_leaves():
+    tx = optax.partition({"a": momentum(), "b": sparse_optax.gsm_mask(0.2)}, by_layer)
+    state = tx.init(PARAMS)
+    seen = report.explore(None, sparse_optax.get_masks(state))
+    made = report.summary(PARAMS, state, state, explored=seen)
+    regrown, gated = made.layers
+    assert (regrown.kept, regrown.removed, regrown.passed) == (6, 0, None)
+    assert (gated.kept, gated.removed, gated.passed) == (15, None, 0)
+    assert (regrown.churn, regrown.explored) == (0, 6)
+    assert (gated.churn, made.total.churn, made.total.explored) == (None, None, None)
+    assert (made.total.removed, made.total.passed) == (0, 0)
+
+
+def test_two_thresholds_have_no_total():
+    gates = {"a": sparse_optax.gsm_mask(0.2), "b": sparse_optax.gsm_mask(0.6)}
+    _, state = after_one_step(optax.partition(gates, by_layer))
+    made = report.summary(PARAMS, state)
+    assert made.layers[0].threshold != made.layers[1].threshold
+    assert made.total.threshold is None
+    assert [layer.passed for layer in made.layers] == [2, 9]
+
+
+# --- trees ----------------------------------------------------------------------------
+
+
+def test_nnx_model_and_optimizer():
+    model = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, momentum(), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    made = report.summary(params, optimizer.opt_state, optimizer.opt_state)
+    (layer,) = made.layers
+    assert (layer.name, layer.kept, layer.removed, layer.added) == ("kernel", 15, 0, 0)
+    assert made.dense_weights == 5
+    gated = nnx.Optimizer(model, sparse_optax.gsm_mask(0.5), wrt=nnx.Param)
+    (layer,) = report.summary(params, gated.opt_state).layers
+    assert (layer.passed, layer.threshold) == (0, 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """What equinox gives: outputs first, None for what was filtered, functions."""
+
+    weight: jax.Array
+    bias: jax.Array | None
+    activation: object
+
+
+def test_module_with_none_and_function_leaves():
+    weight = array([[1, 0], [0, 0], [2, 3]], np.float32)
+    (layer,) = report.summary(Module(weight, None, jnp.tanh), unit_axis=0).layers
+    assert (layer.name, layer.kept, layer.units, layer.dead_units) == (
+        "weight",
+        3,
+        3,
+        1,
+    )
+
+
+# --- what does not fit ----------------------------------------------------------------
+
+KEPT = {f"Dense_{i}": {"kernel": np.ones(s, bool)} for i, s in enumerate(SHAPES)}
+OTHER = {"Dense_0": KEPT["Dense_0"]}
+TURNED = {k: {"kernel": v["kernel"].T} for k, v in KEPT.items()}
+REFUSED = {
+    "a dense state": (
+        lambda: report.summary(PARAMS, optax.sgd(0.1, momentum=0.9).init(PARAMS)),
+        "opt_state",
+        "no sparse method",
+    ),
+    "two gates": (
+        lambda: report.summary(
+            PARAMS, optax.chain(*[sparse_optax.gsm_mask(0.5)] * 2).init(PARAMS)
+        ),
+        "opt_state",
+        "Dense_0/kernel",
+    ),
+    "a state of other parameters": (
+        lambda: report.summary({"w": jnp.ones((2, 2))}, momentum().init(PARAMS)),
+        "masks",
+        "Dense_0/kernel",
+    ),
+    "where beside masks": (
+        lambda: report.summary(PARAMS, masks=KEPT, where=lambda name, leaf: True),
+        "where",
+        "function",
+    ),
+    "too few previous masks": (
+        lambda: report.summary(PARAMS, previous_masks=OTHER),
+        "previous_masks",
+        "Dense_1/kernel",
+    ),
+    "unknown explored": (
+        lambda: report.summary(PARAMS, masks=OTHER, explored=KEPT),
+        "explored",
+        "Dense_1/kernel",
+    ),
+    "shapes of masks": (
+        lambda: report.summary(PARAMS, masks=TURNED),
+        "masks",
+        r"\(3, 4\)",
+    ),
+    "shapes of previous masks": (
+        lambda: report.summary(PARAMS, previous_masks=TURNED),
+        "previous_masks",
+        r"\(3, 4\)",
+    ),
+    "masks of floats": (
+        lambda: report.summary(PARAMS, masks=PARAMS),
+        "mask",
+        "float32",
+    ),
+    "a missing cost": (
+        lambda: report.summary(PARAMS, costs={"Dense_0/kernel": 2}),
+        "costs",
+        "Dense_1/kernel",
+    ),
+    "a negative cost": (
+        lambda: report.summary({"w": jnp.ones((2, 2))}, costs={"w": -2}),
+        "costs",
+        "-2",
+    ),
+    "a cost that is no number": (
+        lambda: report.summary({"w": jnp.ones((2, 2))}, costs={"w": "2"}),
+        "costs",
+        "'2'",
+    ),
+    "an axis of units": (lambda: report.summary(PARAMS, unit_axis=2), "unit_axis", "2"),
+    "an axis of layers": (
+        lambda: report.summary(PARAMS, stacked={"Dense_0/kernel": 5}),
+        "stacked",
+        "5",
+    ),
+    "a mask of integers": (
+        lambda: report.summary({"n": jnp.arange(2)}, masks={"n": jnp.ones(2, bool)}),
+        "masks",
+        "int32",
+    ),
+    "no layer": (lambda: report.summary({"b": jnp.ones(3)}), "leaf", "'b'"),
+    "abstract parameters": (
+        lambda: report.summary(jax.eval_shape(lambda: PARAMS)),
+        "params",
+        "ShapeDtypeStruct",
+    ),
+    "a tracer": (
+        lambda: jax.jit(lambda p: report.summary(p).total.kept)(PARAMS),
+        "params",
+        "jit",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_arguments_that_do_not_fit(what):
+    call, argument, value = REFUSED[what]
+    with refuses("summary", argument, value):
+        call()
+
+
+@pytest.mark.parametrize("masks_now", [TURNED, OTHER])
+def test_explore_refuses(masks_now):
+    with refuses("explore", "explored"):
+        report.explore(KEPT, masks_now)
