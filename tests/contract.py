@@ -133,10 +133,13 @@ def _mask_broken(step: Step, name: str, index) -> None:
 
 
 def _clip_promise(step: Step, budget: int, exact: bool) -> None:
-    """Besides: active and dense updates have at most the norm asked for."""
+    """Besides: active and dense updates have at most the norm asked for.
+
+    A weight that this update sets to zero, pruned or regrown in place, takes no part.
+    """
     _mask_promise(step, budget, exact)
-    active = zip(sparse(step.updates), kept(step.new_state), strict=True)
-    parts = [u[m] for u, m in active] + dense(step.updates)
+    moved = zip(sparse(step.updates, step.params), sparse(step.after), strict=True)
+    parts = [u[w != 0] for u, w in moved] + dense(step.updates, step.params)
     norm = np.sqrt(sum((np.float64(u) ** 2).sum() for u in parts))
     assert norm <= LR * MAX_NORM * 1.01
 
@@ -267,6 +270,24 @@ class Row(NamedTuple):
     fails: Mapping[str, str] = {}
 
 
+# Known not to hold. A line goes when its defect does: an xfail here is strict.
+_MIXED = {
+    "sam_in_two_calls": "masks that were mixed by arithmetic are not read as bools"
+}
+_STORED_GATE = _MIXED | {
+    "steps_without_jit_compile_once": "a switch over closures compiles at each step"
+}
+_CYCLES = _MIXED | {
+    "one_compilation_for_all_steps": "first masks are committed to a device, so that "
+    "the second step finds its inputs placed otherwise and compiles again"
+}
+_FOUND_MOMENTUM = {
+    "map_params_gives_partition_specs": "init of a placeholder keeps a momentum of "
+    "its own where init of parameters keeps none"
+}
+_PACKED = {"orbax": "a packed mask holds an array of no entries, which orbax refuses"}
+
+
 def _gate_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
     return Row(
         name=name,
@@ -325,14 +346,12 @@ def _cycle_row(name, factory, *, optimizer=SGD, exempt=None, fails=None, **kwarg
         family=MASK,
         optimizer=optimizer,
         exempt=_NEVER_EMPTY | (exempt or {}),
-        fails={"wrong_position": "rescaled updates leave pruned weights over"}
+        fails=_CYCLES
+        | {"wrong_position": "rescaled updates leave pruned weights over"}
         | (fails or {}),
     )
 
 
-_RECOMPILES = {
-    "steps_without_jit_compile_once": "a switch over closures compiles at each step"
-}
 _MOMENTUM = sparse_optax.sparse_momentum_regrow
 
 ROWS = (
@@ -342,12 +361,19 @@ ROWS = (
         ties="paper",
         exempt={"all_scores_equal": "the paper's >= lets every tied weight pass"},
     ),
-    _gate_row("gsm_mask_frozen", reselect=False, eager=False, fails=_RECOMPILES),
+    _gate_row("gsm_mask_frozen", reselect=False, eager=False, fails=_STORED_GATE),
     _gsm_row("gsm"),
-    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False, fails=_RECOMPILES),
-    _cycle_row("sparse_momentum_sgd", _MOMENTUM),
-    _cycle_row("sparse_momentum_adam", _MOMENTUM, optimizer=ADAM),
-    _cycle_row("sparse_momentum_packed", _MOMENTUM, packed=True),
+    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False, fails=_STORED_GATE),
+    _cycle_row("sparse_momentum_sgd", _MOMENTUM, fails=_FOUND_MOMENTUM),
+    _cycle_row(
+        "sparse_momentum_adam", _MOMENTUM, optimizer=ADAM, fails=_FOUND_MOMENTUM
+    ),
+    _cycle_row(
+        "sparse_momentum_packed",
+        _MOMENTUM,
+        packed=True,
+        fails=_FOUND_MOMENTUM | _PACKED,
+    ),
     _cycle_row(
         "regrow_random",
         regrowth.regrow,
@@ -373,8 +399,10 @@ ROWS = (
         | {
             "missing_params": "reads no parameters; the engine around it does",
             "constant_schedule": "its one argument is a number",
+            "scalar_leaves": "scaled by the norm of all active weights",
         },
-        fails={"wrong_position": "outside the engine it finds no masks, and says so"},
+        fails=_CYCLES
+        | {"wrong_position": "outside the engine it finds no masks, and says so"},
     ),
 )
 
@@ -450,12 +478,14 @@ class Pairs(NamedTuple):
       transformations: Rows.
       properties: Tests that take a row.
       exempt: Pairs that do not apply, each with its reason.
-      run: All other pairs.
+      fails: Pairs that are documented to fail: a wrong place, a known defect.
+      run: All pairs that are not exempt.
     """
 
     transformations: int
     properties: int
     exempt: int
+    fails: int
     run: int
 
 
@@ -471,10 +501,11 @@ def count_pairs(module) -> Pairs:
     tests = [f for name, f in vars(module).items() if name.startswith("test_")]
     properties = [rows for rows in map(rows_of, tests) if rows]
     pairs = [param for rows in properties for param in rows]
-    skipped = [p for p in pairs if any(m.name == "skip" for m in p.marks)]
+    marks = [m.name for p in pairs for m in p.marks]
     return Pairs(
         transformations=len({p.values[0].name for p in pairs}),
         properties=len(properties),
-        exempt=len(skipped),
-        run=len(pairs) - len(skipped),
+        exempt=marks.count("skip"),
+        fails=marks.count("xfail"),
+        run=len(pairs) - marks.count("skip"),
     )
