@@ -1,0 +1,511 @@
+"""The registry of the contract suite: one row per transformation or variant.
+
+A row says how to make a transformation, where it stands in a chain, what it promises
+and which properties it is exempt from, with the reason. ``test_contract.py`` holds
+the properties; every row passes every property. A new method is one more row.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparse_optax
+from sparse_optax import budgets, regrowth
+
+LR, BETA, DECAY = 0.05, 0.9, 1e-3
+DENSITY, PERIOD, STOP, SETTLE = 0.3, 3, 30, 4
+
+
+# --- one step, and what is promised about it ------------------------------------------
+
+
+class Step(NamedTuple):
+    """An update that was made: what went in, what came out."""
+
+    update: Callable
+    params: Any
+    state: Any
+    grads: Any
+    updates: Any
+    after: Any
+    new_state: Any
+
+
+def advance(update, params, state, grads) -> Step:
+    updates, new_state = update(grads, state, params)
+    after = optax.apply_updates(params, updates)
+    return Step(update, params, state, grads, updates, after, new_state)
+
+
+def train(update, params, state, grads) -> Iterator[Step]:
+    """One step for each entry of the gradients' leading axis."""
+    for t in range(len(jax.tree.leaves(grads)[0])):
+        step = advance(update, params, state, jax.tree.map(lambda g: g[t], grads))  # noqa: B023
+        yield step
+        params, state = step.after, step.new_state
+
+
+def last(steps: Iterator[Step]) -> Step:
+    *_, step = steps
+    return step
+
+
+def sparse(tree, params=None) -> list[np.ndarray]:
+    """The leaves that take part, as NumPy arrays."""
+    chosen = sparse_optax.eligible(tree if params is None else params)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(chosen), strict=True)
+    return [np.asarray(x) for x, take in pairs if take]
+
+
+def dense(tree, params=None) -> list[np.ndarray]:
+    """The others."""
+    chosen = sparse_optax.eligible(tree if params is None else params)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(chosen), strict=True)
+    return [np.asarray(x) for x, take in pairs if not take]
+
+
+def total(arrays) -> int:
+    return sum(int(np.sum(x)) for x in arrays)
+
+
+def kept(state) -> list[np.ndarray]:
+    return [np.asarray(m) for m in jax.tree.leaves(sparse_optax.get_masks(state))]
+
+
+def _responds(step: Step) -> tuple[list[np.ndarray], Any, Any]:
+    """Which weights the gradient moves: those that a zero gradient moves otherwise."""
+    silence = jax.tree.map(jnp.zeros_like, step.grads)
+    still, _ = step.update(silence, step.state, step.params)
+    moved = jax.tree.map(lambda a, b: np.asarray(a != b), step.updates, still)
+    return sparse(moved, step.params), dense(moved, step.params), still
+
+
+def _gate_budget(density, params) -> int:
+    return budgets.count(density, sum(w.size for w in sparse(params)))
+
+
+def _gate_promise(step: Step, budget: int, exact: bool) -> None:
+    """At most Q gradients pass, all biases' do, and every other weight decays."""
+    responds, others, still = _responds(step)
+    assert total(responds) <= budget
+    if exact:
+        assert total(responds) == budget
+        assert all(x.all() for x in others)
+    for w, u in zip(sparse(step.params), sparse(still), strict=True):
+        assert (u[w != 0] != 0).all()
+
+
+def _gate_broken(step: Step, name: str, index) -> None:
+    """A NaN gradient ranks highest, passes, and shows."""
+    assert np.isnan(np.asarray(step.updates[name]["kernel"])[index])
+
+
+def _gate_masks(state, params):
+    del state
+    return sparse_optax.masks.magnitude_masks(params, DENSITY, embeddings=False)
+
+
+def _mask_budget(density, params) -> int:
+    return sum(max(1, budgets.count(density, w.size)) for w in sparse(params))
+
+
+def _mask_promise(step: Step, budget: int, exact: bool) -> None:
+    """The mask keeps the budget, and a missing weight is +0 to the bit."""
+    del exact
+    masks = kept(step.new_state)
+    assert total(masks) == budget
+    for w, m in zip(sparse(step.after), masks, strict=True):
+        assert not w[~m].tobytes().strip(b"\0")
+
+
+def _mask_broken(step: Step, name: str, index) -> None:
+    """NaN shows in its weight; the cycle that was due has changed no mask."""
+    assert np.isnan(np.asarray(step.params[name]["kernel"])[index])
+    for before, after in zip(kept(step.state), kept(step.new_state), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert int(optax.tree.get(step.new_state, "skipped")) == 1
+
+
+def _clip_promise(step: Step, budget: int, exact: bool) -> None:
+    """Besides: active and dense updates have at most the norm asked for.
+
+    A weight that this update sets to zero, pruned or regrown in place, takes no part.
+    """
+    _mask_promise(step, budget, exact)
+    moved = zip(sparse(step.updates, step.params), sparse(step.after), strict=True)
+    parts = [u[w != 0] for u, w in moved] + dense(step.updates, step.params)
+    norm = np.sqrt(sum((np.float64(u) ** 2).sum() for u in parts))
+    assert norm <= LR * MAX_NORM * 1.01
+
+
+class Family(NamedTuple):
+    """What a kind of transformation promises.
+
+    Attributes:
+      budget: ``(density, params) -> int``, how many weights may take part.
+      promise: ``(step, budget, exact)``, asserts what holds of every step;
+        ``exact`` where gradients are all different and not zero, in float32.
+      chosen: ``(step) -> list of bool arrays``, the weights that take part.
+      masks: ``(state, params) -> mask tree`` for ``sparsify``.
+      broken: ``(step, name, index)``, asserts what the update that opens a cycle
+        does where the gradient of one weight was NaN at this step or before.
+      delay: Steps between the NaN and its effect.
+    """
+
+    budget: Callable
+    promise: Callable
+    chosen: Callable
+    masks: Callable
+    broken: Callable
+    delay: int
+
+
+GATE = Family(
+    _gate_budget, _gate_promise, lambda s: _responds(s)[0], _gate_masks, _gate_broken, 0
+)
+MASK = Family(
+    _mask_budget,
+    _mask_promise,
+    lambda step: kept(step.new_state),
+    lambda state, params: sparse_optax.get_masks(state),
+    _mask_broken,
+    1,
+)
+CLIP = MASK._replace(promise=_clip_promise)
+
+
+# --- places in a chain ----------------------------------------------------------------
+
+MAX_NORM = 5.0
+SGD = optax.sgd(LR, momentum=BETA)
+PLAIN_SGD = optax.sgd(LR)
+ADAM = optax.adam(LR, eps=1e-4)
+
+
+def _decayed(optimizer):
+    decay = optax.add_decayed_weights(DECAY, mask=sparse_optax.eligible)
+    return optax.chain(decay, optimizer)
+
+
+class Place(NamedTuple):
+    """Where a transformation stands.
+
+    Attributes:
+      right: ``(tx, optimizer, cycles) -> `` the whole optimizer.
+      wrong: The same with the transformation out of place.
+      dense: ``(optimizer) -> `` what remains at full density.
+    """
+
+    right: Callable
+    wrong: Callable
+    dense: Callable
+
+
+FIRST = Place(
+    right=lambda tx, optimizer, cycles: optax.chain(tx, _decayed(optimizer)),
+    wrong=lambda tx, optimizer, cycles: optax.chain(_decayed(optimizer), tx),
+    dense=_decayed,
+)
+AROUND = Place(
+    right=lambda tx, optimizer, cycles: optax.chain(optax.clip(1e3), tx),
+    wrong=lambda tx, optimizer, cycles: optax.chain(tx, optax.scale(0.9)),
+    dense=lambda optimizer: optimizer,
+)
+LAST = AROUND._replace(
+    right=lambda tx, optimizer, cycles: optax.chain(optimizer, tx),
+    wrong=lambda tx, optimizer, cycles: optax.chain(optimizer, tx, optax.scale(0.9)),
+)
+WHOLE = Place(
+    right=lambda tx, optimizer, cycles: tx,
+    wrong=lambda tx, optimizer, cycles: tx,
+    dense=_decayed,
+)
+INSIDE = Place(
+    right=lambda tx, optimizer, cycles: sparse_optax.sparse_momentum_regrow(
+        optax.chain(tx, optimizer), **cycles
+    ),
+    wrong=lambda tx, optimizer, cycles: optax.chain(tx, optimizer),
+    dense=lambda optimizer: optax.chain(optax.clip_by_global_norm(MAX_NORM), optimizer),
+)
+
+
+# --- the rows -------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One transformation or variant.
+
+    Attributes:
+      name: The pytest id.
+      factory: The public function.
+      settings: ``(optimizer, cycles) -> `` its keyword arguments; ``cycles`` holds
+        density, key and the times of the regrow methods.
+      injected: Arguments that ``inject_hyperparams`` may inject; all others are
+        static.
+      scheduled: Arguments that may be schedules.
+      place: Where it stands.
+      family: What it promises.
+      optimizer: What stands behind, before or inside it.
+      eager: Whether steps without jit are cheap; False compiles them.
+      exempt: ``{property: reason}``, properties that do not apply: skipped.
+      fails: ``{property: reason}``, properties known not to hold: xfail, strict.
+    """
+
+    name: str
+    factory: Callable
+    settings: Callable
+    injected: tuple[str, ...]
+    scheduled: tuple[str, ...]
+    place: Place
+    family: Family
+    optimizer: optax.GradientTransformation = SGD
+    eager: bool = True
+    exempt: Mapping[str, str] = {}
+    fails: Mapping[str, str] = {}
+
+
+# Known not to hold. A line goes when its defect does: an xfail here is strict.
+_MIXED = {
+    "sam_in_two_calls": "masks that were mixed by arithmetic are not read as bools"
+}
+_STORED_GATE = _MIXED | {
+    "steps_without_jit_compile_once": "a switch over closures compiles at each step"
+}
+_CYCLES = _MIXED | {
+    "one_compilation_for_all_steps": "first masks are committed to a device, so that "
+    "the second step finds its inputs placed otherwise and compiles again"
+}
+_FOUND_MOMENTUM = {
+    "map_params_gives_partition_specs": "init of a placeholder keeps a momentum of "
+    "its own where init of parameters keeps none"
+}
+_PACKED = {"orbax": "a packed mask holds an array of no entries, which orbax refuses"}
+
+
+def _gate_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
+    return Row(
+        name=name,
+        factory=sparse_optax.gsm_mask,
+        settings=lambda optimizer, cycles: dict(density=cycles["density"], **kwargs),
+        injected=("density",),
+        scheduled=("density",),
+        place=FIRST,
+        family=GATE,
+        eager=eager,
+        exempt=exempt or {},
+        fails={"wrong_position": "last, it stops the decay of passive weights"}
+        | (fails or {}),
+    )
+
+
+def _gsm_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
+    own = "brings its own SGD and decay: nothing stands in a wrong place"
+    return Row(
+        name=name,
+        factory=sparse_optax.gsm,
+        settings=lambda optimizer, cycles: dict(
+            learning_rate=LR,
+            density=cycles["density"],
+            momentum=BETA,
+            nesterov=False,
+            weight_decay=DECAY,
+            **kwargs,
+        ),
+        injected=("learning_rate", "density", "momentum", "weight_decay"),
+        scheduled=("learning_rate",),
+        place=WHOLE,
+        family=GATE,
+        eager=eager,
+        exempt={
+            "wrong_position": own,
+            "schedule_free": "brings its own SGD: there is no optimizer to choose",
+            "zero_density": "its density is a number; a schedule is for gsm_mask",
+        }
+        | (exempt or {}),
+        fails=fails or {},
+    )
+
+
+_NEVER_EMPTY = {"zero_density": "every leaf keeps at least one weight"}
+
+
+def _cycle_row(name, factory, *, optimizer=SGD, exempt=None, fails=None, **kwargs):
+    return Row(
+        name=name,
+        factory=factory,
+        settings=lambda optimizer, cycles: dict(inner=optimizer, **cycles, **kwargs),
+        injected=("prune_rate",),
+        scheduled=("prune_rate",),
+        place=AROUND,
+        family=MASK,
+        optimizer=optimizer,
+        exempt=_NEVER_EMPTY | (exempt or {}),
+        fails=_CYCLES
+        | {"wrong_position": "rescaled updates leave pruned weights over"}
+        | (fails or {}),
+    )
+
+
+_MOMENTUM = sparse_optax.sparse_momentum_regrow
+
+ROWS = (
+    _gate_row("gsm_mask"),
+    _gate_row(
+        "gsm_mask_paper",
+        ties="paper",
+        exempt={"all_scores_equal": "the paper's >= lets every tied weight pass"},
+    ),
+    _gate_row("gsm_mask_frozen", reselect=False, eager=False, fails=_STORED_GATE),
+    _gsm_row("gsm"),
+    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False, fails=_STORED_GATE),
+    _cycle_row("sparse_momentum_sgd", _MOMENTUM, fails=_FOUND_MOMENTUM),
+    _cycle_row(
+        "sparse_momentum_adam", _MOMENTUM, optimizer=ADAM, fails=_FOUND_MOMENTUM
+    ),
+    _cycle_row(
+        "sparse_momentum_packed",
+        _MOMENTUM,
+        packed=True,
+        fails=_FOUND_MOMENTUM | _PACKED,
+    ),
+    _cycle_row(
+        "regrow_random",
+        regrowth.regrow,
+        optimizer=ADAM,
+        prune=regrowth.prune.magnitude,
+        redistribute=regrowth.redistribute.none,
+        grow=regrowth.grow.random,
+        reset_moments="grown",
+    ),
+    _cycle_row("sparse_momentum_last", _MOMENTUM)._replace(
+        settings=lambda optimizer, cycles: cycles, place=LAST
+    ),
+    Row(
+        name="clip_by_active_norm",
+        factory=sparse_optax.clip_by_active_norm,
+        settings=lambda optimizer, cycles: dict(max_norm=MAX_NORM),
+        injected=("max_norm",),
+        scheduled=(),
+        place=INSIDE,
+        family=CLIP,
+        optimizer=PLAIN_SGD,
+        exempt=_NEVER_EMPTY
+        | {
+            "missing_params": "reads no parameters; the engine around it does",
+            "constant_schedule": "its one argument is a number",
+            "scalar_leaves": "scaled by the norm of all active weights",
+        },
+        fails=_CYCLES
+        | {"wrong_position": "outside the engine it finds no masks, and says so"},
+    ),
+)
+
+
+def build(
+    row: Row,
+    *,
+    density=DENSITY,
+    key=1,
+    optimizer=None,
+    make=None,
+    place="right",
+    **overrides,
+) -> optax.GradientTransformationExtraArgs:
+    """The row's transformation in its place, with the rest of an optimizer."""
+    optimizer = row.optimizer if optimizer is None else optimizer
+    cycles = _cycles(density, key)
+    tx = (make or row.factory)(**{**row.settings(optimizer, cycles), **overrides})
+    return getattr(row.place, place)(tx, optimizer, cycles)
+
+
+def _cycles(density=DENSITY, key=1):
+    return dict(
+        density=density,
+        key=key,
+        update_period=PERIOD,
+        update_stop=STOP,
+        prune_rate=0.5,
+    )
+
+
+def arguments(row: Row) -> dict[str, Any]:
+    """The keyword arguments that the row gives by default."""
+    return dict(row.settings(row.optimizer, _cycles()))
+
+
+def bare(row: Row) -> optax.GradientTransformationExtraArgs:
+    """The transformation alone."""
+    return build(row._replace(place=WHOLE))
+
+
+def injected(row: Row) -> Callable:
+    """The factory under ``inject_hyperparams``."""
+    names = inspect.signature(row.factory).parameters
+    return optax.inject_hyperparams(
+        row.factory,
+        static_args=[name for name in names if name not in row.injected],
+        hyperparam_dtype=jnp.float32,
+    )
+
+
+# --- pairs ----------------------------------------------------------------------------
+
+
+def contract(test):
+    """Makes a property of a test: it runs once for each row, with its exemptions."""
+    name = test.__name__.removeprefix("test_")
+    params = []
+    for row in ROWS:
+        marks = []
+        if name in row.exempt:
+            marks = [pytest.mark.skip(reason=row.exempt[name])]
+        elif name in row.fails:
+            marks = [pytest.mark.xfail(strict=True, reason=row.fails[name])]
+        params.append(pytest.param(row, id=row.name, marks=marks))
+    return pytest.mark.parametrize("row", params)(test)
+
+
+class Pairs(NamedTuple):
+    """How large the suite is.
+
+    Attributes:
+      transformations: Rows.
+      properties: Tests that take a row.
+      exempt: Pairs that do not apply, each with its reason.
+      fails: Pairs that are documented to fail: a wrong place, a known defect.
+      run: All pairs that are not exempt.
+    """
+
+    transformations: int
+    properties: int
+    exempt: int
+    fails: int
+    run: int
+
+
+def rows_of(test) -> list[Any]:
+    """The parameters of a property, or nothing where a test is not one."""
+    marks = getattr(test, "pytestmark", [])
+    found = [m.args[1] for m in marks if m.name == "parametrize" and m.args[0] == "row"]
+    return found[0] if found else []
+
+
+def count_pairs(module) -> Pairs:
+    """Counts transformations x properties from what pytest collects of a module."""
+    tests = [f for name, f in vars(module).items() if name.startswith("test_")]
+    properties = [rows for rows in map(rows_of, tests) if rows]
+    pairs = [param for rows in properties for param in rows]
+    marks = [m.name for p in pairs for m in p.marks]
+    return Pairs(
+        transformations=len({p.values[0].name for p in pairs}),
+        properties=len(properties),
+        exempt=marks.count("skip"),
+        fails=marks.count("xfail"),
+        run=len(pairs) - marks.count("skip"),
+    )
