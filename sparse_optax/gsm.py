@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from sparse_optax import budgets, gating, masks, selection
 from sparse_optax.gating import saliency as saliency
@@ -215,7 +216,7 @@ def _gate(
         previous: list[Any] = []
         if stores:
             previous = masks.flatten(state.gsm_active)[0]
-            previous = [previous[i] for i in index]
+            previous = [masks.unpack(previous[i]) for i in index]
         if freeze_at is None:
             active, threshold, passed = by_saliency()
         else:
@@ -233,9 +234,12 @@ def _gate(
                 return kept.masks, state.gsm_threshold, gating.numbers(kept.counts)
 
             branch = jnp.sign(state.count - freeze_at) + 1
-            active, threshold, passed = lax.switch(
-                branch, [by_saliency, by_rule, as_before]
-            )
+            branches = [by_saliency, by_rule, as_before]
+            if isinstance(branch, Tracer):
+                chosen = lax.switch(branch, branches)
+            else:  # outside of a trace a switch over closures compiles at each step
+                chosen = branches[int(branch)]()
+            active, threshold, passed = chosen
         reactivated = state.gsm_reactivated
         if stores:
             fresh = gating.counted(

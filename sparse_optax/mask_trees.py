@@ -21,12 +21,13 @@ class PackedMask(NamedTuple):
 
     Attributes:
       bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
-      like: bool, the mask's shape followed by 0: it holds no element, and keeps the
-        shape without a static field in the optimizer state.
+      spare: uint8 zeros, one more than there are unused bits at the end of each row.
+        Its length keeps the shape without a static field in the optimizer state, and
+        it is not empty, since not every library stores an empty array.
     """
 
     bits: jax.Array
-    like: jax.Array
+    spare: jax.Array
 
 
 def is_mask(node: Any) -> bool:
@@ -97,12 +98,16 @@ def pack(mask: jax.Array) -> PackedMask:
                 f"{parts} parts that are not whole bytes; its length must be a "
                 f"multiple of {8 * parts}. Shard another axis, or use packed=False."
             )
-    like = jnp.zeros((*mask.shape, 0), bool)
-    return PackedMask(jnp.packbits(mask, axis=-1), like)
+    bits = jnp.packbits(mask, axis=-1)
+    unused = 8 * bits.shape[-1] - mask.shape[-1]
+    return PackedMask(bits, jnp.zeros((unused + 1,), jnp.uint8))
 
 
 def unpack(mask: jax.Array | PackedMask) -> jax.Array:
     """Gives back the boolean array of a packed mask; a plain mask passes.
+
+    Wrappers that mix states by arithmetic (``optax.contrib.sam``) leave integers where
+    there were bools and bytes; they are read as what they were.
 
     Args:
       mask: A ``PackedMask`` or a boolean array.
@@ -117,9 +122,9 @@ def unpack(mask: jax.Array | PackedMask) -> jax.Array:
       [True, False, True]
     """
     if not isinstance(mask, PackedMask):
-        return mask
-    last = mask.like.shape[-2]
-    return jnp.unpackbits(mask.bits, axis=-1, count=last).astype(bool)
+        return mask if mask.dtype == bool else mask.astype(bool)
+    bits = mask.bits.astype(jnp.uint8)
+    return jnp.unpackbits(bits, axis=-1, count=mask_shape(mask)[-1]).astype(bool)
 
 
 def names_of(structure: Any) -> list[str]:
@@ -223,7 +228,10 @@ def mask_shape(mask: Any) -> tuple[int, ...]:
       >>> mask_trees.mask_shape(mask_trees.pack(jnp.ones((3, 10), bool)))
       (3, 10)
     """
-    return mask.like.shape[:-1] if isinstance(mask, PackedMask) else mask.shape
+    if not isinstance(mask, PackedMask):
+        return mask.shape
+    *rows, last = mask.bits.shape
+    return (*rows, 8 * last - mask.spare.shape[-1] + 1)
 
 
 def check_shapes(

@@ -350,9 +350,10 @@ def random_masks(
 
 
 def _place(mask: jax.Array, like: Any) -> jax.Array:
-    """A concrete mask on the devices of its concrete leaf, under Auto meshes too."""
-    is_abstract = isinstance(mask, Tracer) or isinstance(like, Tracer)
-    if is_abstract or not isinstance(like, jax.Array):
+    """A concrete mask on the devices of its leaf, under Auto meshes too."""
+    concrete = isinstance(like, jax.Array) and not isinstance(like, Tracer)
+    # What is free to move stays so: else the second step would be compiled anew.
+    if isinstance(mask, Tracer) or not concrete or not like.committed:
         return mask
     return jax.device_put(mask, like.sharding)
 
@@ -401,20 +402,16 @@ def magnitude_masks(
     chosen = resolve_where(params, where, embeddings=embeddings, caller=name)
     plan = layout(params, chosen, stacked, caller=name)
     where = jax.tree.unflatten(structure, chosen)
+    layers: Any = {"where": where, "stacked": stacked, "caller": name}
     pool = [(flat[i],) for i in plan.index]
     if not pool:
         return rebuild(structure, len(flat), (), ())
     if scope == "global":
-        k, costs = budgets.pool(
-            density, params, where=where, stacked=stacked, caller="magnitude_masks"
-        )
+        k, costs = budgets.pool(density, params, **layers)
         if costs is not None:
             costs = [c for c in flatten(costs)[0] if not is_hole(c)]
         kept = selection.top_k_mask(pool, k, score=jnp.abs, costs=costs)
     else:
-        counts = budgets.resolve(
-            density, params, where=where, stacked=stacked, caller="magnitude_masks"
-        )
-        leaf_counts = flatten(counts)[0]
+        leaf_counts = flatten(budgets.resolve(density, params, **layers))[0]
         kept = select(pool, [leaf_counts[i] for i in plan.index], plan.axes, jnp.abs)
     return rebuild(structure, len(flat), plan.index, kept)

@@ -271,21 +271,10 @@ class Row(NamedTuple):
 
 
 # Known not to hold. A line goes when its defect does: an xfail here is strict.
-_MIXED = {
-    "sam_in_two_calls": "masks that were mixed by arithmetic are not read as bools"
+_PACKED = {
+    "map_params_gives_partition_specs": "a packed mask is two arrays, of other shapes "
+    "than the parameter's"
 }
-_STORED_GATE = _MIXED | {
-    "steps_without_jit_compile_once": "a switch over closures compiles at each step"
-}
-_CYCLES = _MIXED | {
-    "one_compilation_for_all_steps": "first masks are committed to a device, so that "
-    "the second step finds its inputs placed otherwise and compiles again"
-}
-_FOUND_MOMENTUM = {
-    "map_params_gives_partition_specs": "init of a placeholder keeps a momentum of "
-    "its own where init of parameters keeps none"
-}
-_PACKED = {"orbax": "a packed mask holds an array of no entries, which orbax refuses"}
 
 
 def _gate_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
@@ -346,8 +335,7 @@ def _cycle_row(name, factory, *, optimizer=SGD, exempt=None, fails=None, **kwarg
         family=MASK,
         optimizer=optimizer,
         exempt=_NEVER_EMPTY | (exempt or {}),
-        fails=_CYCLES
-        | {"wrong_position": "rescaled updates leave pruned weights over"}
+        fails={"wrong_position": "rescaled updates leave pruned weights over"}
         | (fails or {}),
     )
 
@@ -361,18 +349,16 @@ ROWS = (
         ties="paper",
         exempt={"all_scores_equal": "the paper's >= lets every tied weight pass"},
     ),
-    _gate_row("gsm_mask_frozen", reselect=False, eager=False, fails=_STORED_GATE),
+    _gate_row("gsm_mask_frozen", reselect=False, eager=False),
     _gsm_row("gsm"),
-    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False, fails=_STORED_GATE),
-    _cycle_row("sparse_momentum_sgd", _MOMENTUM, fails=_FOUND_MOMENTUM),
-    _cycle_row(
-        "sparse_momentum_adam", _MOMENTUM, optimizer=ADAM, fails=_FOUND_MOMENTUM
-    ),
+    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False),
+    _cycle_row("sparse_momentum_sgd", _MOMENTUM),
+    _cycle_row("sparse_momentum_adam", _MOMENTUM, optimizer=ADAM),
     _cycle_row(
         "sparse_momentum_packed",
         _MOMENTUM,
         packed=True,
-        fails=_FOUND_MOMENTUM | _PACKED,
+        fails=_PACKED,
     ),
     _cycle_row(
         "regrow_random",
@@ -401,8 +387,7 @@ ROWS = (
             "constant_schedule": "its one argument is a number",
             "scalar_leaves": "scaled by the norm of all active weights",
         },
-        fails=_CYCLES
-        | {"wrong_position": "outside the engine it finds no masks, and says so"},
+        fails={"wrong_position": "outside the engine it finds no masks, and says so"},
     ),
 )
 

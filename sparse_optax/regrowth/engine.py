@@ -200,7 +200,10 @@ def regrow(
 
         own = ()
         if inner is not None and "momentum" in needs:
-            if momentum != "auto" or not _find(inner_state, plan, sparse, caller):
+            found = None
+            if momentum == "auto":
+                found = _find(inner_state, plan, sparse, caller)
+            if found is None:
                 own = tree([jnp.zeros_like(x, dtype=jnp.float32) for x in sparse])
         return RegrowState(
             count=jnp.zeros([], jnp.int32),
@@ -251,11 +254,11 @@ def regrow(
 
         operands = Operands(
             params=pick(params),
-            masks=pick(state.regrow_masks),
+            masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
             gradient=pick(updates) if "gradient" in needs else None,
             moments=moments,
             rules=state.rules,
-            key=state.key,
+            key=state.key.astype(jnp.uint32),
             step=state.count,
             rate=jnp.asarray(rate_at(state.count)),
             removed=pick(state.removed),
@@ -294,7 +297,7 @@ def regrow(
             count=jnp.asarray(optax.safe_increment(state.count)),
             inner_state=inner_state,
             regrow_masks=tree(after.masks),
-            key=state.key,
+            key=operands.key,
             momentum=own,
             rules=after.rules,
             skipped=after.skipped,
@@ -303,6 +306,13 @@ def regrow(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as_stored(mask: Any) -> Any:
+    """A stored mask in its own dtype, whatever arithmetic a wrapper did on states."""
+    if isinstance(mask, mask_trees.PackedMask):
+        return mask_trees.PackedMask(*(x.astype(jnp.uint8) for x in mask))
+    return mask_trees.unpack(mask)
 
 
 def _layer_zeros(leaf: Any, axis: int | None) -> jax.Array:
