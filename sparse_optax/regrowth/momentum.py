@@ -100,6 +100,10 @@ def find(
       >>> params = {"w": jnp.zeros((2, 3))}
       >>> momentum.find(optax.sgd(0.1).init(params), ("w",), ((2, 3),), caller="doc")
     """
+    if not names:
+        # A tree without leaves, with which `optax.tree.map_params` initialises: the
+        # state must have the structure that it has with leaves.
+        return [] if len(_kinds(state)) == 1 else None
     found = candidates(state, names, shapes)
     for name, entries in zip(names, found, strict=True):
         if len(entries) > 1:
@@ -114,6 +118,17 @@ def find(
     first = [entries[0] for entries in found]
     kinds = {(f.field, f.second is None) for f in first}
     return first if len(kinds) <= 1 else None
+
+
+def _kinds(state: Any) -> set[tuple[str, bool]]:
+    """Kinds of momentum by the fields of states alone, without looking at leaves."""
+    fields = getattr(state, "_fields", ())
+    kinds = {(f, "nu" not in fields) for f in fields if f in FIELDS}
+    inside = state.values() if isinstance(state, dict) else state
+    if isinstance(state, (tuple, list, dict)):
+        for x in inside:
+            kinds |= _kinds(x)
+    return kinds
 
 
 def value(first: jax.Array, second: jax.Array | None) -> jax.Array:
