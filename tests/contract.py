@@ -386,6 +386,7 @@ ROWS = (
             "missing_params": "reads no parameters; the engine around it does",
             "constant_schedule": "its one argument is a number",
             "scalar_leaves": "scaled by the norm of all active weights",
+            "schedule_free": "moves by averages, whose norm no clipping bounds",
         },
         fails={"wrong_position": "outside the engine it finds no masks, and says so"},
     ),
