@@ -133,11 +133,6 @@ def test_restored_on_another_mesh(method, folder, unbroken, environment):
     assert_same_bits(read(folder / f"{method}_on_mesh.npz"), expected)
 
 
-@pytest.mark.xfail(
-    reason="a packed mask holds an array of size 0, which Orbax refuses",
-    raises=ValueError,
-    strict=True,
-)
 def test_packed_masks(tmp_path):
     params = checkpoints.first_params()
     mask = jax.tree.map(lambda x: masks.pack(x > 0), params)
