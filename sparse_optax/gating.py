@@ -1,6 +1,7 @@
 """The gate of GSM: how many weights pass at a step, and which.
 
-The scores are |g * w| in float32, and all weights that take part are one pool.
+The scores are |g * w|, of 16-bit floats in float32; all weights that take part are one
+pool.
 """
 
 import functools
@@ -12,6 +13,7 @@ import numpy as np
 
 from sparse_optax import budgets, masks, selection, wide
 from sparse_optax.leaves import PyTree, is_hole
+from sparse_optax.selection import passes
 from sparse_optax.selection.tally import tally
 
 # Counts in the state are int32.
@@ -37,8 +39,9 @@ def saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.abs(gradient * weight)
 
 
-def _float32_saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
-    return saliency(gradient.astype(jnp.float32), weight.astype(jnp.float32))
+def _wide_saliency(gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    """As the search computes it: halves in float32, float64 as it is."""
+    return passes.scores(saliency, (gradient, weight))
 
 
 def passing(
@@ -59,6 +62,9 @@ def passing(
 
     Returns:
       ``(masks, threshold, passed)``: the last an int32 count for each leaf.
+
+    Raises:
+      ValueError: If ``selection`` cannot take the arrays or the quota.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,7 +100,7 @@ def passing(
         everything = jnp.logical_not(wide.less64(k, wide.pair64(size)))
     passing = []
     for g, w in pairs:
-        score = _float32_saliency(g, w)
+        score = _wide_saliency(g, w)
         # A NaN saliency passes, and no comparison finds it.
         over = jnp.logical_or(score >= bound, jnp.isnan(score))
         alive = jnp.logical_or(score != 0, everything)
@@ -170,6 +176,9 @@ def quota(
       ``(k, costs)`` for ``selection``: k a Python int where it is static, an integer
       scalar or a pair of `wide`; costs None, or one for each leaf.
 
+    Raises:
+      ValueError: If the density or the budget does not fit the parameters.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import gating
@@ -182,7 +191,7 @@ def quota(
     if isinstance(density, (jax.Array, np.ndarray, np.generic)):
         density = jnp.asarray(density)
         if jnp.issubdtype(density.dtype, jnp.integer):
-            return jnp.clip(density, 0, min(size, _MOST)), None
+            return wide.min64(wide.pair64(density), wide.pair64(size)), None
         # Rounded to the nearest float32 before the floor, so that 0.29 of 100 is 29.
         k = jnp.floor(density.astype(jnp.float32) * np.float32(size))
         return wide.from_float(jnp.clip(k, 0, np.float32(size))), None

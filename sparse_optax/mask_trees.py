@@ -77,8 +77,8 @@ def pack(mask: jax.Array) -> PackedMask:
       A ``PackedMask`` of ceil(last / 8) bytes a row.
 
     Raises:
-      ValueError: If an Explicit mesh cuts the last axis within a byte. (An Auto mesh
-        gathers such a mask.)
+      ValueError: If the mask is a scalar, or an Explicit mesh cuts the last axis
+        within a byte. (An Auto mesh gathers such a mask.)
 
     Examples:
       >>> import jax.numpy as jnp
@@ -87,8 +87,13 @@ def pack(mask: jax.Array) -> PackedMask:
       >>> packed.bits.shape, bool(mask_trees.unpack(packed).all())
       ((3, 2), True)
     """
+    if not mask.ndim:
+        raise ValueError(
+            "packed: a scalar has no axis to pack. Use packed=False, or leave scalars "
+            "out with `where`."
+        )
     sharding = jax.typeof(mask).sharding
-    if not sharding.mesh.empty and mask.ndim and sharding.spec[-1] is not None:
+    if not sharding.mesh.empty and sharding.spec[-1] is not None:
         axes = sharding.spec[-1]
         axes = axes if isinstance(axes, tuple) else (axes,)
         parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
@@ -122,7 +127,8 @@ def unpack(mask: jax.Array | PackedMask) -> jax.Array:
       [True, False, True]
     """
     if not isinstance(mask, PackedMask):
-        return mask if mask.dtype == bool else mask.astype(bool)
+        integer = jnp.issubdtype(getattr(mask, "dtype", bool), jnp.integer)
+        return mask.astype(bool) if integer else mask
     bits = mask.bits.astype(jnp.uint8)
     return jnp.unpackbits(bits, axis=-1, count=mask_shape(mask)[-1]).astype(bool)
 
@@ -168,29 +174,6 @@ def check_names(masks: Any, params: Sequence[str], *, caller: str) -> None:
             f"{caller}: the masks have the leaves {names} and `params` {list(params)}; "
             "the structures must be equal. Pass the tree that the masks were made for."
         )
-
-
-def count_true(mask: jax.Array) -> jax.Array:
-    """Number of True entries, exactly.
-
-    Down the first axis in 16 bits, then across: on a CPU that is ten times as fast as
-    one sum to int32, which converts every element first.
-
-    Args:
-      mask: Boolean array of at most 2^31 - 1 elements.
-
-    Returns:
-      int32 scalar.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import mask_trees
-      >>> int(mask_trees.count_true(jnp.eye(3, dtype=bool)))
-      3
-    """
-    if mask.ndim > 1 and mask.shape[0] < 2**16:
-        mask = jnp.sum(mask, axis=0, dtype=jnp.uint16)
-    return jnp.sum(mask, dtype=jnp.int32)
 
 
 def whole_count(mask: jax.Array) -> int:

@@ -11,7 +11,14 @@ import optax
 
 from sparse_optax import state
 from sparse_optax.leaves import PyTree, is_hole, leaf_names
-from sparse_optax.mask_trees import flatten, mask_shape, names_of, unpack, whole_count
+from sparse_optax.mask_trees import (
+    flatten,
+    is_mask,
+    mask_shape,
+    names_of,
+    unpack,
+    whole_count,
+)
 
 
 class SparseLeaf(NamedTuple):
@@ -209,11 +216,12 @@ def named_masks(masks_or_state: PyTree, *, caller: str) -> dict[str, Any]:
     flat, structure = flatten(masks_or_state)
     named = dict(zip(names_of(structure), flat, strict=True))
     for name, mask in named.items():
-        plain = mask if is_hole(mask) else getattr(mask, "like", mask)
-        if not is_hole(mask) and getattr(plain, "dtype", None) != np.dtype(bool):
+        if is_mask(mask):  # a hole, or packed
+            continue
+        if getattr(mask, "dtype", None) != np.dtype(bool):
             raise ValueError(
                 f"{caller}: the mask of {name!r} must be a boolean array; got "
-                f"{getattr(plain, 'dtype', type(plain).__name__)}. Pass a mask tree, "
+                f"{getattr(mask, 'dtype', type(mask).__name__)}. Pass a mask tree, "
                 "such as sparse_optax.get_masks(opt_state)."
             )
     return {name: mask for name, mask in named.items() if not is_hole(mask)}

@@ -162,6 +162,19 @@ def test_a_traced_density_of_a_pool_past_32_bits(density):
         assert k == density * size
 
 
+def test_a_traced_count_past_31_bits():
+    def count(k):
+        return gating.quota(k, jnp.int32(0), {}, {}, 8 * 10**9, "test")[0]
+
+    assert wide.to_int(jax.jit(count)(jnp.uint32(3 * 10**9))) == 3 * 10**9
+    assert wide.to_int(jax.jit(count)(jnp.int32(-3))) == 0
+
+
+def test_a_packed_scalar_is_refused():
+    with pytest.raises(ValueError, match=r"scalar.*packed=False"):
+        masks.pack(jnp.asarray(True))
+
+
 def test_passed_counts_stay_in_int32():
     counts = gating.numbers([np.uint32(2**31 + 5), np.full(3, 2**31, np.uint32)])
     assert [int(n) for n in counts] == [2**31 - 1] * 2

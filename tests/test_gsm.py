@@ -99,6 +99,22 @@ def test_zero_products_never_pass_below_full_density(ties):
     np.testing.assert_array_equal(got[0][:, 0], 1.0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+def test_the_papers_rule_lets_no_fewer_pass_in_float64(scale):
+    """Scores that a float32 would round below the bound, or to nothing."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        weights, grads = (
+            {"w": {"kernel": jnp.asarray(scale * rng.standard_normal((40, 50)))}}
+            for _ in range(2)
+        )
+        for density in (0.05, 0.5):
+            tx = gsm_mask(density, ties="paper")
+            updates, state = tx.update(grads, tx.init(weights), weights)
+            passed = int((updates["w"]["kernel"] != 0).sum())
+            assert passed == density * 2000 == int(state.gsm_passed["w"]["kernel"])
+
+
 def test_full_density_passes_zero_products():
     params = network(SHAPES, [np.zeros(s) for s in SHAPES])
     ones = network(SHAPES, [np.ones(s) for s in SHAPES])

@@ -37,7 +37,7 @@ from sparse_optax.mask_trees import is_mask, unpack
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():
-    run_on_eight_devices(__file__, passed=29)
+    run_on_eight_devices(__file__, passed=31)
 
 
 # Every axis but that of the layers is longer than SMALL, so that a sum over some axes
@@ -315,6 +315,17 @@ def test_first_masks(kind, in_context):
         masks = sparse_optax.get_masks(sparse_momentum().init(params))
     assert_same_bits(masks, first_masks())
     assert_same_place(masks, placed(first_masks(), mesh, specs))
+
+
+@on_eight
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_first_masks_of_a_jitted_init(kind):
+    """Only shapes are read there: the program has no array that tells the mesh."""
+    mesh, specs = mesh_of(kind), PLACEMENTS["mixed"]
+    with jax.set_mesh(mesh):
+        params = placed(network(), mesh, specs)
+        masks = sparse_optax.get_masks(jax.jit(sparse_momentum().init)(params))
+    assert_same_bits(masks, first_masks())
 
 
 @on_eight

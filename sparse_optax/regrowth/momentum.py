@@ -102,7 +102,8 @@ def find(
     """
     if not names:
         # A tree without leaves, with which `optax.tree.map_params` initialises: the
-        # state must have the structure that it has with leaves.
+        # state must have the structure that it has with leaves. By the states' fields
+        # alone that is wrong where only some leaves have a momentum (`partition`).
         return [] if len(_kinds(state)) == 1 else None
     found = candidates(state, names, shapes)
     for name, entries in zip(names, found, strict=True):

@@ -247,25 +247,6 @@ def tally_layers(
     return tally(front, function, split=split, given=given)
 
 
-def other_axes(leaf: Any, axis: int | None) -> tuple[int, ...]:
-    """All axes of a leaf but the one that stacks layers.
-
-    Args:
-      leaf: An array.
-      axis: The stacked axis, or None.
-
-    Returns:
-      The axes within a layer.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> regrowth.rules.other_axes(jnp.zeros((2, 3, 4)), 0)
-      (1, 2)
-    """
-    return tuple(d for d in range(len(leaf.shape)) if d != axis)
-
-
 def split_layers(
     vector: jax.Array, leaves: tuple[Any, ...], axes: tuple[int | None, ...]
 ) -> tuple[jax.Array, ...]:
@@ -318,27 +299,3 @@ def layer_vector(parts: tuple[jax.Array, ...]) -> jax.Array:
     """
     flat = [jnp.reshape(part, -1) for part in parts]
     return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
-
-
-def per_weight(values: jax.Array, leaf: jax.Array, axis: int | None) -> jax.Array:
-    """Shapes a leaf's per-layer values so that they broadcast against the leaf.
-
-    Args:
-      values: A scalar, or shape (L,).
-      leaf: The leaf.
-      axis: Its stacked axis, or None.
-
-    Returns:
-      An array of the leaf's rank, or a scalar.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> regrowth.rules.per_weight(jnp.arange(2), jnp.zeros((3, 2, 4)), 1).shape
-      (1, 2, 1)
-    """
-    if axis is None:
-        return values.reshape(())
-    shape = [1] * leaf.ndim
-    shape[axis] = leaf.shape[axis]
-    return values.reshape(shape)

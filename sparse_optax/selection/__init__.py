@@ -21,7 +21,9 @@ are known: inside ``shard_map`` give ``axis_name``, or each shard selects alone;
 program for several devices cannot go through ``jax.export``; and the persistent
 compilation cache finds it again only with the option
 ``jax_remove_custom_partitioning_ptr_from_cache_key`` of JAX. Under ``vmap`` on several
-devices plain sums do the counting, which is slower on CPU.
+devices plain sums do the counting, which is slower on CPU. A program that gets no array
+from outside, such as a jitted ``init`` of which only shapes are read, shows no mesh to
+the partitioner: there leaves are gathered first, with the same result.
 """
 
 from sparse_optax.selection.topk import Selection as Selection

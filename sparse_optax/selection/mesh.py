@@ -192,10 +192,8 @@ def _partition(body: Body, plan: Plan, mesh, operands, results):
 def _even(array, mesh) -> list[tuple[str, ...]]:
     """Mesh axes of each axis of an array, none where they do not divide it."""
     if not isinstance(array.sharding, NamedSharding):
-        raise ValueError(
-            f"selection: an array of shape {array.shape} has the sharding "
-            f"{array.sharding}, which names no mesh; place it with a NamedSharding."
-        )
+        # No mesh is in sight, as in a program without array arguments: whole, then.
+        return [()] * len(array.shape)
     spec = [axes or () for axes in array.sharding.spec]
     spec = [axes if isinstance(axes, tuple) else (axes,) for axes in spec]
     spec += [()] * (len(array.shape) - len(spec))

@@ -120,7 +120,7 @@ def prepare(
     if len(kinds) == 1 and all(isinstance(x, jax.Array) for x in counts):
         # All at once: a conversion of each count alone is a kernel to compile.
         counts = [jnp.concatenate([jnp.reshape(x, -1) for x in counts])]
-        sizes, labels = [0], ["k"]
+        sizes, labels = [0], [f"k for {', '.join(names)}"]
     limits = [
         _limit(count, n if costs is None else None, label, caller)
         for count, n, label in zip(counts, sizes, labels, strict=True)

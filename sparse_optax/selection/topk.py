@@ -151,8 +151,9 @@ def select(
 ) -> Selection:
     """Masks, threshold and counts together, in one search.
 
-    The exact threshold costs one pass over the leaves more than `top_k_mask`, the
-    counts cost nothing. Any threshold is a good guess for the next step.
+    The exact threshold costs one pass over the leaves more than `top_k_mask`; the
+    counts come with the search (but for leaves of 2**32 weights and more, which are
+    read once more). Any threshold is a good guess for the next step.
 
     Args:
       leaves: see `top_k_mask`, as for all arguments.
