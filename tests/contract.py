@@ -156,6 +156,8 @@ class Family(NamedTuple):
       broken: ``(step, name, index)``, asserts what the update that opens a cycle
         does where the gradient of one weight was NaN at this step or before.
       delay: Steps between the NaN and its effect.
+      member: ``(params, seed) -> params`` of a member of a batch: what makes its
+        mask its own is its key, or where there is none its weights.
     """
 
     budget: Callable
@@ -164,18 +166,26 @@ class Family(NamedTuple):
     masks: Callable
     broken: Callable
     delay: int
+    member: Callable
 
 
 GATE = Family(
-    _gate_budget, _gate_promise, lambda s: _responds(s)[0], _gate_masks, _gate_broken, 0
+    budget=_gate_budget,
+    promise=_gate_promise,
+    chosen=lambda step: _responds(step)[0],
+    masks=_gate_masks,
+    broken=_gate_broken,
+    delay=0,
+    member=lambda params, seed: jax.tree.map(lambda p: p[:: 1 - 2 * seed], params),
 )
 MASK = Family(
-    _mask_budget,
-    _mask_promise,
-    lambda step: kept(step.new_state),
-    lambda state, params: sparse_optax.get_masks(state),
-    _mask_broken,
-    1,
+    budget=_mask_budget,
+    promise=_mask_promise,
+    chosen=lambda step: kept(step.new_state),
+    masks=lambda state, params: sparse_optax.get_masks(state),
+    broken=_mask_broken,
+    delay=1,
+    member=lambda params, seed: params,
 )
 CLIP = MASK._replace(promise=_clip_promise)
 

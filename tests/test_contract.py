@@ -550,11 +550,7 @@ MEMBERS = ((0, DENSITY), (1, DENSITY), (0, 0.1), (0, 0.6))
 def members(row):
     """A few steps of all members in one compiled program, and its traces."""
     txs = [build(row, key=s, density=d, make=injected(row)) for s, d in MEMBERS]
-    params = [
-        jax.tree.map(lambda p: p * (1 + s), network(ONE))  # noqa: B023
-        for s, _ in MEMBERS
-    ]
-    params[1] = jax.tree.map(lambda p: p[::-1], params[1])
+    params = [row.family.member(network(ONE), seed) for seed, _ in MEMBERS]
     states = [tx.init(p) for tx, p in zip(txs, params, strict=True)]
     traces = []
 
