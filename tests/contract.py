@@ -359,9 +359,9 @@ ROWS = (
         ties="paper",
         exempt={"all_scores_equal": "the paper's >= lets every tied weight pass"},
     ),
-    _gate_row("gsm_mask_frozen", reselect=False, eager=False),
+    _gate_row("gsm_mask_frozen", reselect=False),
     _gsm_row("gsm"),
-    _gsm_row("gsm_settled", settle_start=SETTLE, eager=False),
+    _gsm_row("gsm_settled", settle_start=SETTLE),
     _cycle_row("sparse_momentum_sgd", _MOMENTUM),
     _cycle_row("sparse_momentum_adam", _MOMENTUM, optimizer=ADAM),
     _cycle_row(
