@@ -117,7 +117,8 @@ def prepare(
     sizes = static.pool_sizes if single else [static.pool_sizes[x.pool] for x in layout]
     labels = ["k"] if single else [f"k for {name}" for name in names]
     kinds = {x.dtype for x in counts if isinstance(x, jax.Array)}
-    if len(kinds) == 1 and all(isinstance(x, jax.Array) for x in counts):
+    traced = all(isinstance(x, jax.Array) for x in counts)
+    if not single and len(kinds) == 1 and traced:
         # All at once: a conversion of each count alone is a kernel to compile.
         counts = [jnp.concatenate([jnp.reshape(x, -1) for x in counts])]
         sizes, labels = [0], [f"k for {', '.join(names)}"]
