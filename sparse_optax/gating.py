@@ -4,7 +4,6 @@ The scores are |g * w|, of 16-bit floats in float32; all weights that take part 
 pool.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from sparse_optax import budgets, masks, selection, wide
 from sparse_optax.leaves import PyTree, is_hole
 from sparse_optax.selection import passes
-from sparse_optax.selection.tally import tally
+from sparse_optax.selection.tally import all_true, tally
 
 # Counts in the state are int32.
 _MOST = np.uint32(2**31 - 1)
@@ -108,10 +107,6 @@ def passing(
     return passing, bound.astype(jnp.float32), counted([(m,) for m in passing])
 
 
-def _all_true(*masks: jax.Array) -> tuple[jax.Array]:
-    return (functools.reduce(jnp.logical_and, masks),)
-
-
 def counted(leaves: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
     """How many entries are True in all masks of each leaf, on any mesh.
 
@@ -128,7 +123,7 @@ def counted(leaves: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
       >>> [int(n) for n in gating.counted([both, both[:1]])]
       [1, 2]
     """
-    (counts,) = tally(leaves, _all_true, split=[False] * len(leaves))
+    (counts,) = tally(leaves, all_true, split=[False] * len(leaves))
     return numbers([counts[i] for i in range(len(leaves))])
 
 

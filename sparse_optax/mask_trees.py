@@ -176,6 +176,27 @@ def check_names(masks: Any, params: Sequence[str], *, caller: str) -> None:
         )
 
 
+def slice_counts(mask: jax.Array) -> jax.Array:
+    """Number of True entries in each slice along axis 0.
+
+    Slice by slice, because an int32 could not hold the sum over a leaf of 2^31 weights.
+
+    Args:
+      mask: Boolean array of one or more dimensions, with fewer than 2^31 elements in
+        each slice; of a scalar the count itself comes back.
+
+    Returns:
+      int32, one entry a slice.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import mask_trees
+      >>> mask_trees.slice_counts(jnp.array([[True, True], [False, True]])).tolist()
+      [2, 1]
+    """
+    return jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
+
+
 def whole_count(mask: jax.Array) -> int:
     """Number of True entries of a concrete mask of any size, as a Python integer.
 
@@ -191,9 +212,7 @@ def whole_count(mask: jax.Array) -> int:
       >>> mask_trees.whole_count(jnp.eye(3, dtype=bool))
       3
     """
-    # Slice by slice: an int32 could not hold the sum over a leaf of 2^31 weights.
-    slices = jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
-    return int(np.asarray(slices).sum(dtype=np.int64))
+    return int(np.asarray(slice_counts(mask)).sum(dtype=np.int64))
 
 
 def mask_shape(mask: Any) -> tuple[int, ...]:

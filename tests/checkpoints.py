@@ -27,9 +27,9 @@ SIZES = (24, 32, 8)
 PERIOD, LAST = 4, 400
 
 
-def sparse_momentum(density=0.25):
+def sparse_momentum(density=0.25, *, momentum=0.9):
     return sparse_optax.sparse_momentum_regrow(
-        optax.sgd(0.2, momentum=0.9, nesterov=True),
+        optax.sgd(0.2, momentum=momentum, nesterov=momentum is not None),
         density=density,
         update_period=PERIOD,
         update_stop=LAST,
@@ -39,13 +39,7 @@ def sparse_momentum(density=0.25):
 
 def own_momentum(density=0.25):
     """The average of the gradient is the engine's own."""
-    return sparse_optax.sparse_momentum_regrow(
-        optax.sgd(0.2),
-        density=density,
-        update_period=PERIOD,
-        update_stop=LAST,
-        key=0,
-    )
+    return sparse_momentum(density, momentum=None)
 
 
 def random_growth(density=0.25):

@@ -17,6 +17,7 @@ from sparse_optax.regrowth.rules import (
     split_layers,
     tally_layers,
 )
+from sparse_optax.selection.tally import all_true
 
 
 class Cycle(NamedTuple):
@@ -71,10 +72,6 @@ def _active_and_broken(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, 
     """Active weights, and those of which any number is not finite."""
     finite = [jnp.isfinite(x) for x in arrays]
     return mask, jnp.logical_not(functools.reduce(jnp.logical_and, finite))
-
-
-def _both(one: jax.Array, other: jax.Array) -> tuple[jax.Array]:
-    return (jnp.logical_and(one, other),)
 
 
 def cycle(
@@ -161,7 +158,7 @@ def cycle(
     removed = to_remove
     if before and not prune.exact:
         pairs = list(zip(kept, before, strict=True))
-        removed = active - tally_layers(pairs, axes, _both)[0].astype(jnp.int32)
+        removed = active - tally_layers(pairs, axes, all_true)[0].astype(jnp.int32)
         kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
     evidence = evidence._replace(masks=kept)
     if shares is None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax.selection.tally import tally
+from sparse_optax.selection.tally import all_true, tally
 
 
 class Evidence(NamedTuple):
@@ -205,12 +205,8 @@ def layer_counts(
     """
     if not masks:
         return jnp.zeros(0, jnp.int32)
-    (counts,) = tally_layers([(mask,) for mask in masks], axes, _as_it_is)
+    (counts,) = tally_layers([(mask,) for mask in masks], axes, all_true)
     return counts.astype(jnp.int32)
-
-
-def _as_it_is(mask: jax.Array) -> tuple[jax.Array]:
-    return (mask,)
 
 
 def tally_layers(

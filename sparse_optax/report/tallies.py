@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from sparse_optax.leaves import PyTree, is_hole, leaf_names
-from sparse_optax.mask_trees import unpack
+from sparse_optax.mask_trees import slice_counts, unpack
 from sparse_optax.sparse_models import named_masks
 
 
@@ -155,20 +155,20 @@ def _tally(operands, *, axes, unit_axis) -> list[dict[str, jax.Array]]:
         x, mask, before, ever = (_front(array, axis) for array in arrays)
         there = _nonzero(x)
         kept = there if mask is None else mask
-        counts = {"kept": _along_first(kept)}
+        counts = {"kept": slice_counts(kept)}
         if before is not None:
             added = jnp.logical_and(kept, jnp.logical_not(before))
-            counts["added"] = _along_first(added)
+            counts["added"] = slice_counts(added)
         if ever is not None:
-            counts["explored"] = _along_first(ever)
+            counts["explored"] = slice_counts(ever)
         stacks = axis is not None
         rank = arrays[0].ndim - stacks
         if rank > 1:
             unit = unit_axis % rank + stacks
             others = tuple(d for d in range(stacks, x.ndim) if d != unit)
             alive = jnp.any(jnp.logical_and(kept, there), axis=others)
-            counts["units"] = _along_first(jnp.ones_like(alive))
-            counts["dead_units"] = _along_first(jnp.logical_not(alive))
+            counts["units"] = slice_counts(jnp.ones_like(alive))
+            counts["dead_units"] = slice_counts(jnp.logical_not(alive))
         result.append(counts)
     return result
 
@@ -178,10 +178,6 @@ def _front(array: Any, axis: int | None) -> Any:
         return None
     array = unpack(array)
     return jnp.moveaxis(array, axis or 0, 0) if array.ndim else array[None]
-
-
-def _along_first(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
 
 
 def _nonzero(x: jax.Array) -> jax.Array:

@@ -101,25 +101,28 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
         counts = part.above(thresholds)
         return _to_pools(plan, counts), counts
 
+    def left(bracket):
+        """What still fits once all above the bound are kept."""
+        rest = loop.subtract(room, bracket.above)
+        if not plan.skip_zeros:
+            return rest
+        at_zero = values.to_keys(bracket.high) == values.zero
+        return loop.choose(at_zero & jnp.logical_not(whole), nothing, rest)
+
     # A weight without cost may follow one with which the budget is used up.
     spare = 0 if all(plan.costs) else None
     bend = values.bend
     if 1 < plan.pools == plan.cells and _unit(plan) and not plan.huge:
-        zero = values.zero if plan.skip_zeros else None
         # Where everything fits, the first value below all weights ends the search.
         bracket = bracket._replace(high=low + values.span)
         bracket, ends, kept = many.search(
-            part, values.to_keys, bracket, room, whole, probes, bend=bend, zero=zero
+            part, values.to_keys, bracket, room, left, whole, probes, bend=bend
         )
         bound = values.to_keys(bracket.high)
     else:
         bracket = loop.search(weigh, bracket, room, probes, spare=spare, bend=bend)
         bound = values.to_keys(bracket.high)
-        rest = loop.subtract(room, bracket.above)
-        if plan.skip_zeros:
-            skipped = (bound == values.zero) & jnp.logical_not(whole)
-            rest = loop.choose(skipped, nothing, rest)
-        ends, kept = _early(part, bound, bracket, rest, whole, spare)
+        ends, kept = _early(part, bound, bracket, left(bracket), whole, spare)
     counts = ()
     cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
     if plan.counts:

@@ -6,6 +6,8 @@ weights that come before a pair of key and position, which serves for thresholds
 position 0) and then for ties (at the threshold).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,11 @@ def search(
     to_keys,
     bracket: loop.Bracket,
     room: loop.Weight,
+    left: Callable[[loop.Bracket], loop.Weight],
     whole: jax.Array,
     probes: jax.Array,
     *,
     bend: float,
-    zero: np.ndarray | None,
 ) -> tuple[loop.Bracket, jax.Array, jax.Array]:
     """Finds where to cut each of P pools that are a cell each.
 
@@ -33,10 +35,10 @@ def search(
       to_keys: from values, in which brackets are halved, to keys.
       bracket: where the thresholds lie, shape (P,).
       room: how many fit, shape (P,).
+      left: how many still fit once all above a bracket's bound are kept.
       whole: whether all weights of a pool fit, shape (P,).
       probes: the first probes, shape (P, m).
       bend: see `loop.propose`.
-      zero: the key at which nothing is kept, or None.
 
     Returns:
       ``(bracket, ends, kept)``: where the bounds are, the positions before which
@@ -46,22 +48,15 @@ def search(
     none = part.varying(jnp.zeros(bracket.low.shape, jnp.uint32))
     sizes = none + np.array(part.plan.pool_sizes, np.uint32)
 
-    def rest(bracket):
-        """What still fits once all above the bound are kept."""
-        left = loop.subtract(room, bracket.above)[-1]
-        if zero is not None:
-            skipped = (to_keys(bracket.high) == zero) & jnp.logical_not(whole)
-            left = jnp.where(skipped, none, left)
-        return (left,)
-
     def ties(bracket):
         """Where to look for the end: values count positions from the last one."""
         low = jnp.where(whole, none, none + np.uint32(1))
-        inside = loop.subtract(bracket.below, bracket.above)[-1]
-        return loop.Bracket(low, sizes, (inside,), (none,), none)
+        return loop.Bracket(
+            low, sizes, loop.subtract(bracket.below, bracket.above), (none,)
+        )
 
     def first_ends(tied, bracket):
-        return loop.propose(tied, rest(bracket), count, none == 0)
+        return loop.propose(tied, left(bracket), count, none == 0)
 
     def searching(bracket):
         return loop.unfinished(bracket, room)
@@ -78,7 +73,7 @@ def search(
         over = (counts,)
         at = (counts - bracket.above[-1][:, None],)
         found, next_probes = loop.narrow(bracket, room, probes, over, counts, bend)
-        closer, next_ties = loop.narrow(tied, rest(bracket), tie_probes, at, counts)
+        closer, next_ties = loop.narrow(tied, left(bracket), tie_probes, at, counts)
         found = _where(first, found, bracket)
         started = ties(found)
         tied = _where(first, started, closer)
@@ -88,7 +83,7 @@ def search(
 
     def unfinished(state):
         bracket, _, tied, _ = state
-        return jnp.any(searching(bracket) | loop.unfinished(tied, rest(bracket)))
+        return jnp.any(searching(bracket) | loop.unfinished(tied, left(bracket)))
 
     tied = ties(bracket)
     state = bracket, probes, tied, first_ends(tied, bracket)

@@ -71,7 +71,7 @@ class Part(NamedTuple):
         rows, over = lax.optimization_barrier((self.rows(), _unpacked(thresholds)))
 
         def condition(i):
-            keys = self._keys(i, rows[i])
+            keys = keys_of(self.plan, rows[i])
             return [keys > self._across(i, over, j, keys.ndim) for j in range(count)]
 
         return self._count(condition, count)
@@ -93,7 +93,7 @@ class Part(NamedTuple):
         )
 
         def condition(i):
-            keys = self._keys(i, rows[i])
+            keys = keys_of(self.plan, rows[i])
             position = self._row_positions(i, keys.shape, zero)
             return [
                 kept(
@@ -123,7 +123,7 @@ class Part(NamedTuple):
         )
 
         def condition(i):
-            keys = self._keys(i, rows[i])
+            keys = keys_of(self.plan, rows[i])
             equal = keys == self._across(i, at, 0, keys.ndim)
             # The barred zero keeps XLA from storing positions outside of the loop.
             position = self._row_positions(i, keys.shape, zero)
@@ -149,7 +149,7 @@ class Part(NamedTuple):
         rows, level = lax.optimization_barrier((self.rows(), _unpacked(bound[:, None])))
         done, pending = {}, {}
         for i, leaf in enumerate(plan.leaves):
-            keys = self._keys(i, rows[i])
+            keys = keys_of(self.plan, rows[i])
             over = jnp.where(keys > self._across(i, level, 0, keys.ndim), keys, top)
             if plan.many:
                 # A lone minimum is not vectorised, so it comes with a maximum, which
@@ -197,7 +197,7 @@ class Part(NamedTuple):
             picked = [
                 lax.slice(a.reshape(-1), (start,), (length,), (stride,)) for a in arrays
             ]
-            key = self._keys(i, picked)
+            key = keys_of(self.plan, picked)
             counts = self.places[i].counts
             if counts is None:
                 number += np.int32(key.size)
@@ -247,10 +247,6 @@ class Part(NamedTuple):
             [arrange(leaf, x) for x in arrays]
             for leaf, arrays in zip(self.plan.leaves, self.args, strict=True)
         ]
-
-    def _keys(self, i: int, arrays) -> jax.Array:
-        del i
-        return keys(self.plan, arrays)
 
     def _across(self, i: int, values: list, j: int, ndim: int) -> jax.Array:
         """Column j of unpacked values, to broadcast over leaf i's rows here."""
@@ -345,7 +341,7 @@ def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
     return score(*(x.astype(jnp.float32) if x.dtype in half else x for x in arrays))
 
 
-def keys(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
+def keys_of(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
     """The keys of one leaf, by which scores compare as integers.
 
     Args:

@@ -78,12 +78,12 @@ class Plan(NamedTuple):
     score: Any
     order: Order
     leaves: tuple[Leaf, ...]
-    axis_name: Any
-    shards: int
-    least: bool
-    counts: bool
-    skip_zeros: bool
-    many: bool
+    axis_name: Any = None
+    shards: int = 1
+    least: bool = False
+    counts: bool = False
+    skip_zeros: bool = False
+    many: bool = True
 
     @property
     def cells(self) -> int:

@@ -97,17 +97,7 @@ def prepare(
     if costs is not None:
         prices, counts = _integer_costs(costs, counts, treedef, names, caller)
     layout = _layout(args, slices, single, prices, shards, names, caller)
-    static = plan.Plan(
-        score,
-        order,
-        layout,
-        axis_name,
-        shards,
-        least=False,
-        counts=False,
-        skip_zeros=False,
-        many=True,
-    )
+    static = plan.Plan(score, order, layout, axis_name, shards)
 
     if max(static.totals) >= 2**64:
         raise ValueError(

@@ -66,19 +66,28 @@ def tally(
         leaf = Leaf(shape, len(arrays), is_split, cell, cell, cells, 0, 1)
         layout.append(leaf)
         cell += cells
-    plan = Plan(
-        function,
-        _ORDER,
-        tuple(layout),
-        axis_name=None,
-        shards=1,
-        least=False,
-        counts=False,
-        skip_zeros=False,
-        many=True,
-    )
+    plan = Plan(function, _ORDER, tuple(layout))
     with mesh.of(leaves):
         return _tally(tuple(tuple(x) for x in leaves), given, plan=plan)
+
+
+def all_true(*masks: jax.Array) -> tuple[jax.Array]:
+    """Where all masks are True: the function of a tally that counts entries.
+
+    Args:
+      *masks: bool arrays of one shape.
+
+    Returns:
+      One bool array, in a tuple.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.selection.tally import all_true, tally
+      >>> both = jnp.array([True, True, False]), jnp.array([True, False, True])
+      >>> tally([both], all_true, split=[False])[0].tolist()
+      [1]
+    """
+    return (functools.reduce(jnp.logical_and, masks),)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -93,7 +102,7 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
     cells = []
     for i, (leaf, arrays) in enumerate(zip(plan.leaves, part.rows(), strict=True)):
         values = plan.score(*given, *arrays)
-        reduced = (_reduce if plan.many else _plain)(values, leaf.split)
+        reduced = _reduce(values) if plan.many else _plain(values, leaf.split)
         counts = part.places[i].counts
         flat, structure = jax.tree.flatten(reduced)
         if counts is not None:  # a copy of what another device counts
@@ -109,9 +118,8 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
     )
 
 
-def _reduce(values: Sequence[jax.Array], split: bool) -> list[Any]:
+def _reduce(values: Sequence[jax.Array]) -> list[Any]:
     """Every statistic of each row in one reduction: one kernel for a leaf."""
-    del split
     operands, start, combiners = [], [], []
     for x in values:
         if x.dtype == bool:

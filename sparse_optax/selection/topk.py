@@ -216,7 +216,7 @@ def _select(args, limit, guess, *, plan):
     for place, arrays, level, end in zip(
         mesh.places(plan), args, bounds, ends, strict=True
     ):
-        keys = passes.keys(plan, arrays)
+        keys = passes.keys_of(plan, arrays)
         shape = (-1,) + (1,) * (keys.ndim - 1) if keys.ndim else ()
         position = passes.positions(keys.shape, place.strides, place.base)
         level, end = level.reshape(shape), end.reshape(shape)
