@@ -168,16 +168,12 @@ def _partition(body: Body, plan: Plan, mesh, operands, results):
     same = NamedSharding(mesh, PartitionSpec())
 
     def local(args, *rest):
-        part = Part(
-            plan,
-            args,
-            [
-                _local_place(leaf, spec, mesh)
-                for leaf, spec in zip(plan.leaves, specs, strict=True)
-            ],
-            tuple(mesh.axis_names),
-        )
-        return body(part, *rest)
+        # Here lie plain arrays. Traced under the mesh around them they would be given
+        # shardings, which one device's own program has no use for.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            leaves = zip(plan.leaves, specs, strict=True)
+            there = [_local_place(leaf, spec, mesh) for leaf, spec in leaves]
+            return body(Part(plan, args, there, tuple(mesh.axis_names)), *rest)
 
     shardings = (
         tuple(
