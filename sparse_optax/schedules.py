@@ -222,6 +222,27 @@ def is_due(
     return due if stop is None else due & (count < stop)
 
 
+def never_due(period: Any, start: Any = 0, stop: Any = None) -> bool:
+    """Whether it is known beforehand that no count is due.
+
+    Args:
+      period: Number of updates between cycles.
+      start: First count at which a cycle may come.
+      stop: Count from which on there are no cycles, or None.
+
+    Returns:
+      A Python bool; False where an argument is traced.
+
+    Examples:
+      >>> from sparse_optax import schedules
+      >>> schedules.never_due(10, stop=10), schedules.never_due(10, stop=11)
+      (True, False)
+    """
+    if not all(isinstance(value, numbers.Integral) for value in (period, start, stop)):
+        return False
+    return (stop - 1) // period * period < max(start, 1)
+
+
 def last_due(period: int, start: int = 0, *, stop: int) -> int:
     """The last count at which ``is_due``, for a density that must end there.
 
@@ -245,14 +266,13 @@ def last_due(period: int, start: int = 0, *, stop: int) -> int:
     """
     _check_timing("last_due", period, start, stop)
     _check_whole("last_due", "stop", stop, least=0)
-    last = (stop - 1) // period * period
-    if last < max(start, 1):
+    if never_due(period, start, stop):
         raise ValueError(
             f"last_due: with `period`={period}, `start`={start} and `stop`={stop} no "
             "count is due; a multiple of `period` must be at least `start` and below "
             "`stop`. Shorten the period or move `stop`."
         )
-    return last
+    return (stop - 1) // period * period
 
 
 # --- arithmetic -----------------------------------------------------------------------

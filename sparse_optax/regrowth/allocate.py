@@ -120,6 +120,53 @@ def as_shares(shares: jax.Array) -> jax.Array:
     return (scaled * 2**24).astype(jnp.uint32)
 
 
+def signed_sum(counts: jax.Array) -> wide.Pair:
+    """Sum of counts, some of which may be negative; 0 where it is negative.
+
+    Args:
+      counts: int32 vector.
+
+    Returns:
+      A pair of ``wide``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth, wide
+      >>> wide.to_int(regrowth.allocate.signed_sum(jnp.array([5, -3, 4])))
+      6
+    """
+    plus, minus = (
+        wide.sum64(jnp.maximum(x, 0).astype(jnp.uint32)) for x in (counts, -counts)
+    )
+    return wide.sub64(plus, wide.min64(plus, minus))
+
+
+def target_counts(excess: jax.Array, final: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Active weights of each layer on the way from dense to the final counts.
+
+    ``t_i = c_i + floor(x * (n_i - c_i))``: all at x = 1, the final ones at x = 0.
+
+    Args:
+      excess: x, a float32 scalar in [0, 1].
+      final: c_i, int32 vector.
+      sizes: n_i, int32 vector, all weights of each layer.
+
+    Returns:
+      int32 vector.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> final, sizes = jnp.array([10, 1]), jnp.array([100, 10])
+      >>> for x in (1.0, 0.5, 0.0):
+      ...     print(regrowth.allocate.target_counts(x, final, sizes).tolist())
+      [100, 10]
+      [55, 5]
+      [10, 1]
+    """
+    return final + floor_fraction(jnp.asarray(excess, jnp.float32), sizes - final)
+
+
 def apportion(
     total: jax.Array | wide.Pair,
     shares: jax.Array,

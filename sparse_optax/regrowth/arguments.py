@@ -1,10 +1,12 @@
 """Checks and readies the arguments of ``regrow``: rates, first masks, budgets."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -20,7 +22,7 @@ from sparse_optax.leaves import (
     require_some,
     resolve_where,
 )
-from sparse_optax.regrowth.rules import Rule, layer_sizes
+from sparse_optax.regrowth.rules import Rule, layer_sizes, split_layers
 
 
 def first_masks(
@@ -30,6 +32,7 @@ def first_masks(
     seed: jax.Array,
     where: Where | None,
     stacked: Mapping[str, int] | None,
+    budget: optax.Schedule | None = None,
     *,
     caller: str,
 ) -> tuple[Layout, tuple[jax.Array, ...]]:
@@ -42,6 +45,7 @@ def first_masks(
       seed: A random key.
       where: Which leaves take part.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      budget: A schedule of the density, whose value at 0 the random masks have.
       caller: The name that an error starts with.
 
     Returns:
@@ -78,15 +82,19 @@ def first_masks(
         _check_layers(plan, flat, caller)
         # Copied: the caller may donate the state and keep the masks.
         kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
-        _check_budget(density, masks, params, where, stacked, caller)
+        if budget is None:
+            _check_budget(density, masks, params, where, stacked, caller)
     else:
         chosen = resolve_where(params, where, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)
         _check_layers(plan, flat, caller)
+        counts = density
+        if budget is not None and plan.index:
+            counts = _first_counts(budget, density, params, chosen, plan, caller)
         random = mask_trees.random_masks(
             jax.random.fold_in(seed, 0),
             params,
-            density,
+            counts,
             where=where,
             stacked=stacked,
             caller=caller,
@@ -94,6 +102,78 @@ def first_masks(
         kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
     require_some(params, plan, caller=caller)
     return plan, tuple(kept)
+
+
+def targets(
+    budget: optax.Schedule,
+    density: Any,
+    step: Any,
+    params: PyTree,
+    chosen: list[bool],
+    plan: Layout,
+    *,
+    caller: str,
+) -> tuple[np.ndarray, jax.Array]:
+    """What a budget that moves asks for at a step, see ``allocate.target_counts``.
+
+    Args:
+      budget: A schedule of the density.
+      density: The final density or budget.
+      step: Number of finished updates.
+      params: The parameters, concrete or abstract.
+      chosen: One bool a leaf, whether it takes part.
+      plan: The leaves that do.
+      caller: The name that an error starts with.
+
+    Returns:
+      The final counts, an int32 vector with one entry a layer, and how far above
+      them the step is: 1 where the network is dense, 0 at the end.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import leaves
+      >>> from sparse_optax.regrowth.arguments import targets
+      >>> final, excess = targets(
+      ...     lambda step: 0.6, 0.2, 0, {"w": jnp.ones((4, 5))}, [True],
+      ...     leaves.Layout((0,), ("w",), (None,)), caller="doc")
+      >>> final.tolist(), round(float(excess), 3)
+      ([4], 0.5)
+    """
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    where = jax.tree.unflatten(structure, chosen)
+    stacked = {
+        name: axis
+        for name, axis in zip(plan.names, plan.axes, strict=True)
+        if axis is not None
+    }
+    tree = budgets.resolve(density, params, where=where, stacked=stacked, caller=caller)
+    counts = [mask_trees.flatten(tree)[0][i] for i in plan.index]
+    final = np.concatenate([np.reshape(np.asarray(n), -1) for n in counts])
+    size = int(layer_sizes(tuple(flat[i] for i in plan.index), plan.axes).sum())
+    # A float is the end of its schedule to the bit, and not what its floors add up to.
+    is_float = isinstance(density, float | np.floating)
+    end = np.float32(density if is_float else int(final.sum()) / max(size, 1))
+    now = jnp.asarray(budget(step), jnp.float32)
+    above = jnp.clip((now - end) / max(1 - end, np.float32(1e-9)), 0.0, 1.0)
+    return final.astype(np.int32), above
+
+
+def _first_counts(budget, density, params, chosen, plan, caller) -> PyTree:
+    """A tree of whole counts: what the schedule asks for before the first update."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    with jax.ensure_compile_time_eval():
+        final, above = targets(budget, density, 0, params, chosen, plan, caller=caller)
+    if isinstance(above, Tracer):
+        raise ValueError(
+            f"{caller}: the first value of `budget` is traced; the first masks need a "
+            "number. Name it in `static_args` of optax.inject_hyperparams."
+        )
+    sparse = tuple(flat[i] for i in plan.index)
+    sizes = layer_sizes(sparse, plan.axes)
+    share = Fraction(float(above))
+    more = [int(share * (int(n) - int(c))) for n, c in zip(sizes, final, strict=True)]
+    parts = split_layers(final.astype(np.int64) + more, sparse, plan.axes)
+    return mask_trees.rebuild(structure, len(flat), plan.index, parts)
 
 
 def _check_layers(plan: Layout, flat: list[Any], caller: str) -> None:
@@ -165,6 +245,8 @@ def check_arguments(
     momentum: Any,
     reset: Any,
     rules: tuple[Any, Any, Any],
+    budget: Any = None,
+    hidden: bool = False,
 ) -> None:
     """Raises where an argument of ``regrow`` is out of its range.
 
@@ -182,6 +264,8 @@ def check_arguments(
       momentum: ``momentum``.
       reset: ``reset_moments``.
       rules: The three rules.
+      budget: ``budget``.
+      hidden: ``hidden``.
 
     Raises:
       ValueError: For the first argument that does not fit.
@@ -249,6 +333,16 @@ def check_arguments(
             '"none" or "grown"',
             'Use "grown" for RigL, else "none".',
         )
+    if budget is not None and not callable(budget):
+        cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
+        fail("budget", budget, "a schedule of the density", cure)
+    if budget is not None and density is None:
+        fail(
+            "density", None, "given where `budget` is", "It is the density at the end."
+        )
+    if hidden and inner is None:
+        cure = "Wrap the optimizer: regrow(optax.sgd(...), hidden=True, ...)."
+        fail("hidden", hidden, "False where there is no `inner`", cure)
     for name, rule in zip(("prune", "redistribute", "grow"), rules, strict=True):
         if not isinstance(rule, Rule):
             fail(

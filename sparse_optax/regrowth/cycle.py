@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import wide
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import (
     Evidence,
@@ -28,7 +27,8 @@ class Cycle(NamedTuple):
       kept: The masks after the prune, before the growth. A weight of ``masks``
         that is not in ``kept`` was grown, and starts from zero.
       removed: int32 vector, weights removed from each layer.
-      grown: int32 vector, weights grown in each layer; the sum is the same.
+      grown: int32 vector, weights grown in each layer; the sum is the same, but for
+        a target.
       ok: Whether all evidence was finite. Where it is False the masks are those
         from before the cycle, and the counts zero.
       states: The states of the three rules.
@@ -82,6 +82,7 @@ def cycle(
     grow: Rule,
     prune_rate: jax.Array | float,
     states: tuple[Any, Any, Any] | None = None,
+    target: jax.Array | None = None,
     enabled: jax.Array | bool = True,
 ) -> Cycle:
     """One cycle: prune, redistribute, grow, with exactly as many grown as removed.
@@ -91,6 +92,9 @@ def cycle(
         removed_i = floor(p_i * a_i)           (p_i: ``allocate.prune_counts``)
         grown_i   ~ sum(removed) * c_i / sum(c)       (``allocate.apportion``)
 
+    With a ``target`` t_i of active weights, a_i - t_i more are removed where that is
+    positive, and sum(t) - sum(a) more are grown: in the end sum(t) are active.
+
     Args:
       evidence: What the rules may look at; ``counts`` is filled in here.
       prune: The prune rule.
@@ -98,6 +102,8 @@ def cycle(
       grow: The growth rule.
       prune_rate: p, a scalar in [0, 1].
       states: The rules' states, from ``init_rules``; None makes fresh ones.
+      target: int32 vector, how many weights of each layer should be active after the
+        cycle; None keeps their number.
       enabled: Where False, masks and states stay as where evidence is broken.
 
     Returns:
@@ -134,8 +140,14 @@ def cycle(
         active, broken = tally_layers(leaves, axes, _active_and_broken)
         active = active.astype(jnp.int32)
         ok = jnp.logical_and(ok, jnp.all(broken == 0))
-    parts = split_layers(active, before, axes)
-    evidence = evidence._replace(counts=None, active=parts)
+    goal = active if target is None else target
+
+    def split(vector: jax.Array) -> tuple[jax.Array, ...]:
+        return split_layers(vector, before, axes)
+
+    evidence = evidence._replace(
+        counts=None, active=split(active), target=split(goal), before=before
+    )
 
     def keyed(evidence: Evidence, rule: int) -> Evidence:
         # A key for each rule: a random prune and a random growth must not agree.
@@ -147,12 +159,14 @@ def cycle(
     if not redistribute.after_prune:
         shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
     even = jnp.zeros_like(sizes, dtype=jnp.uint32)
+    staying = active if target is None else jnp.minimum(active, target)
     to_remove = allocate.prune_counts(
-        rate, active, sizes, even if shares is None else allocate.as_shares(shares)
+        rate, staying, sizes, even if shares is None else allocate.as_shares(shares)
     )
+    if target is not None:
+        to_remove += active - staying
     kept, prune_state = prune.apply(
-        keyed(evidence._replace(counts=split_layers(to_remove, before, axes)), 0),
-        states[0],
+        keyed(evidence._replace(counts=split(to_remove)), 0), states[0]
     )
     # A rule prunes what is active and nothing else.
     removed = to_remove
@@ -161,22 +175,30 @@ def cycle(
         removed = active - tally_layers(pairs, axes, all_true)[0].astype(jnp.int32)
         kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
     evidence = evidence._replace(masks=kept)
-    if shares is None:
+    if redistribute.after_prune:
         shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
-    to_grow = allocate.apportion(
-        wide.sum64(removed.astype(jnp.uint32)),
-        allocate.as_shares(shares),
-        sizes - active + removed,
-        removed,
-        most=int(whole.sum()),
+    own = removed if target is None else removed + target - active
+    if shares is None and (prune.exact or target is None):
+        to_grow = own  # each layer gets back its own: never negative, always room
+    else:
+        to_grow = allocate.apportion(
+            allocate.signed_sum(own),
+            even if shares is None else allocate.as_shares(shares),
+            sizes - active + removed,
+            jnp.maximum(own, 0),
+            most=int(whole.sum()),
+        )
+    added, grow_state = grow.apply(
+        keyed(evidence._replace(counts=split(to_grow)), 2), states[2]
     )
-    grown, grow_state = grow.apply(
-        keyed(evidence._replace(counts=split_layers(to_grow, before, axes)), 2),
-        states[2],
-    )
-    new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, grown, strict=True))
+    grown = to_grow
+    if before and not grow.exact:
+        missing = [jnp.logical_not(k) for k in kept]
+        pairs = list(zip(added, missing, strict=True))
+        grown = tally_layers(pairs, axes, all_true)[0].astype(jnp.int32)
+    new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, added, strict=True))
 
-    if jnp.issubdtype(shares.dtype, jnp.floating):
+    if shares is not None and jnp.issubdtype(shares.dtype, jnp.floating):
         ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
 
     go = jnp.logical_and(ok, enabled)
@@ -188,7 +210,7 @@ def cycle(
         masks=if_ok(new, before),
         kept=if_ok(kept, before),
         removed=if_ok(removed, jnp.zeros_like(removed)),
-        grown=if_ok(to_grow, jnp.zeros_like(removed)),
+        grown=if_ok(grown, jnp.zeros_like(removed)),
         ok=ok,
         states=if_ok((prune_state, share_state, grow_state), states),
     )

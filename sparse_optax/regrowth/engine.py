@@ -26,11 +26,13 @@ from sparse_optax.regrowth.arguments import (
     first_masks,
     rate_schedule,
     refuse_multi_steps,
+    targets,
 )
 from sparse_optax.regrowth.cycle import init_rules
 from sparse_optax.regrowth.opening import (
     Operands,
     cycle_if,
+    no_cycle,
     reset_grown,
     zip_equal,
 )
@@ -53,6 +55,8 @@ class RegrowState(NamedTuple):
       skipped: Cycles left out because of numbers that are not finite.  # int32
       removed: Per leaf, weights removed in the last cycle.  # int32
       grown: Per leaf, weights grown in the last cycle.  # int32
+      hidden: With ``hidden=True`` the weights that go on behind missing ones; else
+        ``()``.
     """
 
     count: jax.Array
@@ -64,6 +68,7 @@ class RegrowState(NamedTuple):
     skipped: jax.Array
     removed: PyTree
     grown: PyTree
+    hidden: PyTree
 
 
 def regrow(
@@ -84,6 +89,8 @@ def regrow(
     momentum: str | float = "auto",
     reset_moments: str = "none",
     packed: bool = False,
+    budget: optax.Schedule | None = None,
+    hidden: bool = False,
     caller: str = "regrow",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse training by a triple of rules, around any optimizer.
@@ -139,6 +146,15 @@ def regrow(
       reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's
         moments of weights just grown.
       packed: Stores one bit a weight.
+      budget: A schedule of the density by the number of finished updates, for
+        methods that become sparse while they train. At a cycle, with d the density
+        that it gives and D that of ``density``, layer i is to have
+        ``c_i + floor(x (n_i - c_i))`` of its n_i weights, x = (d - D) / (1 - D) cut
+        to [0, 1], where c_i is its final count: all at d = 1, exactly the counts of
+        ``density`` at d <= D. The first masks follow it at 0. None keeps the number.
+      hidden: Keeps a weight behind each missing one, which the inner optimizer goes
+        on training with the dense gradient and the rules see: where its weight
+        comes back it brings that value. Memory: one more copy of the weights.
       caller: The name that errors start with.
 
     Returns:
@@ -176,6 +192,8 @@ def regrow(
         momentum,
         reset_moments,
         (prune, redistribute, grow),
+        budget,
+        hidden,
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
     rules = (prune, redistribute, grow)
@@ -186,7 +204,7 @@ def regrow(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         seed = mask_trees.as_key(key, caller=caller)
         plan, kept = first_masks(
-            params, density, masks, seed, where, stacked, caller=caller
+            params, density, masks, seed, where, stacked, budget, caller=caller
         )
         sparse = tuple(flat[i] for i in plan.index)
         inner_state = inner_tx.init(params)
@@ -216,6 +234,8 @@ def regrow(
             skipped=jnp.zeros([], jnp.int32),
             removed=zeros(),
             grown=zeros(),
+            # Copied: the state may be donated, and the parameters beside it.
+            hidden=tree([jnp.array(x, copy=True) for x in sparse]) if hidden else (),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -252,8 +272,21 @@ def regrow(
             found = _find(state.inner_state, plan, pick(params), caller) or ()
             moments = tuple((f.first, f.second) for f in found)
 
+        weights = pick(params)
+        if hidden:
+            # What exists is what was handed in; the rest is as it was left.
+            columns = zip_equal(pick(state.regrow_masks), weights, pick(state.hidden))
+            weights = tuple(
+                jnp.where(mask_trees.unpack(m), w, h) for m, w, h in columns
+            )
+        final = excess = None
+        if budget is not None and plan.index:
+            now = state.count
+            final, excess = targets(
+                budget, density, now, params, sparse_leaves, plan, caller=caller
+            )
         operands = Operands(
-            params=pick(params),
+            params=weights,
             masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
             gradient=pick(updates) if "gradient" in needs else None,
             moments=moments,
@@ -264,15 +297,20 @@ def regrow(
             removed=pick(state.removed),
             grown=pick(state.grown),
             skipped=state.skipped,
+            excess=excess,
+            final=final,
         )
 
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
-        after = cycle_if(due, operands, plan=plan, rules=rules, idle=inner is None)
+        after = no_cycle(operands)
+        if not schedules.never_due(update_period, update_start, update_stop):
+            static = {"plan": plan, "rules": rules, "idle": inner is None}
+            after = cycle_if(due, operands, **static, hidden=hidden)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
         masked = list(flat)
-        for i, move in zip_equal(plan.index, moves):
-            masked[i] = jnp.where(move, flat[i], jnp.zeros((), flat[i].dtype))
+        for i, w, move in zip_equal(plan.index, weights, moves):
+            masked[i] = w if hidden else jnp.where(move, w, jnp.zeros((), w.dtype))
         inner_state = state.inner_state
         if reset_moments == "grown":
             inner_state = reset_grown(
@@ -285,9 +323,14 @@ def regrow(
             **{**extra_args, "regrow_masks": tree(moves)},
         )
         emitted, update_structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
-        for i, move in zip_equal(plan.index, moves):
+        behind = []
+        for i, w, move in zip_equal(plan.index, weights, moves):
             # In the parameter's dtype: a rounded -p would leave a remainder.
             step = emitted[i].astype(flat[i].dtype)
+            if hidden:
+                behind.append(w + step)
+                # A weight that comes back brings what was hidden; others just move.
+                step += w - flat[i]
             emitted[i] = jnp.where(move, step, -flat[i])
         own = state.momentum
         if jax.tree.leaves(own):
@@ -303,6 +346,7 @@ def regrow(
             skipped=after.skipped,
             removed=tree(after.removed),
             grown=tree(after.grown),
+            hidden=tree(behind) if hidden else (),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -57,10 +57,10 @@ def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
 
 #: Grows, in each layer, the missing weights of largest absolute momentum. Of equal
 #: values the lowest index comes first.
-momentum = stateless(_momentum, needs=("momentum",))
+momentum = stateless(_momentum, needs=("momentum",), exact=True)
 
 #: Grows, in each layer, the missing weights of largest absolute gradient.
-gradient = stateless(_gradient, needs=("gradient",))
+gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.
-random = stateless(_random)
+random = stateless(_random, exact=True)

@@ -5,15 +5,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
-from sparse_optax.regrowth import guard
+from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle
-from sparse_optax.regrowth.rules import Evidence, Rule, split_layers, tally_layers
+from sparse_optax.regrowth.rules import (
+    Evidence,
+    Rule,
+    layer_sizes,
+    split_layers,
+    tally_layers,
+)
 
 
 class Operands(NamedTuple):
@@ -30,6 +37,8 @@ class Operands(NamedTuple):
     removed: tuple[jax.Array, ...]
     grown: tuple[jax.Array, ...]
     skipped: jax.Array
+    excess: jax.Array | None = None
+    final: jax.Array | np.ndarray | None = None
 
 
 class After(NamedTuple):
@@ -85,7 +94,7 @@ def no_cycle(operands: Operands) -> After:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "rules", "idle"))
+@functools.partial(jax.jit, static_argnames=("plan", "rules", "idle", "hidden"))
 def cycle_if(
     due: jax.Array,
     operands: Operands,
@@ -93,6 +102,7 @@ def cycle_if(
     plan: Layout,
     rules: tuple[Rule, Rule, Rule],
     idle: bool,
+    hidden: bool,
 ) -> After:
     """``open_cycle`` where due, else ``no_cycle``.
 
@@ -105,6 +115,7 @@ def cycle_if(
       plan: The sparse leaves.
       rules: The prune, the redistribution and the growth rule.
       idle: Whether evidence that is zero everywhere means that no cycle runs.
+      hidden: Whether missing weights are kept, so that none rests when it changes.
 
     Returns:
       The masks to go on with, and which weights move now.
@@ -125,17 +136,25 @@ def cycle_if(
       >>> plan = leaves.Layout((0,), ("w",), (None,))
       >>> for due in (False, True):
       ...     after = cycle_if(
-      ...         jnp.array(due), before, plan=plan, rules=rules, idle=False)
+      ...         jnp.array(due), before, plan=plan, rules=rules, idle=False,
+      ...         hidden=False)
       ...     print(after.masks[0].tolist())
       [True, True, False]
       [True, False, True]
     """
-    opened = functools.partial(open_cycle, plan=plan, rules=rules, idle=idle)
+    opened = functools.partial(
+        open_cycle, plan=plan, rules=rules, idle=idle, hidden=hidden
+    )
     return guard.run_if(due, opened, no_cycle, operands)
 
 
 def open_cycle(
-    operands: Operands, plan: Layout, rules: tuple[Rule, Rule, Rule], *, idle: bool
+    operands: Operands,
+    plan: Layout,
+    rules: tuple[Rule, Rule, Rule],
+    *,
+    idle: bool,
+    hidden: bool,
 ) -> After:
     """Runs a cycle on the stored state and says what this update may move.
 
@@ -144,6 +163,7 @@ def open_cycle(
       plan: The sparse leaves.
       rules: The prune, the redistribution and the growth rule.
       idle: Whether evidence that is zero everywhere means that no cycle runs.
+      hidden: Whether missing weights are kept, so that none rests when it changes.
 
     Returns:
       The masks after the cycle; those from before it where a number is not finite.
@@ -167,6 +187,12 @@ def open_cycle(
         leaves = [(x,) for x in seen]
         (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
         enabled = jnp.any(moving > 0)
+    target = None
+    if operands.final is not None and operands.excess is not None:
+        sizes = jnp.asarray(layer_sizes(old, plan.axes).astype(np.int32))
+        target = allocate.target_counts(
+            operands.excess, jnp.asarray(operands.final), sizes
+        )
     prune, redistribute, grow = rules
     result = cycle(
         evidence,
@@ -175,16 +201,21 @@ def open_cycle(
         grow=grow,
         prune_rate=operands.rate,
         states=operands.rules,
+        target=target,
         enabled=enabled,
     )
     go = jnp.logical_and(result.ok, enabled)
     # Stored once, not made again for the moves: that is half the kernels to compile.
     new_masks, kept_masks = lax.optimization_barrier((result.masks, result.kept))
-    moves = tuple(
-        # Kept, or grown from missing. What was pruned rests for this update, also
-        # where the growth has brought it back.
-        jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
-        for new, kept, was in zip_equal(new_masks, kept_masks, old)
+    moves = (
+        new_masks
+        if hidden
+        else tuple(
+            # Kept, or grown from missing. What was pruned rests for this update, also
+            # where the growth has brought it back.
+            jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
+            for new, kept, was in zip_equal(new_masks, kept_masks, old)
+        )
     )
     removed = split_layers(result.removed, old, plan.axes)
     grown = split_layers(result.grown, old, plan.axes)

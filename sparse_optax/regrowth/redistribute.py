@@ -1,7 +1,7 @@
 """Redistribution rules: how the removed weights are shared among the layers.
 
-A rule returns one non-negative share a layer; the engine turns shares into whole
-counts whose sum is exactly the number removed. Statistics of weights are made of
+A rule returns one non-negative share a layer, or None; the engine turns shares into
+whole counts whose sum is exactly the number removed. Statistics of weights are made of
 integers, so that every mesh of devices arrives at the same counts: a sum of floats
 depends on the order of summation, a sum of integers does not.
 """
@@ -106,11 +106,6 @@ def _size(evidence: Evidence) -> jax.Array:
     return jnp.asarray(sizes.astype(np.uint32))
 
 
-def _none(evidence: Evidence) -> jax.Array:
-    # No layer has a share: the engine then gives each back what it lost.
-    return jnp.zeros(len(layer_sizes(evidence.masks, axes_of(evidence))), jnp.uint32)
-
-
 #: In proportion to the mean |momentum| of a layer's active weights.
 momentum = stateless(_momentum, needs=("momentum",))
 
@@ -124,4 +119,4 @@ nonzeros = stateless(_nonzeros, after_prune=True)
 size = stateless(_size)
 
 #: Each layer grows as many weights as it lost.
-none = stateless(_none)
+none = stateless(lambda evidence: None)

@@ -19,13 +19,18 @@ class Evidence(NamedTuple):
     Attributes:
       params: The weights as they were handed in. Missing ones are zero after any
         update, but not where masks were replaced since: a rule looks at the masks.
+        With ``hidden`` weights, those in the place of missing ones.
       masks: Boolean arrays, True where a weight is active. A growth rule sees the
         masks after the prune: what it may grow is where they are False.
       gradient: The dense gradient of this step, or None.
       momentum: The smoothed gradient, of missing weights too, or None.
-      counts: Per layer, how many weights to prune or to grow. A prune rule that
-        sets its own numbers may ignore it; a growth rule must meet it exactly.
+      counts: Per layer, how many weights to prune or to grow. A prune rule may set
+        its own numbers; a growth rule may place them in other layers, but the sum
+        it must meet exactly.
       active: Per layer, how many weights are active before the prune.
+      target: Per layer, how many should be active after the cycle; ``active`` but
+        for a budget that moves.
+      before: The masks before the prune.
       key: A random key, new for each cycle.
       step: int32 scalar, the number of finished updates.
       names: The leaves' names, for keys of their own.
@@ -38,6 +43,8 @@ class Evidence(NamedTuple):
     momentum: tuple[jax.Array, ...] | None = None
     counts: tuple[jax.Array, ...] | None = None
     active: tuple[jax.Array, ...] | None = None
+    target: tuple[jax.Array, ...] | None = None
+    before: tuple[jax.Array, ...] | None = None
     key: jax.Array | None = None
     step: jax.Array | int = 0
     names: tuple[str, ...] | None = None
@@ -56,14 +63,15 @@ class Rule(NamedTuple):
       apply: ``apply(evidence, state) -> (result, state)``. The result of a prune
         rule is a tuple of masks of the weights that stay; of a redistribution rule
         a vector of shares, one a layer, in proportion to which the removed weights
-        come back (uint32, or float, which is quantised); of a growth rule a tuple
-        of masks of the new weights.
+        come back (uint32, or float, which is quantised), or None, by which each
+        layer gets back what it lost; of a growth rule a tuple of masks of the new
+        weights.
       needs: Which of ``"momentum"`` and ``"gradient"`` the rule looks at. The engine
         collects what a rule needs and nothing else, and no cycle runs where that is
         not finite.
       after_prune: Whether a redistribution rule sees the masks after the prune.
-      exact: Whether a prune rule removes exactly ``counts`` active weights of each
-        layer. Then they are not counted again.
+      exact: Whether a prune rule removes, or a growth rule adds, exactly ``counts``
+        weights of each layer. Then they are not counted again.
     """
 
     init: Callable[..., Any]
@@ -244,8 +252,8 @@ def tally_layers(
 
 
 def split_layers(
-    vector: jax.Array, leaves: tuple[Any, ...], axes: tuple[int | None, ...]
-) -> tuple[jax.Array, ...]:
+    vector: Any, leaves: tuple[Any, ...], axes: tuple[int | None, ...]
+) -> tuple[Any, ...]:
     """Cuts a vector over layers into one entry a leaf.
 
     Args:
