@@ -42,7 +42,7 @@ def test_first_block_ends_in_the_main_job_and_the_second_in_the_tests():
     first, second = (block.splitlines() for block in blocks(README, "sh"))
     assert first[-1] == "sparse-optax train"
     assert "sparse-optax" in PROJECT["project"]["scripts"]
-    assert second[-1] == "pytest"
+    assert second[-1] == "pytest -n auto"
 
 
 @pytest.mark.parametrize("number", [0, 1])
