@@ -4,6 +4,7 @@ From top to bottom, each module uses only those above it:
 
 - ``wide``: 64-bit counts as pairs of 32-bit integers.
 - ``selection``: the k largest of a tree, exactly, without a sort.
+- ``patterns``: weights that stand and fall together: blocks, channels, N:M.
 - ``leaves``: which leaves take part, and what they are called.
 - ``budgets``: how many weights each leaf may keep.
 - ``mask_trees``, ``masks``, ``state``: masks as data, making and counting them,
@@ -25,6 +26,7 @@ from sparse_optax import budgets as budgets
 from sparse_optax import leaves as leaves
 from sparse_optax import masks as masks
 from sparse_optax import methods as methods
+from sparse_optax import patterns as patterns
 from sparse_optax import regrowth as regrowth
 from sparse_optax import report as report
 from sparse_optax import schedules as schedules

@@ -36,6 +36,7 @@ from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
 from sparse_optax.selection import mesh
+from sparse_optax.selection.rows import LONGEST
 
 Key = jax.Array | int
 
@@ -286,7 +287,17 @@ def select(
         xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
         for xs, axis in zip(operands, axes, strict=True)
     ]
-    chosen = selection.top_k_mask(front, list(counts), score=score)
+    chosen: list[Any] = [None] * len(front)
+    for i, (xs, axis) in enumerate(zip(front, axes, strict=True)):
+        if axis is not None and xs[0].ndim == 2 and xs[0].shape[1] <= LONGEST:
+            chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
+    rest = [i for i, m in enumerate(chosen) if m is None]
+    if rest:
+        found = selection.top_k_mask(
+            [front[i] for i in rest], [counts[i] for i in rest], score=score
+        )
+        for i, m in zip(rest, found, strict=True):
+            chosen[i] = m
     return [
         m if axis is None else jnp.moveaxis(m, 0, axis)
         for m, axis in zip(chosen, axes, strict=True)

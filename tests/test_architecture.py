@@ -20,6 +20,7 @@ PACKAGE = pathlib.Path(sparse_optax.__file__).parent
 ORDER = (
     "wide.py",
     "selection/",
+    "patterns.py",
     "leaves.py",
     "budgets/",
     "mask_trees.py",

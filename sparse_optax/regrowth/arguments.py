@@ -1,209 +1,14 @@
-"""Checks and readies the arguments of ``regrow``: rates, first masks, budgets."""
+"""Checks the arguments of ``regrow``, and turns a rate into a schedule."""
 
-from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from sparse_optax import budgets, schedules
-from sparse_optax import masks as mask_trees
-from sparse_optax.leaves import (
-    Layout,
-    PyTree,
-    Where,
-    is_hole,
-    layout,
-    leaf_names,
-    require_some,
-    resolve_where,
-)
-from sparse_optax.regrowth.rules import Rule, layer_sizes, split_layers
-
-
-def first_masks(
-    params: PyTree,
-    density: Any,
-    masks: PyTree | None,
-    seed: jax.Array,
-    where: Where | None,
-    stacked: Mapping[str, int] | None,
-    budget: optax.Schedule | None = None,
-    *,
-    caller: str,
-) -> tuple[Layout, tuple[jax.Array, ...]]:
-    """The sparse leaves and their first masks, given or random.
-
-    Args:
-      params: The parameters, concrete or abstract.
-      density: A density or a budget; None where masks are given.
-      masks: Given masks, or None.
-      seed: A random key.
-      where: Which leaves take part.
-      stacked: ``{name: axis}`` of leaves that stack several layers.
-      budget: A schedule of the density, whose value at 0 the random masks have.
-      caller: The name that an error starts with.
-
-    Returns:
-      The layout, and one boolean array a sparse leaf.
-
-    Raises:
-      ValueError: If nothing takes part, or given masks do not fit.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from sparse_optax.regrowth.arguments import first_masks
-      >>> plan, (mask,) = first_masks(
-      ...     {"w": jnp.ones((4, 5))}, 0.25, None, jax.random.key(0), None, None,
-      ...     caller="doc")
-      >>> plan.names, int(mask.sum())
-      (('w',), 5)
-    """
-    flat = jax.tree.leaves(params, is_leaf=is_hole)
-    names = leaf_names(params)
-    if not flat:  # `optax.tree.map_params` initialises with a tree without leaves
-        return Layout((), (), ()), ()
-    if masks is not None:
-        given, structure = mask_trees.flatten(masks)
-        mask_trees.check_names(structure, names, caller=caller)
-        mask_trees.check_shapes(given, flat, names, caller=caller)
-        plan = layout(params, [not is_hole(m) for m in given], stacked, caller=caller)
-        for i in plan.index:
-            dtype = getattr(given[i], "dtype", jnp.dtype(bool))
-            if dtype != jnp.dtype(bool):
-                raise ValueError(
-                    f"{caller}: in `masks`, {names[i]!r} has dtype {dtype}; it must be "
-                    "bool. Pass mask.astype(bool)."
-                )
-        _check_layers(plan, flat, caller)
-        # Copied: the caller may donate the state and keep the masks.
-        kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
-        if budget is None:
-            _check_budget(density, masks, params, where, stacked, caller)
-    else:
-        chosen = resolve_where(params, where, caller=caller)
-        plan = layout(params, chosen, stacked, caller=caller)
-        _check_layers(plan, flat, caller)
-        counts = density
-        if budget is not None and plan.index:
-            counts = _first_counts(budget, density, params, chosen, plan, caller)
-        random = mask_trees.random_masks(
-            jax.random.fold_in(seed, 0),
-            params,
-            counts,
-            where=where,
-            stacked=stacked,
-            caller=caller,
-        )
-        kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
-    require_some(params, plan, caller=caller)
-    return plan, tuple(kept)
-
-
-def targets(
-    budget: optax.Schedule,
-    density: Any,
-    step: Any,
-    params: PyTree,
-    chosen: list[bool],
-    plan: Layout,
-    *,
-    caller: str,
-) -> tuple[np.ndarray, jax.Array]:
-    """What a budget that moves asks for at a step, see ``allocate.target_counts``.
-
-    Args:
-      budget: A schedule of the density.
-      density: The final density or budget.
-      step: Number of finished updates.
-      params: The parameters, concrete or abstract.
-      chosen: One bool a leaf, whether it takes part.
-      plan: The leaves that do.
-      caller: The name that an error starts with.
-
-    Returns:
-      The final counts, an int32 vector with one entry a layer, and how far above
-      them the step is: 1 where the network is dense, 0 at the end.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import leaves
-      >>> from sparse_optax.regrowth.arguments import targets
-      >>> final, excess = targets(
-      ...     lambda step: 0.6, 0.2, 0, {"w": jnp.ones((4, 5))}, [True],
-      ...     leaves.Layout((0,), ("w",), (None,)), caller="doc")
-      >>> final.tolist(), round(float(excess), 3)
-      ([4], 0.5)
-    """
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    where = jax.tree.unflatten(structure, chosen)
-    stacked = {
-        name: axis
-        for name, axis in zip(plan.names, plan.axes, strict=True)
-        if axis is not None
-    }
-    tree = budgets.resolve(density, params, where=where, stacked=stacked, caller=caller)
-    counts = [mask_trees.flatten(tree)[0][i] for i in plan.index]
-    final = np.concatenate([np.reshape(np.asarray(n), -1) for n in counts])
-    size = int(layer_sizes(tuple(flat[i] for i in plan.index), plan.axes).sum())
-    # A float is the end of its schedule to the bit, and not what its floors add up to.
-    is_float = isinstance(density, float | np.floating)
-    end = np.float32(density if is_float else int(final.sum()) / max(size, 1))
-    now = jnp.asarray(budget(step), jnp.float32)
-    above = jnp.clip((now - end) / max(1 - end, np.float32(1e-9)), 0.0, 1.0)
-    return final.astype(np.int32), above
-
-
-def _first_counts(budget, density, params, chosen, plan, caller) -> PyTree:
-    """A tree of whole counts: what the schedule asks for before the first update."""
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    with jax.ensure_compile_time_eval():
-        final, above = targets(budget, density, 0, params, chosen, plan, caller=caller)
-    if isinstance(above, Tracer):
-        raise ValueError(
-            f"{caller}: the first value of `budget` is traced; the first masks need a "
-            "number. Name it in `static_args` of optax.inject_hyperparams."
-        )
-    sparse = tuple(flat[i] for i in plan.index)
-    sizes = layer_sizes(sparse, plan.axes)
-    share = Fraction(float(above))
-    more = [int(share * (int(n) - int(c))) for n, c in zip(sizes, final, strict=True)]
-    parts = split_layers(final.astype(np.int64) + more, sparse, plan.axes)
-    return mask_trees.rebuild(structure, len(flat), plan.index, parts)
-
-
-def _check_layers(plan: Layout, flat: list[Any], caller: str) -> None:
-    for i, name, axis in zip(plan.index, plan.names, plan.axes, strict=True):
-        (size, *_) = layer_sizes((flat[i],), (axis,)) if flat[i].shape else (1,)
-        if size >= 2**31:  # counts of a layer are int32
-            raise ValueError(
-                f"{caller}: {name!r} of shape {tuple(flat[i].shape)} is a layer of "
-                f"{size} weights; a layer must hold fewer than 2**31. Make it several "
-                f"layers: stacked={{{name!r}: axis}} takes each slice along an axis as "
-                "one."
-            )
-
-
-def _check_budget(density, masks, params, where, stacked, caller):
-    abstract = any(
-        isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(masks)
-    )
-    if density is None or abstract:
-        return
-    wanted = budgets.total(
-        budgets.resolve(density, params, where=where, stacked=stacked, caller=caller)
-    )
-    given = mask_trees.count(masks)
-    if wanted != given:
-        raise ValueError(
-            f"{caller}: `masks` keep {given} weights and `density`={density!r} asks "
-            f"for {wanted}; they must agree. Leave out `density`: the masks are the "
-            "budget."
-        )
+from sparse_optax import schedules
+from sparse_optax.patterns import Pattern
+from sparse_optax.regrowth.rules import Rule
 
 
 def refuse_multi_steps(inner_state: Any, caller: str) -> None:
@@ -247,6 +52,7 @@ def check_arguments(
     rules: tuple[Any, Any, Any],
     budget: Any = None,
     hidden: bool = False,
+    pattern: Any = None,
 ) -> None:
     """Raises where an argument of ``regrow`` is out of its range.
 
@@ -266,6 +72,7 @@ def check_arguments(
       rules: The three rules.
       budget: ``budget``.
       hidden: ``hidden``.
+      pattern: ``pattern``.
 
     Raises:
       ValueError: For the first argument that does not fit.
@@ -283,7 +90,19 @@ def check_arguments(
 
     if inner is not None and not hasattr(inner, "update"):
         fail("inner", inner, "an optax.GradientTransformation", "Pass optax.sgd(0.1).")
-    if density is None and masks is None:
+    if pattern is not None and not isinstance(pattern, Pattern):
+        cure = "Pass patterns.blocks(4, 4) or patterns.n_m(2, 4)."
+        fail("pattern", pattern, "one of sparse_optax.patterns", cure)
+    groups = False
+    if pattern is not None and pattern.m:
+        groups = True
+        if density is not None and density != pattern.n / pattern.m:
+            share = f"{pattern.n / pattern.m:g}, or left out, with {pattern.name}"
+            fail("density", density, share, "The pattern is the density.")
+        if budget is not None:
+            cure = "Leave the budget out, or the pattern."
+            fail("budget", budget, f"left out with {pattern.name}", cure)
+    if density is None and masks is None and not groups:
         fail(
             "density", density, "in (0, 1] or a budget", "Pass density=0.05, or masks."
         )

@@ -20,20 +20,22 @@ import optax
 from sparse_optax import masks as mask_trees
 from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where, is_hole, layout, leaf_names
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.arguments import (
     check_arguments,
-    first_masks,
     rate_schedule,
     refuse_multi_steps,
-    targets,
 )
+from sparse_optax.regrowth.beginning import first_masks, rules_under, targets
 from sparse_optax.regrowth.cycle import init_rules
 from sparse_optax.regrowth.opening import (
+    How,
     Operands,
     cycle_if,
     no_cycle,
     reset_grown,
+    seen,
     zip_equal,
 )
 from sparse_optax.regrowth.rules import Rule
@@ -91,6 +93,7 @@ def regrow(
     packed: bool = False,
     budget: optax.Schedule | None = None,
     hidden: bool = False,
+    pattern: Pattern | None = None,
     caller: str = "regrow",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse training by a triple of rules, around any optimizer.
@@ -155,6 +158,10 @@ def regrow(
       hidden: Keeps a weight behind each missing one, which the inner optimizer goes
         on training with the dense gradient and the rules see: where its weight
         comes back it brings that value. Memory: one more copy of the weights.
+      pattern: Which weights stand and fall together, see ``patterns``: rules then see
+        the sum of magnitudes of each unit in the place of weights. Where units of
+        different layers differ in size, and with N:M, nothing is redistributed: the
+        number of weights would change. With N:M ``density`` is left out.
       caller: The name that errors start with.
 
     Returns:
@@ -194,19 +201,21 @@ def regrow(
         (prune, redistribute, grow),
         budget,
         hidden,
+        pattern,
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
-    rules = (prune, redistribute, grow)
-    needs = {name for rule in rules for name in rule.needs}
+    given = (prune, redistribute, grow)
+    needs = {name for rule in given for name in rule.needs}
     rate_at = rate_schedule(prune_rate, update_stop)
 
     def init_fn(params):
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         seed = mask_trees.as_key(key, caller=caller)
         plan, kept = first_masks(
-            params, density, masks, seed, where, stacked, budget, caller=caller
+            params, density, masks, seed, where, stacked, budget, pattern, caller=caller
         )
         sparse = tuple(flat[i] for i in plan.index)
+        rules = rules_under(pattern, given, sparse, plan, caller=caller)
         inner_state = inner_tx.init(params)
         refuse_multi_steps(inner_state, caller)
 
@@ -230,7 +239,7 @@ def regrow(
             # Copied: the state may be donated, the caller's key may not.
             key=jnp.array(jax.random.key_data(seed), copy=True),
             momentum=own,
-            rules=init_rules(rules, sparse, kept),
+            rules=init_rules(rules, *seen(pattern, plan, sparse, kept)),
             skipped=jnp.zeros([], jnp.int32),
             removed=zeros(),
             grown=zeros(),
@@ -283,7 +292,7 @@ def regrow(
         if budget is not None and plan.index:
             now = state.count
             final, excess = targets(
-                budget, density, now, params, sparse_leaves, plan, caller=caller
+                budget, density, now, params, plan, pattern, caller=caller
             )
         operands = Operands(
             params=weights,
@@ -304,8 +313,9 @@ def regrow(
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
         after = no_cycle(operands)
         if not schedules.never_due(update_period, update_start, update_stop):
-            static = {"plan": plan, "rules": rules, "idle": inner is None}
-            after = cycle_if(due, operands, **static, hidden=hidden)
+            rules = rules_under(pattern, given, weights, plan, caller=caller)
+            how = How(plan, rules, inner is None, hidden, pattern)
+            after = cycle_if(due, operands, how=how)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
         masked = list(flat)

@@ -1,6 +1,7 @@
 """What happens at an update that opens a cycle, and what at all others."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ import optax
 from jax import lax
 
 from sparse_optax import masks as mask_trees
+from sparse_optax import patterns
 from sparse_optax.leaves import Layout, is_hole
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle
@@ -39,6 +42,24 @@ class Operands(NamedTuple):
     skipped: jax.Array
     excess: jax.Array | None = None
     final: jax.Array | np.ndarray | None = None
+
+
+class How(NamedTuple):
+    """What is fixed when a step is traced; hashable.
+
+    Attributes:
+      plan: The sparse leaves.
+      rules: The prune, the redistribution and the growth rule.
+      idle: Whether evidence that is zero everywhere means that no cycle runs.
+      hidden: Whether missing weights are kept, so that none rests when it changes.
+      pattern: Which weights stand and fall together, or None.
+    """
+
+    plan: Layout
+    rules: tuple[Rule, Rule, Rule]
+    idle: bool = False
+    hidden: bool = False
+    pattern: Pattern | None = None
 
 
 class After(NamedTuple):
@@ -94,16 +115,8 @@ def no_cycle(operands: Operands) -> After:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "rules", "idle", "hidden"))
-def cycle_if(
-    due: jax.Array,
-    operands: Operands,
-    *,
-    plan: Layout,
-    rules: tuple[Rule, Rule, Rule],
-    idle: bool,
-    hidden: bool,
-) -> After:
+@functools.partial(jax.jit, static_argnames="how")
+def cycle_if(due: jax.Array, operands: Operands, *, how: How) -> After:
     """``open_cycle`` where due, else ``no_cycle``.
 
     Jitted here, at module level, so that a training step that is not jitted itself
@@ -112,10 +125,7 @@ def cycle_if(
     Args:
       due: bool scalar, whether this update opens a cycle.
       operands: The stored state.
-      plan: The sparse leaves.
-      rules: The prune, the redistribution and the growth rule.
-      idle: Whether evidence that is zero everywhere means that no cycle runs.
-      hidden: Whether missing weights are kept, so that none rests when it changes.
+      how: The method.
 
     Returns:
       The masks to go on with, and which weights move now.
@@ -123,7 +133,7 @@ def cycle_if(
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from sparse_optax import leaves, regrowth
-      >>> from sparse_optax.regrowth.opening import Operands, cycle_if
+      >>> from sparse_optax.regrowth.opening import How, Operands, cycle_if
       >>> zero = jnp.int32(0)
       >>> before = Operands(
       ...     params=(jnp.array([3.0, 1.0, 0.0]),),
@@ -133,67 +143,92 @@ def cycle_if(
       ...     rate=jnp.float32(0.5), removed=(zero,), grown=(zero,), skipped=zero)
       >>> rules = (regrowth.prune.magnitude, regrowth.redistribute.momentum,
       ...          regrowth.grow.momentum)
-      >>> plan = leaves.Layout((0,), ("w",), (None,))
+      >>> how = How(leaves.Layout((0,), ("w",), (None,)), rules)
       >>> for due in (False, True):
-      ...     after = cycle_if(
-      ...         jnp.array(due), before, plan=plan, rules=rules, idle=False,
-      ...         hidden=False)
+      ...     after = cycle_if(jnp.array(due), before, how=how)
       ...     print(after.masks[0].tolist())
       [True, True, False]
       [True, False, True]
     """
-    opened = functools.partial(
-        open_cycle, plan=plan, rules=rules, idle=idle, hidden=hidden
-    )
+    opened = functools.partial(open_cycle, how=how)
     return guard.run_if(due, opened, no_cycle, operands)
 
 
-def open_cycle(
-    operands: Operands,
-    plan: Layout,
-    rules: tuple[Rule, Rule, Rule],
-    *,
-    idle: bool,
-    hidden: bool,
-) -> After:
+def seen(
+    pattern: Pattern | None, plan: Layout, *groups: Sequence[Any] | None
+) -> list[Any]:
+    """Leaves as the rules see them: themselves, or one number for each unit.
+
+    Args:
+      pattern: Which weights stand and fall together, or None.
+      plan: The sparse leaves.
+      *groups: For each kind of evidence one array a leaf, or None.
+
+    Returns:
+      The groups, as tuples.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import leaves, patterns
+      >>> from sparse_optax.regrowth.opening import seen
+      >>> plan = leaves.Layout((0,), ("w",), (None,))
+      >>> ((units,),) = seen(patterns.output_units(), plan, [jnp.ones((3, 2))])
+      >>> units.tolist()
+      [[3.0, 3.0]]
+    """
+
+    def one(group):
+        if pattern is None or group is None:
+            return group if group is None else tuple(group)
+        columns = zip_equal(group, plan.axes)
+        return tuple(patterns.view(pattern, x, axis) for x, axis in columns)
+
+    return [one(group) for group in groups]
+
+
+def open_cycle(operands: Operands, how: How) -> After:
     """Runs a cycle on the stored state and says what this update may move.
 
     Args:
       operands: The stored state.
-      plan: The sparse leaves.
-      rules: The prune, the redistribution and the growth rule.
-      idle: Whether evidence that is zero everywhere means that no cycle runs.
-      hidden: Whether missing weights are kept, so that none rests when it changes.
+      how: The method.
 
     Returns:
       The masks after the cycle; those from before it where a number is not finite.
     """
+    plan, pattern = how.plan, how.pattern
     old = tuple(mask_trees.unpack(m) for m in operands.masks)
     moments = operands.moments
+    momentum = None if moments is None else tuple(momenta.value(*m) for m in moments)
+    params, units, gradient, momentum = seen(
+        pattern, plan, operands.params, old, operands.gradient, momentum
+    )
+    groups = pattern is not None and pattern.m > 0
+    axes = (0,) * len(old) if groups else plan.axes  # each group of N:M is a layer
     evidence = Evidence(
-        params=operands.params,
-        masks=old,
-        gradient=operands.gradient,
-        momentum=None if moments is None else tuple(momenta.value(*m) for m in moments),
+        params=params,
+        masks=units,
+        gradient=gradient,
+        momentum=momentum,
         key=jax.random.fold_in(jax.random.wrap_key_data(operands.key), operands.step),
         step=operands.step,
         names=plan.names,
-        axes=plan.axes,
+        axes=axes,
     )
     enabled: Any = True
-    seen = evidence.momentum or evidence.gradient
-    if idle and seen:
+    evident = evidence.momentum or evidence.gradient
+    if how.idle and evident:
         # An update that is zero everywhere (a learning rate of 0) is no evidence.
-        leaves = [(x,) for x in seen]
+        leaves = [(x,) for x in evident]
         (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
         enabled = jnp.any(moving > 0)
     target = None
     if operands.final is not None and operands.excess is not None:
-        sizes = jnp.asarray(layer_sizes(old, plan.axes).astype(np.int32))
+        sizes = jnp.asarray(layer_sizes(units, axes).astype(np.int32))
         target = allocate.target_counts(
             operands.excess, jnp.asarray(operands.final), sizes
         )
-    prune, redistribute, grow = rules
+    prune, redistribute, grow = how.rules
     result = cycle(
         evidence,
         prune=prune,
@@ -205,20 +240,39 @@ def open_cycle(
         enabled=enabled,
     )
     go = jnp.logical_and(result.ok, enabled)
+
+    def weights(masks):
+        """Masks of weights, from those of the units that a cycle saw."""
+        if pattern is None:
+            return masks
+        columns = zip_equal(masks, old, plan.axes)
+        return tuple(patterns.spread(pattern, m, x.shape, a) for m, x, a in columns)
+
+    def numbers(vector):
+        """Weights per leaf or stacked layer, from units per layer of the cycle."""
+        parts = split_layers(vector, units, axes)
+        if pattern is None:
+            return parts
+        return tuple(
+            patterns.layer_sums(pattern, n, x.shape, a)
+            if groups
+            else n * patterns.unit_size(pattern, x.shape, a)
+            for n, x, a in zip_equal(parts, old, plan.axes)
+        )
+
     # Stored once, not made again for the moves: that is half the kernels to compile.
-    new_masks, kept_masks = lax.optimization_barrier((result.masks, result.kept))
-    moves = (
-        new_masks
-        if hidden
-        else tuple(
+    new_masks, kept_masks = lax.optimization_barrier(
+        (weights(result.masks), weights(result.kept))
+    )
+    moves = new_masks
+    if not how.hidden:
+        moves = tuple(
             # Kept, or grown from missing. What was pruned rests for this update, also
             # where the growth has brought it back.
             jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
             for new, kept, was in zip_equal(new_masks, kept_masks, old)
         )
-    )
-    removed = split_layers(result.removed, old, plan.axes)
-    grown = split_layers(result.grown, old, plan.axes)
+    removed, grown = numbers(result.removed), numbers(result.grown)
 
     def store(plain):
         return tuple(

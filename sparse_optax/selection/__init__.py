@@ -26,6 +26,7 @@ from outside, such as a jitted ``init`` of which only shapes are read, shows no 
 the partitioner: there leaves are gathered first, with the same result.
 """
 
+from sparse_optax.selection.rows import top_of_rows as top_of_rows
 from sparse_optax.selection.topk import Selection as Selection
 from sparse_optax.selection.topk import kth_largest as kth_largest
 from sparse_optax.selection.topk import select as select

@@ -1,0 +1,372 @@
+r"""Patterns: weights that stand and fall together, or so many of a few.
+
+A *unit* is what a method keeps or removes as a whole. A pattern cuts each leaf into
+units; methods then see one number a unit, the sum of :math:`|x|` over its weights, and
+their masks are spread over the weights again:
+
+===========================  ========================================================
+``blocks(rows, columns)``    rectangles of the last two axes
+``output_units()``           whole columns: the weights of one output unit or channel
+``slices()``                 the spatial slices of convolution kernels
+``n_m(n, m)``                single weights, n of each m along the contraction axis
+===========================  ========================================================
+
+Axes are those of flax and haiku: a dense kernel is (in, out), a convolution kernel
+(height, width, in, out). In both the contraction axis, along which products are summed,
+is the last but one. For other layouts give the axes.
+
+A pattern is a tuple and not a function, since ``optax.inject_hyperparams`` takes
+everything callable for a schedule.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_optax.selection.rows import LONGEST
+
+
+class Pattern(NamedTuple):
+    """How a leaf is cut into units; made by the functions of this module.
+
+    Attributes:
+      name: what errors call it.
+      sizes: ``(axis, size)`` of a unit along some axes.
+      others: its size along all others: 1, or None for their whole length.
+      n: for N:M, how many of a group are kept; else 0.
+      m: for N:M, how many a group has; else 0.
+    """
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    others: int | None = 1
+    n: int = 0
+    m: int = 0
+
+
+def _whole(
+    caller: str, name: str, value: Any, low: int, high: float = math.inf
+) -> None:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not low <= value <= high
+    ):
+        allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(
+            f"{caller}: `{name}` must be an integer {allowed}; got {value!r}. Give a "
+            "number of weights, such as blocks(4, 4) or n_m(2, 4)."
+        )
+
+
+def blocks(rows: int, columns: int, *, axes: tuple[int, int] = (-2, -1)) -> Pattern:
+    """Rectangles of ``rows`` x ``columns`` weights: of inputs and outputs.
+
+    A convolution kernel has such blocks at each of its positions.
+
+    Args:
+      rows: weights of a block along the first axis, at least 1.
+      columns: along the second, at least 1.
+      axes: the two axes, those of inputs and outputs.
+
+    Returns:
+      A pattern.
+
+    Raises:
+      ValueError: if a size is no integer of at least 1.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.unit_size(patterns.blocks(4, 2), (3, 3, 8, 6))
+      8
+    """
+    _whole("blocks", "rows", rows, 1)
+    _whole("blocks", "columns", columns, 1)
+    return Pattern(f"blocks({rows}, {columns})", ((axes[0], rows), (axes[1], columns)))
+
+
+def output_units(*, axis: int = -1) -> Pattern:
+    """All weights that lead to one output unit or channel.
+
+    Args:
+      axis: the axis of the outputs; 0 in equinox.
+
+    Returns:
+      A pattern.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.unit_size(patterns.output_units(), (3, 3, 8, 6))
+      72
+    """
+    return Pattern("output_units()", ((axis, 1),), others=None)
+
+
+def slices(*, axes: tuple[int, int] = (-2, -1)) -> Pattern:
+    """The spatial slices of convolution kernels: one for each input and output.
+
+    Args:
+      axes: the axes of inputs and outputs.
+
+    Returns:
+      A pattern. Of a dense kernel each weight is a slice.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.unit_size(patterns.slices(), (3, 3, 8, 6))
+      9
+    """
+    return Pattern("slices()", ((axes[0], 1), (axes[1], 1)), others=None)
+
+
+def n_m(n: int, m: int, *, axis: int = -2) -> Pattern:
+    """N:M sparsity: n weights of each m neighbours along the contraction axis.
+
+    Hardware that multiplies 2:4 sparse matrices skips zeros along the axis over which
+    it sums: that of the inputs.
+
+    Args:
+      n: weights kept of a group, at least 1 and at most m.
+      m: weights of a group, from 2 to 32.
+      axis: the contraction axis; 1 in equinox.
+
+    Returns:
+      A pattern. The density is n / m in every layer.
+
+    Raises:
+      ValueError: if n or m is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import patterns
+      >>> kernel = jnp.array([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
+      >>> patterns.view(patterns.n_m(2, 4), kernel).tolist()
+      [[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]]
+    """
+    _whole("n_m", "m", m, 2, LONGEST)
+    _whole("n_m", "n", n, 1, m)
+    return Pattern(f"n_m({n}, {m})", ((axis, m),), n=n, m=m)
+
+
+def _unit(pattern: Pattern, shape: Sequence[int], stacked: int | None) -> list[int]:
+    """Size of a unit, or of a group of N:M, along each axis."""
+    rank = len(shape)
+    sizes = [size if pattern.others is None else 1 for size in shape]
+    for axis, size in pattern.sizes:
+        sizes[axis % rank] = size
+    if stacked is not None:
+        sizes[stacked] = 1
+    return sizes
+
+
+def check(
+    pattern: Pattern,
+    shape: Sequence[int],
+    name: str,
+    stacked: int | None = None,
+    *,
+    caller: str,
+) -> None:
+    """Raises where a leaf cannot be cut into units.
+
+    Args:
+      pattern: the pattern.
+      shape: the shape of the leaf.
+      name: its name.
+      stacked: the axis whose slices are layers, or None.
+      caller: the name that the error starts with.
+
+    Raises:
+      ValueError: if an axis is missing, is the stacked one, or is not a multiple of
+        the size of a unit.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.check(patterns.n_m(2, 4), (8, 3), "w", caller="doc")
+    """
+    rank = len(shape)
+    for axis, size in pattern.sizes:
+        there = -rank <= axis < rank and (axis % rank != stacked or size == 1)
+        if not there or shape[axis] % size:
+            what = f"axis {axis}" if there else f"an axis {axis} of its own"
+            raise ValueError(
+                f"{caller}: {pattern.name} needs {what} whose length is a multiple of "
+                f"{size}; {name!r} has shape {tuple(shape)}"
+                + ("" if stacked is None else f", stacked along axis {stacked}")
+                + ". Leave it out with where=lambda name, leaf: ..., or choose other "
+                "sizes or axes."
+            )
+
+
+def unit_size(
+    pattern: Pattern, shape: Sequence[int], stacked: int | None = None
+) -> int:
+    """Number of weights of a unit of a leaf.
+
+    Args:
+      pattern: the pattern.
+      shape: the shape of the leaf.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      A Python integer; 1 for N:M, whose units are single weights.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.unit_size(patterns.n_m(2, 4), (8, 3))
+      1
+    """
+    return 1 if pattern.m else math.prod(_unit(pattern, shape, stacked))
+
+
+def view(pattern: Pattern, x: jax.Array, stacked: int | None = None) -> jax.Array:
+    """One number for each unit of a leaf, or its groups of N:M as rows.
+
+    Args:
+      pattern: the pattern.
+      x: a leaf of weights, of scores, or a mask. Of a mask a unit is True where any
+        weight is; of numbers it is the sum of their magnitudes, in float32 for 16-bit
+        floats.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      An array of the leaf's rank with a number for each unit; for N:M the leaf's own
+      values in the shape (groups, m).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import patterns
+      >>> kernel = jnp.array([[1.0, -2.0, 0.0, 0.0], [3.0, 4.0, 0.0, 1.0]])
+      >>> patterns.view(patterns.blocks(2, 2), kernel).tolist()
+      [[10.0, 1.0]]
+    """
+    if pattern.m:
+        ((axis, _),) = pattern.sizes
+        return jnp.moveaxis(x, axis, -1).reshape(-1, pattern.m)
+    sizes = _unit(pattern, x.shape, stacked)
+    cut = [y for n, size in zip(x.shape, sizes, strict=True) for y in (n // size, size)]
+    within = tuple(range(1, 2 * x.ndim, 2))
+    parts = x.reshape(cut)
+    if x.dtype == bool:
+        return jnp.any(parts, axis=within)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(jnp.abs(parts.astype(wide)), axis=within)
+
+
+def spread(
+    pattern: Pattern,
+    units: jax.Array,
+    shape: Sequence[int],
+    stacked: int | None = None,
+) -> jax.Array:
+    """A mask of units as a mask of weights: the way back from ``view``.
+
+    Args:
+      pattern: the pattern.
+      units: bool array of the shape that ``view`` gives.
+      shape: the shape of the leaf.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      A bool array of that shape.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import patterns
+      >>> kept = patterns.spread(
+      ...     patterns.blocks(1, 2), jnp.array([[True, False]]), (1, 4))
+      >>> kept.tolist()
+      [[True, True, False, False]]
+    """
+    if pattern.m:
+        ((axis, _),) = pattern.sizes
+        moved = list(shape)
+        moved.append(moved.pop(axis))
+        return jnp.moveaxis(units.reshape(moved), -1, axis)
+    sizes = _unit(pattern, shape, stacked)
+    for axis, size in enumerate(sizes):
+        units = jnp.repeat(units, size, axis=axis, total_repeat_length=shape[axis])
+    return units
+
+
+def layer_sums(
+    pattern: Pattern,
+    groups: jax.Array,
+    shape: Sequence[int],
+    stacked: int | None = None,
+) -> jax.Array:
+    """Numbers of the groups of N:M, summed over a leaf or each of its stacked layers.
+
+    Args:
+      pattern: an N:M pattern.
+      groups: one number a group, in the order of ``view``'s rows.
+      shape: the shape of the leaf.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      A scalar, or one number a layer.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import patterns
+      >>> pattern = patterns.n_m(2, 4)
+      >>> patterns.layer_sums(pattern, jnp.ones(6, int), (3, 8, 1), 0).tolist()
+      [2, 2, 2]
+    """
+    ((axis, _),) = pattern.sizes
+    axis %= len(shape)
+    grid = [*shape[:axis], *shape[axis + 1 :], shape[axis] // pattern.m]
+    own = None if stacked is None else stacked - (stacked > axis)
+    others = tuple(i for i in range(len(grid)) if i != own)
+    return jnp.sum(groups.reshape(grid), axis=others, dtype=groups.dtype)
+
+
+def view_shape(
+    pattern: Pattern, shape: Sequence[int], stacked: int | None = None
+) -> tuple[int, ...]:
+    """The shape that ``view`` gives.
+
+    Args:
+      pattern: the pattern.
+      shape: the shape of the leaf.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      A tuple of integers.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.view_shape(patterns.n_m(2, 4), (8, 3))
+      (6, 4)
+    """
+    if pattern.m:
+        return (math.prod(shape) // pattern.m, pattern.m)
+    sizes = _unit(pattern, shape, stacked)
+    return tuple(n // size for n, size in zip(shape, sizes, strict=True))
+
+
+def follows(pattern: Pattern, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+    """Whether a mask follows a pattern: units whole or empty, n of each m.
+
+    Args:
+      pattern: the pattern.
+      mask: bool array.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      A bool scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import patterns
+      >>> mask = jnp.array([[True, True, False, False]])
+      >>> [bool(patterns.follows(patterns.blocks(1, n), mask)) for n in (2, 4)]
+      [True, False]
+    """
+    units = view(pattern, mask, stacked)
+    if pattern.m:
+        return jnp.all(jnp.sum(units, axis=1, dtype=jnp.int32) == pattern.n)
+    return jnp.all(spread(pattern, units, mask.shape, stacked) == mask)
