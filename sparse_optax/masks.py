@@ -6,7 +6,7 @@ boolean array of its shape, True where the weight is kept; a leaf that does not 
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sparse_optax import budgets, selection
+from sparse_optax import budgets
 from sparse_optax.leaves import (
     PyTree,
     Where,
@@ -35,8 +35,9 @@ from sparse_optax.mask_trees import (
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
+from sparse_optax.scored_masks import score_masks as score_masks
+from sparse_optax.scored_masks import select as select
 from sparse_optax.selection import mesh
-from sparse_optax.selection.rows import LONGEST
 
 Key = jax.Array | int
 
@@ -258,52 +259,6 @@ def as_key(key: Key, *, caller: str) -> jax.Array:
     )
 
 
-def select(
-    operands: Sequence[tuple[jax.Array, ...]],
-    counts: Sequence[Any],
-    axes: Sequence[int | None],
-    score: Callable[..., jax.Array],
-) -> list[jax.Array]:
-    """Masks of the highest-scored weights, a pool for every layer.
-
-    Args:
-      operands: For each leaf a tuple of arrays of its shape.
-      counts: For each leaf how many to keep: an integer, or one a slice, shape (L,).
-      axes: For each leaf the axis whose slices are layers, or None.
-      score: A module-level function of a leaf's arrays.
-
-    Returns:
-      A boolean array a leaf.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> masks.select([(jnp.array([1.0, -3.0]),)], [1], [None], jnp.abs)[0].tolist()
-      [False, True]
-    """
-    if not operands:
-        return []
-    front = [
-        xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
-        for xs, axis in zip(operands, axes, strict=True)
-    ]
-    chosen: list[Any] = [None] * len(front)
-    for i, (xs, axis) in enumerate(zip(front, axes, strict=True)):
-        if axis is not None and xs[0].ndim == 2 and xs[0].shape[1] <= LONGEST:
-            chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
-    rest = [i for i, m in enumerate(chosen) if m is None]
-    if rest:
-        found = selection.top_k_mask(
-            [front[i] for i in rest], [counts[i] for i in rest], score=score
-        )
-        for i, m in zip(rest, found, strict=True):
-            chosen[i] = m
-    return [
-        m if axis is None else jnp.moveaxis(m, 0, axis)
-        for m, axis in zip(chosen, axes, strict=True)
-    ]
-
-
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
@@ -403,26 +358,14 @@ def magnitude_masks(
       >>> masks.magnitude_masks(params, 0.5)["w"].tolist()
       [[False, True], [False, True]]
     """
-    if scope not in ("global", "leaf"):
-        raise ValueError(
-            f"magnitude_masks: `scope` must be 'global' or 'leaf'; got {scope!r}."
-            " Use 'leaf' to rank each layer alone."
-        )
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    name = "magnitude_masks"
-    chosen = resolve_where(params, where, embeddings=embeddings, caller=name)
-    plan = layout(params, chosen, stacked, caller=name)
-    where = jax.tree.unflatten(structure, chosen)
-    layers: Any = {"where": where, "stacked": stacked, "caller": name}
-    pool = [(flat[i],) for i in plan.index]
-    if not pool:
-        return rebuild(structure, len(flat), (), ())
-    if scope == "global":
-        k, costs = budgets.pool(density, params, **layers)
-        if costs is not None:
-            costs = [c for c in flatten(costs)[0] if not is_hole(c)]
-        kept = selection.top_k_mask(pool, k, score=jnp.abs, costs=costs)
-    else:
-        leaf_counts = flatten(budgets.resolve(density, params, **layers))[0]
-        kept = select(pool, [leaf_counts[i] for i in plan.index], plan.axes, jnp.abs)
-    return rebuild(structure, len(flat), plan.index, kept)
+    return score_masks(
+        (params,),
+        params,
+        density,
+        score=jnp.abs,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        embeddings=embeddings,
+        caller="magnitude_masks",
+    )
