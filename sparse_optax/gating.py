@@ -4,14 +4,16 @@ The scores are |g * w|, of 16-bit floats in float32; all weights that take part 
 pool.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import budgets, masks, selection, wide
+from sparse_optax import budgets, masks, patterns, selection, wide
 from sparse_optax.leaves import PyTree, is_hole
+from sparse_optax.patterns import Pattern
 from sparse_optax.selection import passes
 from sparse_optax.selection.tally import all_true, tally
 
@@ -107,6 +109,69 @@ def passing(
     return passing, bound.astype(jnp.float32), counted([(m,) for m in passing])
 
 
+def passing_units(
+    pairs: list[tuple[jax.Array, jax.Array]],
+    quota: tuple[Any, Any],
+    pattern: Pattern,
+    axes: Sequence[int | None],
+    guess: jax.Array,
+    score: Any = saliency,
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+    """The units of largest summed saliency, whole; those of zero never pass.
+
+    Args:
+      pairs: For each leaf the arguments of the score.
+      quota: Q, or a budget, and what a weight of each leaf costs or None.
+      pattern: Which weights stand and fall together; of N:M the groups decide alone,
+        and the quota is not read.
+      axes: For each leaf the stacked axis, or None.
+      guess: A threshold near that of the units; any value is safe.
+      score: The saliency, or another score that is never negative.
+
+    Returns:
+      ``(masks, threshold, passed)`` as ``passing``; the threshold is one of units.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import gating, patterns
+      >>> pair = jnp.array([[1.0, -3.0], [2.0, 1.0]]), jnp.ones((2, 2))
+      >>> masks, _, passed = gating.passing_units(
+      ...     [pair], (2, None), patterns.output_units(), [None], 0.0)
+      >>> masks[0].tolist(), int(passed[0])
+      ([[False, True], [False, True]], 2)
+    """
+    shapes = [pair[0].shape for pair in pairs]
+    scores = [passes.scores(score, pair) for pair in pairs]
+    columns = list(zip(scores, axes, strict=True))
+    units = [patterns.view(pattern, x, axis) for x, axis in columns]
+    if pattern.m:
+        kept = [
+            jnp.logical_and(selection.top_of_rows([x], pattern.n), x != 0)
+            for x in units
+        ]
+        threshold = guess
+    else:
+        k, costs = quota
+        prices = [1] * len(pairs) if costs is None else costs
+        chosen = selection.select(
+            units,
+            k,
+            costs=[
+                price * patterns.unit_size(pattern, shape, axis)
+                for price, shape, axis in zip(prices, shapes, axes, strict=True)
+            ],
+            guess=guess,
+            exact_threshold=False,
+            skip_zeros=True,
+        )
+        kept, threshold = chosen.masks, chosen.threshold.astype(jnp.float32)
+    masks = [
+        patterns.spread(pattern, m, shape, axis)
+        for m, shape, axis in zip(kept, shapes, axes, strict=True)
+    ]
+    return masks, threshold, counted([(m,) for m in masks])
+
+
 def counted(leaves: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
     """How many entries are True in all masks of each leaf, on any mesh.
 
@@ -125,6 +190,41 @@ def counted(leaves: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
     """
     (counts,) = tally(leaves, all_true, split=[False] * len(leaves))
     return numbers([counts[i] for i in range(len(leaves))])
+
+
+def check_groups(groups: Any, density: Any, ties: str, caller: str) -> None:
+    """Raises where density, ties and groups of GSM do not go together.
+
+    Args:
+      groups: A pattern, or None.
+      density: The density, or None.
+      ties: How ties are broken.
+      caller: The name that the error starts with.
+
+    Raises:
+      ValueError: If they do not fit.
+
+    Examples:
+      >>> from sparse_optax import gating, patterns
+      >>> gating.check_groups(patterns.n_m(2, 4), None, "exact", "doc")
+    """
+    if groups is not None and not isinstance(groups, Pattern):
+        raise ValueError(
+            f"{caller}: `groups` must be one of sparse_optax.patterns; got {groups!r}. "
+            "Pass patterns.blocks(4, 4) or patterns.n_m(2, 4)."
+        )
+    if groups is None or not groups.m:
+        budgets.check_static(density, caller)
+    elif density is not None:
+        raise ValueError(
+            f"{caller}: `density` must be left out with {groups.name}, which is the "
+            f"density; got {density!r}. Leave out one of the two."
+        )
+    if groups is not None and ties != "exact":
+        raise ValueError(
+            f"{caller}: `ties` must be 'exact' with `groups`; got {ties!r}. Leave it "
+            "out."
+        )
 
 
 def numbers(counts: list[Any]) -> list[jax.Array]:

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from sparse_optax import budgets, gating, masks, selection
+from sparse_optax import budgets, gating, masks, patterns, selection
 from sparse_optax.gating import saliency as saliency
 from sparse_optax.leaves import (
     PyTree,
@@ -27,6 +27,7 @@ from sparse_optax.leaves import (
     require_some,
     resolve_where,
 )
+from sparse_optax.patterns import Pattern
 
 
 class GsmState(NamedTuple):
@@ -51,13 +52,14 @@ class GsmState(NamedTuple):
 
 
 def gsm_mask(
-    density: Any,
+    density: Any = None,
     *,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     ties: str = "exact",
     reselect: bool = True,
     track_reactivated: bool = False,
+    groups: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets the gradient of the Q most salient weights pass and stops all others.
 
@@ -95,11 +97,16 @@ def gsm_mask(
         the method.
       where: Which leaves take part, see ``leaves.resolve_where``. By default kernels,
         without embedding tables, whose absent rows would only decay.
-      stacked: Accepted as everywhere; in one pool a stacked leaf is no special case.
+      stacked: Accepted as everywhere; in one pool a stacked leaf is no special case,
+        but units do not reach over the slices of one.
       ties: ``"exact"``, or ``"paper"`` for ``T >= threshold``, which lets more than
         Q pass where the threshold is tied.
       reselect: False keeps the first step's mask for ever (the paper's ablation).
       track_reactivated: Stores the mask, to count re-activated weights.
+      groups: Which weights stand and fall together, see ``patterns``. A unit is scored
+        by the sum of its saliencies, counts as many weights as it has, and passes
+        whole; what does not fill a unit is left over. With ``patterns.n_m`` the n
+        most salient of each m pass, and ``density`` is left out.
 
     Returns:
       A transformation with a ``GsmState``.
@@ -133,19 +140,20 @@ def gsm_mask(
         freeze_at=None if reselect else 0,
         freeze_density=None,
         track=track_reactivated,
+        groups=groups,
         caller="gsm_mask",
     )
 
 
 def _gate(
-    density, *, where, stacked, ties, freeze_at, freeze_density, track, caller
+    density, *, where, stacked, ties, freeze_at, freeze_density, track, groups, caller
 ) -> optax.GradientTransformationExtraArgs:
     """The gate of both public transformations.
 
     From ``freeze_at`` on the mask stays what it is there: the mask of saliencies, or
     with ``freeze_density`` that of the largest weights.
     """
-    budgets.check_static(density, caller)
+    gating.check_groups(groups, density, ties, caller)
     if ties not in ("exact", "paper"):
         raise ValueError(
             f"{caller}: `ties` must be 'exact' or 'paper'; got {ties!r}. Use 'exact' "
@@ -158,6 +166,9 @@ def _gate(
         chosen = resolve_where(params, where, embeddings=False, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)
         require_some(params, plan, caller=caller)
+        for i, name, axis in zip(*plan, strict=True):
+            if groups is not None:
+                patterns.check(groups, flat[i].shape, name, axis, caller=caller)
 
         def tree(values):
             return masks.rebuild(structure, len(flat), plan.index, values)
@@ -204,11 +215,19 @@ def _gate(
         where_now = jax.tree.unflatten(
             jax.tree.structure(params, is_leaf=is_hole), among
         )
-        quota = gating.quota(density, state.count, params, where_now, size, caller)
+        plan = layout(params, among, stacked, caller=caller)
+
+        def quota_of(density):
+            if density is None:  # N:M
+                return 0, None
+            return gating.quota(density, state.count, params, where_now, size, caller)
+
+        quota, guess = quota_of(density), state.gsm_threshold
 
         def by_saliency():
-            guess = state.gsm_threshold
-            return gating.passing(pairs, quota, size, ties, guess)
+            if groups is None:
+                return gating.passing(pairs, quota, size, ties, guess)
+            return gating.passing_units(pairs, quota, groups, plan.axes, guess)
 
         def as_before():
             return previous, state.gsm_threshold, [old[i] for i in index]
@@ -224,10 +243,12 @@ def _gate(
             def by_rule():
                 if freeze_density is None:
                     return by_saliency()
-                k, costs = gating.quota(
-                    freeze_density, state.count, params, where_now, size, caller
-                )
-                weights = [(flat[i],) for i in index]
+                k, costs = quota_of(freeze_density)
+                weights: list[Any] = [(flat[i],) for i in index]
+                if groups is not None:
+                    return gating.passing_units(
+                        weights, (k, costs), groups, plan.axes, guess, jnp.abs
+                    )
                 kept = selection.select(
                     weights, k, score=jnp.abs, costs=costs, exact_threshold=False
                 )
@@ -265,7 +286,7 @@ def _gate(
 
 def gsm(
     learning_rate: optax.ScalarOrSchedule,
-    density: Any,
+    density: Any = None,
     *,
     momentum: float = 0.99,
     nesterov: bool = True,
@@ -273,6 +294,7 @@ def gsm(
     gate: Any = None,
     settle_start: int | None = None,
     where: Where | None = None,
+    groups: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GSM as an optimizer: gate, weight decay on kernels, momentum SGD.
 
@@ -296,6 +318,8 @@ def gsm(
       settle_start: Number of updates after which the mask is fixed at the largest
         weights, ``density`` of them; None never fixes it.
       where: Which leaves take part, see ``leaves.resolve_where``.
+      groups: Which weights stand and fall together, as in ``gsm_mask``. Cut with the
+        same ``pattern`` in ``masks.magnitude_masks``.
 
     Returns:
       An optimizer.
@@ -325,7 +349,7 @@ def gsm(
                 f"gsm: `{name}` must be in {allowed}; got {value!r}. Use momentum "
                 "0.99 and weight decay 5e-4 for the paper's LeNets."
             )
-    budgets.check_static(density, "gsm")
+    gating.check_groups(groups, density, "exact", "gsm")
     if gate is not None:
         budgets.check_static(gate, "gsm", "gate")
     passing = _gate(
@@ -336,6 +360,7 @@ def gsm(
         freeze_at=settle_start,
         freeze_density=density,
         track=False,
+        groups=groups,
         caller="gsm",
     )
 

@@ -35,6 +35,7 @@ from sparse_optax.mask_trees import (
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
+from sparse_optax.patterns import Pattern
 from sparse_optax.scored_masks import score_masks as score_masks
 from sparse_optax.scored_masks import select as select
 from sparse_optax.selection import mesh
@@ -332,6 +333,7 @@ def magnitude_masks(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     embeddings: bool = True,
+    pattern: Pattern | None = None,
 ) -> PyTree:
     """Masks of the weights of largest magnitude, an exact number of them.
 
@@ -344,6 +346,8 @@ def magnitude_masks(
       stacked: ``{name: axis}`` of leaves that stack several layers.
       embeddings: Whether the default choice takes embedding tables. Give False for
         the cut after GSM, which leaves them alone.
+      pattern: Which weights stand and fall together, see ``patterns``: a unit is
+        ranked by the sum of its magnitudes. With N:M give ``density=None``.
 
     Returns:
       A mask tree.
@@ -367,5 +371,6 @@ def magnitude_masks(
         where=where,
         stacked=stacked,
         embeddings=embeddings,
+        pattern=pattern,
         caller="magnitude_masks",
     )

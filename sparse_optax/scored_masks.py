@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_optax import budgets, selection
+from sparse_optax import budgets, patterns, selection
 from sparse_optax.leaves import (
     Layout,
     PyTree,
@@ -22,6 +22,8 @@ from sparse_optax.leaves import (
     resolve_where,
 )
 from sparse_optax.mask_trees import flatten, names_of, rebuild
+from sparse_optax.patterns import Pattern
+from sparse_optax.selection import passes
 from sparse_optax.selection.rows import LONGEST
 
 
@@ -81,6 +83,7 @@ class Ranking(NamedTuple):
       limit: How many weights the one pool keeps, or with ``costs`` what they may cost
         together; a list with the count of each leaf where each layer is ranked alone.
       costs: None, or what one weight of each leaf costs.
+      pattern: Which weights stand and fall together, or None.
     """
 
     structure: Any
@@ -88,6 +91,7 @@ class Ranking(NamedTuple):
     plan: Layout
     limit: Any
     costs: list[Any] | None
+    pattern: Pattern | None = None
 
 
 def ranking(
@@ -98,6 +102,7 @@ def ranking(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     embeddings: bool = True,
+    pattern: Pattern | None = None,
     caller: str = "ranking",
 ) -> Ranking:
     """Works out what a density asks for, before there are any scores.
@@ -110,6 +115,7 @@ def ranking(
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
       embeddings: Whether the default choice takes embedding tables.
+      pattern: Which weights stand and fall together, or None.
       caller: The name that an error starts with.
 
     Returns:
@@ -136,14 +142,29 @@ def ranking(
     layers: Any = {"where": where, "stacked": stacked, "caller": caller}
     if not plan.index:
         return Ranking(structure, len(flat), plan, 0, None)
+    columns = [
+        (flat[i].shape, axis) for i, axis in zip(plan.index, plan.axes, strict=True)
+    ]
+    if pattern is not None:
+        for (shape, axis), name in zip(columns, plan.names, strict=True):
+            patterns.check(pattern, shape, name, axis, caller=caller)
+        if pattern.m:
+            return Ranking(structure, len(flat), plan, pattern.n, None, pattern)
     if scope == "leaf":
         counts = flatten(budgets.resolve(density, params, **layers))[0]
         limits = [counts[i] for i in plan.index]
-        return Ranking(structure, len(flat), plan, limits, None)
+        if pattern is not None:
+            sizes = [patterns.unit_size(pattern, *column) for column in columns]
+            limits = [n // size for n, size in zip(limits, sizes, strict=True)]
+        return Ranking(structure, len(flat), plan, limits, None, pattern)
     k, costs = budgets.pool(density, params, **layers)
     if costs is not None:
         costs = [c for c in flatten(costs)[0] if not is_hole(c)]
-    return Ranking(structure, len(flat), plan, k, costs)
+    if pattern is not None:
+        sizes = [patterns.unit_size(pattern, *column) for column in columns]
+        prices = [1] * len(sizes) if costs is None else costs
+        costs = [size * c for size, c in zip(sizes, prices, strict=True)]
+    return Ranking(structure, len(flat), plan, k, costs, pattern)
 
 
 def highest(
@@ -171,14 +192,27 @@ def highest(
       [[False, True, False]]
     """
     plan, score = wanted.plan, _identity if score is None else score
+    pattern, shapes = wanted.pattern, [xs[0].shape for xs in operands]
+    if pattern is not None:
+        scores = [passes.scores(score, xs) for xs in operands]
+        columns = zip(scores, plan.axes, strict=True)
+        operands = [(patterns.view(pattern, x, axis),) for x, axis in columns]
+        score = _identity
     if not plan.index:
         kept = []
+    elif pattern is not None and pattern.m:
+        kept = [selection.top_of_rows(xs, pattern.n) for xs in operands]
     elif isinstance(wanted.limit, list):
         kept = select(operands, wanted.limit, plan.axes, score)
     else:
         kept = selection.top_k_mask(
             list(operands), wanted.limit, score=score, costs=wanted.costs
         )
+    if pattern is not None:
+        kept = [
+            patterns.spread(pattern, m, shape, axis)
+            for m, shape, axis in zip(kept, shapes, plan.axes, strict=True)
+        ]
     return rebuild(wanted.structure, wanted.size, plan.index, kept)
 
 
@@ -196,6 +230,7 @@ def score_masks(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     embeddings: bool = True,
+    pattern: Pattern | None = None,
     caller: str = "score_masks",
 ) -> PyTree:
     """Masks of the weights of highest score, an exact number of them.
@@ -214,6 +249,8 @@ def score_masks(
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
       embeddings: Whether the default choice takes embedding tables.
+      pattern: Which weights stand and fall together, see ``patterns``: a unit is
+        ranked by the sum of its scores' magnitudes. With N:M the density is not read.
       caller: The name that an error starts with.
 
     Returns:
@@ -237,6 +274,7 @@ def score_masks(
         where=where,
         stacked=stacked,
         embeddings=embeddings,
+        pattern=pattern,
         caller=caller,
     )
     flat = jax.tree.leaves(params, is_leaf=is_hole)
