@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ from sparse_optax.leaves import (
 )
 from sparse_optax.regrowth.rules import Rule, layer_sizes, split_layers
 
+# Densities are whole numbers of 2^-30.
+DENSE = 2**30
+BROKEN = np.uint32(2**32 - 1)
+
 
 def first_masks(
     params: PyTree,
@@ -33,10 +37,11 @@ def first_masks(
     where: Where | None,
     stacked: Mapping[str, int] | None,
     budget: optax.Schedule | None = None,
+    hidden: bool = False,
     *,
     caller: str,
 ) -> tuple[Layout, tuple[jax.Array, ...]]:
-    """The sparse leaves and their first masks, given or random.
+    """The sparse leaves and their first masks: given, random or of the largest.
 
     Args:
       params: The parameters, concrete or abstract.
@@ -45,7 +50,8 @@ def first_masks(
       seed: A random key.
       where: Which leaves take part.
       stacked: ``{name: axis}`` of leaves that stack several layers.
-      budget: A schedule of the density, whose value at 0 the random masks have.
+      budget: A schedule of the density, whose value at 0 masks that are not given have.
+      hidden: Whether the largest weights exist first, and not random ones.
       caller: The name that an error starts with.
 
     Returns:
@@ -91,17 +97,37 @@ def first_masks(
         counts = density
         if budget is not None and plan.index:
             counts = _first_counts(budget, density, params, chosen, plan, caller)
-        random = mask_trees.random_masks(
-            jax.random.fold_in(seed, 0),
-            params,
-            counts,
-            where=where,
-            stacked=stacked,
-            caller=caller,
-        )
-        kept = [mask_trees.flatten(random)[0][i] for i in plan.index]
+        if hidden:
+            made = mask_trees.magnitude_masks(
+                params, counts, scope="leaf", where=where, stacked=stacked
+            )
+        else:
+            made = mask_trees.random_masks(
+                jax.random.fold_in(seed, 0),
+                params,
+                counts,
+                where=where,
+                stacked=stacked,
+                caller=caller,
+            )
+        kept = [mask_trees.flatten(made)[0][i] for i in plan.index]
     require_some(params, plan, caller=caller)
     return plan, tuple(kept)
+
+
+class Goal(NamedTuple):
+    """What a budget that moves asks for at a step, see ``allocate.target_counts``.
+
+    Attributes:
+      final: The counts of the end, an int32 vector with one entry a layer.
+      excess: uint32 scalar: how far the density is above the one of the end, in
+        units of 2^-30; ``BROKEN`` where it is not finite.
+      whole: The same for a dense network.
+    """
+
+    final: np.ndarray
+    excess: jax.Array
+    whole: np.uint32
 
 
 def targets(
@@ -113,8 +139,8 @@ def targets(
     plan: Layout,
     *,
     caller: str,
-) -> tuple[np.ndarray, jax.Array]:
-    """What a budget that moves asks for at a step, see ``allocate.target_counts``.
+) -> Goal:
+    """What a budget that moves asks for at a step.
 
     Args:
       budget: A schedule of the density.
@@ -126,17 +152,16 @@ def targets(
       caller: The name that an error starts with.
 
     Returns:
-      The final counts, an int32 vector with one entry a layer, and how far above
-      them the step is: 1 where the network is dense, 0 at the end.
+      A ``Goal``, in integers.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import leaves
       >>> from sparse_optax.regrowth.arguments import targets
-      >>> final, excess = targets(
+      >>> goal = targets(
       ...     lambda step: 0.6, 0.2, 0, {"w": jnp.ones((4, 5))}, [True],
       ...     leaves.Layout((0,), ("w",), (None,)), caller="doc")
-      >>> final.tolist(), round(float(excess), 3)
+      >>> goal.final.tolist(), round(int(goal.excess) / int(goal.whole), 3)
       ([4], 0.5)
     """
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
@@ -150,29 +175,43 @@ def targets(
     counts = [mask_trees.flatten(tree)[0][i] for i in plan.index]
     final = np.concatenate([np.reshape(np.asarray(n), -1) for n in counts])
     size = int(layer_sizes(tuple(flat[i] for i in plan.index), plan.axes).sum())
-    # A float is the end of its schedule to the bit, and not what its floors add up to.
-    is_float = isinstance(density, float | np.floating)
-    end = np.float32(density if is_float else int(final.sum()) / max(size, 1))
+    total = int(final.sum())
+    if isinstance(density, float | np.floating):
+        # The end of its schedule, and not what its floors add up to.
+        end = Fraction(float(density)).limit_denominator(10**9)
+        met = Fraction(float(np.float32(density)))
+    else:
+        # A schedule may end at the density that was rounded down to this total.
+        end = Fraction(total, max(size, 1))
+        met = Fraction(float(np.float32((total + 1) / max(size, 1))))
+    end, met = (min(int(x * DENSE), DENSE) for x in (end, met))
     now = jnp.asarray(budget(step), jnp.float32)
-    above = jnp.clip((now - end) / max(1 - end, np.float32(1e-9)), 0.0, 1.0)
-    return final.astype(np.int32), above
+    units = (jnp.clip(now, 0.0, 1.0) * DENSE).astype(jnp.uint32)  # exact: a shift
+    excess = jnp.where(units > met, units - np.uint32(end), jnp.uint32(0))
+    excess = jnp.where(units == DENSE, np.uint32(DENSE - end), excess)
+    excess = jnp.where(jnp.isfinite(now), excess, BROKEN)
+    return Goal(final.astype(np.int32), excess, np.uint32(max(DENSE - end, 1)))
 
 
 def _first_counts(budget, density, params, chosen, plan, caller) -> PyTree:
     """A tree of whole counts: what the schedule asks for before the first update."""
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     with jax.ensure_compile_time_eval():
-        final, above = targets(budget, density, 0, params, chosen, plan, caller=caller)
-    if isinstance(above, Tracer):
+        goal = targets(budget, density, 0, params, chosen, plan, caller=caller)
+    if isinstance(goal.excess, Tracer):
         raise ValueError(
             f"{caller}: the first value of `budget` is traced; the first masks need a "
             "number. Name it in `static_args` of optax.inject_hyperparams."
         )
+    if goal.excess == BROKEN:
+        raise ValueError(
+            f"{caller}: `budget` must be a schedule of the density, in (0, 1]; its "
+            f"first value is {budget(0)}. Pass schedules.cubic_density(...)."
+        )
     sparse = tuple(flat[i] for i in plan.index)
-    sizes = layer_sizes(sparse, plan.axes)
-    share = Fraction(float(above))
-    more = [int(share * (int(n) - int(c))) for n, c in zip(sizes, final, strict=True)]
-    parts = split_layers(final.astype(np.int64) + more, sparse, plan.axes)
+    sizes, final = layer_sizes(sparse, plan.axes), goal.final.astype(np.int64)
+    more = [int(goal.excess) * int(room) // int(goal.whole) for room in sizes - final]
+    parts = split_layers(final + more, sparse, plan.axes)
     return mask_trees.rebuild(structure, len(flat), plan.index, parts)
 
 
@@ -337,9 +376,9 @@ def check_arguments(
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("budget", budget, "a schedule of the density", cure)
     if budget is not None and density is None:
-        fail(
-            "density", None, "given where `budget` is", "It is the density at the end."
-        )
+        fail("density", None, "given where `budget` is", "Pass the density of the end.")
+    if not isinstance(hidden, bool):
+        fail("hidden", hidden, "True or False", "Leave it out for False.")
     if hidden and inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), hidden=True, ...)."
         fail("hidden", hidden, "False where there is no `inner`", cure)

@@ -154,7 +154,8 @@ def regrow(
         ``density`` at d <= D. The first masks follow it at 0. None keeps the number.
       hidden: Keeps a weight behind each missing one, which the inner optimizer goes
         on training with the dense gradient and the rules see: where its weight
-        comes back it brings that value. Memory: one more copy of the weights.
+        comes back it brings that value. First masks that are not given are of the
+        largest weights. Memory: one more copy of the weights.
       caller: The name that errors start with.
 
     Returns:
@@ -204,7 +205,15 @@ def regrow(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         seed = mask_trees.as_key(key, caller=caller)
         plan, kept = first_masks(
-            params, density, masks, seed, where, stacked, budget, caller=caller
+            params,
+            density,
+            masks,
+            seed,
+            where,
+            stacked,
+            budget,
+            hidden,
+            caller=caller,
         )
         sparse = tuple(flat[i] for i in plan.index)
         inner_state = inner_tx.init(params)
@@ -235,7 +244,7 @@ def regrow(
             removed=zeros(),
             grown=zeros(),
             # Copied: the state may be donated, and the parameters beside it.
-            hidden=tree([jnp.array(x, copy=True) for x in sparse]) if hidden else (),
+            hidden=tree([jnp.array(x, x.dtype) for x in sparse]) if hidden else (),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -279,10 +288,10 @@ def regrow(
             weights = tuple(
                 jnp.where(mask_trees.unpack(m), w, h) for m, w, h in columns
             )
-        final = excess = None
+        goal = None
         if budget is not None and plan.index:
             now = state.count
-            final, excess = targets(
+            goal = targets(
                 budget, density, now, params, sparse_leaves, plan, caller=caller
             )
         operands = Operands(
@@ -297,8 +306,7 @@ def regrow(
             removed=pick(state.removed),
             grown=pick(state.grown),
             skipped=state.skipped,
-            excess=excess,
-            final=final,
+            goal=goal,
         )
 
         due = schedules.is_due(state.count, update_period, update_start, update_stop)

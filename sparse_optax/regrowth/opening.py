@@ -13,6 +13,7 @@ from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
+from sparse_optax.regrowth.arguments import BROKEN, Goal
 from sparse_optax.regrowth.cycle import cycle
 from sparse_optax.regrowth.rules import (
     Evidence,
@@ -37,8 +38,7 @@ class Operands(NamedTuple):
     removed: tuple[jax.Array, ...]
     grown: tuple[jax.Array, ...]
     skipped: jax.Array
-    excess: jax.Array | None = None
-    final: jax.Array | np.ndarray | None = None
+    goal: Goal | None = None
 
 
 class After(NamedTuple):
@@ -187,19 +187,19 @@ def open_cycle(
         leaves = [(x,) for x in seen]
         (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
         enabled = jnp.any(moving > 0)
-    target = None
-    if operands.final is not None and operands.excess is not None:
+    target, rate = None, operands.rate
+    if operands.goal is not None:
+        final, excess, whole = operands.goal
         sizes = jnp.asarray(layer_sizes(old, plan.axes).astype(np.int32))
-        target = allocate.target_counts(
-            operands.excess, jnp.asarray(operands.final), sizes
-        )
+        target = allocate.target_counts(excess, whole, jnp.asarray(final), sizes)
+        rate = jnp.where(excess == BROKEN, jnp.nan, rate)  # no cycle on that either
     prune, redistribute, grow = rules
     result = cycle(
         evidence,
         prune=prune,
         redistribute=redistribute,
         grow=grow,
-        prune_rate=operands.rate,
+        prune_rate=rate,
         states=operands.rules,
         target=target,
         enabled=enabled,
