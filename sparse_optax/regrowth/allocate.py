@@ -5,6 +5,8 @@ to the next, and the totals with them. Here every floor and every share is integ
 arithmetic, on 64-bit pairs (``wide``).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,13 +143,18 @@ def signed_sum(counts: jax.Array) -> wide.Pair:
     return wide.sub64(plus, wide.min64(plus, minus))
 
 
-def target_counts(excess: jax.Array, final: jax.Array, sizes: jax.Array) -> jax.Array:
+def target_counts(
+    excess: jax.Array | int, whole: Any, final: jax.Array, sizes: jax.Array
+) -> jax.Array:
     """Active weights of each layer on the way from dense to the final counts.
 
-    ``t_i = c_i + floor(x * (n_i - c_i))``: all at x = 1, the final ones at x = 0.
+    ``t_i = c_i + floor(x * (n_i - c_i))`` with x = excess / whole, exactly: all at
+    x = 1, the final ones at x = 0. A quotient of floats would not be the same in
+    every program, and would miss the ends by a weight.
 
     Args:
-      excess: x, a float32 scalar in [0, 1].
+      excess: uint32 scalar, at most ``whole``.
+      whole: uint32 scalar, at least 1.
       final: c_i, int32 vector.
       sizes: n_i, int32 vector, all weights of each layer.
 
@@ -158,13 +165,16 @@ def target_counts(excess: jax.Array, final: jax.Array, sizes: jax.Array) -> jax.
       >>> import jax.numpy as jnp
       >>> from sparse_optax import regrowth
       >>> final, sizes = jnp.array([10, 1]), jnp.array([100, 10])
-      >>> for x in (1.0, 0.5, 0.0):
-      ...     print(regrowth.allocate.target_counts(x, final, sizes).tolist())
+      >>> for x in (2, 1, 0):
+      ...     print(regrowth.allocate.target_counts(x, 2, final, sizes).tolist())
       [100, 10]
       [55, 5]
       [10, 1]
     """
-    return final + floor_fraction(jnp.asarray(excess, jnp.float32), sizes - final)
+    room = (sizes - final).astype(jnp.uint32)
+    above, below = (jnp.full_like(room, jnp.uint32(x)) for x in (excess, whole))
+    more, _ = wide.divmod64(wide.mul32(above, room), _pair(below))
+    return final + more[1].astype(jnp.int32)
 
 
 def apportion(

@@ -156,9 +156,9 @@ def check_arguments(
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("budget", budget, "a schedule of the density", cure)
     if budget is not None and density is None:
-        fail(
-            "density", None, "given where `budget` is", "It is the density at the end."
-        )
+        fail("density", None, "given where `budget` is", "Pass the density of the end.")
+    if not isinstance(hidden, bool):
+        fail("hidden", hidden, "True or False", "Leave it out for False.")
     if hidden and inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), hidden=True, ...)."
         fail("hidden", hidden, "False where there is no `inner`", cure)

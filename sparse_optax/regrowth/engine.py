@@ -27,8 +27,9 @@ from sparse_optax.regrowth.arguments import (
     rate_schedule,
     refuse_multi_steps,
 )
-from sparse_optax.regrowth.beginning import first_masks, rules_under, targets
+from sparse_optax.regrowth.beginning import first_masks
 from sparse_optax.regrowth.cycle import init_rules
+from sparse_optax.regrowth.goals import rules_under, targets
 from sparse_optax.regrowth.opening import (
     How,
     Operands,
@@ -157,7 +158,8 @@ def regrow(
         ``density`` at d <= D. The first masks follow it at 0. None keeps the number.
       hidden: Keeps a weight behind each missing one, which the inner optimizer goes
         on training with the dense gradient and the rules see: where its weight
-        comes back it brings that value. Memory: one more copy of the weights.
+        comes back it brings that value. First masks that are not given are of the
+        largest weights. Memory: one more copy of the weights.
       pattern: Which weights stand and fall together, see ``patterns``: rules then see
         the sum of magnitudes of each unit in the place of weights. Where units of
         different layers differ in size, and with N:M, nothing is redistributed: the
@@ -212,7 +214,16 @@ def regrow(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         seed = mask_trees.as_key(key, caller=caller)
         plan, kept = first_masks(
-            params, density, masks, seed, where, stacked, budget, pattern, caller=caller
+            params,
+            density,
+            masks,
+            seed,
+            where,
+            stacked,
+            budget,
+            hidden,
+            pattern,
+            caller=caller,
         )
         sparse = tuple(flat[i] for i in plan.index)
         rules = rules_under(pattern, given, sparse, plan, caller=caller)
@@ -244,7 +255,7 @@ def regrow(
             removed=zeros(),
             grown=zeros(),
             # Copied: the state may be donated, and the parameters beside it.
-            hidden=tree([jnp.array(x, copy=True) for x in sparse]) if hidden else (),
+            hidden=tree([jnp.array(x, x.dtype) for x in sparse]) if hidden else (),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -288,12 +299,10 @@ def regrow(
             weights = tuple(
                 jnp.where(mask_trees.unpack(m), w, h) for m, w, h in columns
             )
-        final = excess = None
+        goal = None
         if budget is not None and plan.index:
             now = state.count
-            final, excess = targets(
-                budget, density, now, params, plan, pattern, caller=caller
-            )
+            goal = targets(budget, density, now, params, plan, pattern, caller=caller)
         operands = Operands(
             params=weights,
             masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
@@ -306,8 +315,7 @@ def regrow(
             removed=pick(state.removed),
             grown=pick(state.grown),
             skipped=state.skipped,
-            excess=excess,
-            final=final,
+            goal=goal,
         )
 
         due = schedules.is_due(state.count, update_period, update_start, update_stop)

@@ -64,3 +64,12 @@ gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.
 random = stateless(_random, exact=True)
+
+
+def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
+    return _largest(evidence, evidence.params, "grow.magnitude")
+
+
+#: Grows, in each layer, the missing weights of largest |w|, which ``hidden=True``
+#: keeps; without it all are zero and the lowest indices grow.
+magnitude = stateless(_magnitude, exact=True)

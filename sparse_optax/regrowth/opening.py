@@ -17,6 +17,7 @@ from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle
+from sparse_optax.regrowth.goals import BROKEN, Goal
 from sparse_optax.regrowth.rules import (
     Evidence,
     Rule,
@@ -40,8 +41,7 @@ class Operands(NamedTuple):
     removed: tuple[jax.Array, ...]
     grown: tuple[jax.Array, ...]
     skipped: jax.Array
-    excess: jax.Array | None = None
-    final: jax.Array | np.ndarray | None = None
+    goal: Goal | None = None
 
 
 class How(NamedTuple):
@@ -222,19 +222,19 @@ def open_cycle(operands: Operands, how: How) -> After:
         leaves = [(x,) for x in evident]
         (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
         enabled = jnp.any(moving > 0)
-    target = None
-    if operands.final is not None and operands.excess is not None:
+    target, rate = None, operands.rate
+    if operands.goal is not None:
+        final, excess, whole = operands.goal
         sizes = jnp.asarray(layer_sizes(units, axes).astype(np.int32))
-        target = allocate.target_counts(
-            operands.excess, jnp.asarray(operands.final), sizes
-        )
+        target = allocate.target_counts(excess, whole, jnp.asarray(final), sizes)
+        rate = jnp.where(excess == BROKEN, jnp.nan, rate)  # no cycle on that either
     prune, redistribute, grow = how.rules
     result = cycle(
         evidence,
         prune=prune,
         redistribute=redistribute,
         grow=grow,
-        prune_rate=operands.rate,
+        prune_rate=rate,
         states=operands.rules,
         target=target,
         enabled=enabled,
