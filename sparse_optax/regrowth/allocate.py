@@ -167,6 +167,19 @@ def target_counts(excess: jax.Array, final: jax.Array, sizes: jax.Array) -> jax.
     return final + floor_fraction(jnp.asarray(excess, jnp.float32), sizes - final)
 
 
+def _ranks(values: wide.Pair) -> jax.Array:
+    """How many entries come before each: the larger ones, of equal ones the earlier."""
+    high, low = values
+    order = jnp.arange(len(high))
+    if len(high) > 256:  # the units of a layer; its layers compile faster in pairs
+        *_, place = lax.sort((~high, ~low, order), num_keys=3)
+        return jnp.zeros_like(order).at[place].set(order)
+    mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
+    tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
+    ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
+    return jnp.sum(ahead, axis=1, dtype=jnp.int32)
+
+
 def apportion(
     total: jax.Array | wide.Pair,
     shares: jax.Array,
@@ -214,13 +227,7 @@ def apportion(
     whole = wide.where64(whole[0] | whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
     product = wide.mul64(_spread(total, (layers,)), shares)
     given, remainder = wide.divmod64(product, whole)
-    # A layer's rank is the number of layers whose remainder comes before its own.
-    high, low = remainder
-    mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
-    order = jnp.arange(layers)
-    tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
-    ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
-    rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    rank = _ranks(remainder)
     _, left = wide.sub64(total, wide.sum64(given))  # fewer than there are layers
     given = wide.add64(given, _pair(rank < left.astype(jnp.int32)))
     placed = wide.min64(given, _pair(room))

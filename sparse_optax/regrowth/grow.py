@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax import masks
+from sparse_optax.regrowth import units
 from sparse_optax.regrowth.rules import Evidence, axes_of, require, stateless
 
 
@@ -38,6 +39,26 @@ def _gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
     return _largest(evidence, values, "grow.gradient")
 
 
+def _momentum_per_neuron(evidence: Evidence) -> tuple[jax.Array, ...]:
+    values = require(evidence, "momentum", rule="grow.momentum_per_neuron")
+    counts = require(evidence, "counts", rule="grow.momentum_per_neuron")
+    axes = axes_of(evidence)
+    by_unit = [
+        (units.fold(v, axis), units.fold(m, axis))
+        for v, m, axis in zip(values, evidence.masks, axes, strict=True)
+    ]
+    chosen = masks.select(
+        by_unit,
+        units.split_counts(counts, values, evidence.masks, axes),
+        [0] * len(by_unit),
+        _missing_magnitude,
+    )
+    return tuple(
+        units.unfold(m, v.shape, axis)
+        for m, v, axis in zip(chosen, values, axes, strict=True)
+    )
+
+
 def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
     key = require(evidence, "key", rule="grow.random")
     names = evidence.names or tuple(str(i) for i in range(len(evidence.masks)))
@@ -64,3 +85,8 @@ gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.
 random = stateless(_random, exact=True)
+
+#: Splits a layer's number over its output units (its last axis) in proportion to the
+#: mean absolute momentum of a unit's weights, within each one's room, and grows in each
+#: unit those of largest absolute momentum.
+momentum_per_neuron = stateless(_momentum_per_neuron, needs=("momentum",), exact=True)
