@@ -1,5 +1,9 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
+from sparse_optax.methods.rigl import rigl as rigl
+from sparse_optax.methods.sparse_evolutionary import (
+    sparse_evolutionary as sparse_evolutionary,
+)
 from sparse_optax.methods.sparse_momentum import (
     sparse_momentum_regrow as sparse_momentum_regrow,
 )

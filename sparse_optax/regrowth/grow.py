@@ -3,9 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_optax import masks
-from sparse_optax.regrowth import units
-from sparse_optax.regrowth.rules import Evidence, axes_of, require, stateless
+from sparse_optax import masks, selection
+from sparse_optax.regrowth import allocate, units
+from sparse_optax.regrowth.rules import (
+    Evidence,
+    axes_of,
+    layer_vector,
+    require,
+    stateless,
+)
 
 
 def _missing_magnitude(value: jax.Array, mask: jax.Array) -> jax.Array:
@@ -59,13 +65,38 @@ def _momentum_per_neuron(evidence: Evidence) -> tuple[jax.Array, ...]:
     )
 
 
-def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
-    key = require(evidence, "key", rule="grow.random")
+def _pooled(evidence: Evidence, operands, score, rule: str) -> tuple[jax.Array, ...]:
+    """The best ``sum(counts)`` of all layers as one pool."""
+    counts = layer_vector(require(evidence, "counts", rule=rule))
+    if not operands:
+        return ()
+    k = allocate.signed_sum(counts)
+    return tuple(selection.top_k_mask(operands, k, score=score))
+
+
+def _global_momentum(evidence: Evidence) -> tuple[jax.Array, ...]:
+    values = require(evidence, "momentum", rule="grow.global_momentum")
+    pairs = list(zip(values, evidence.masks, strict=True))
+    return _pooled(evidence, pairs, _missing_magnitude, "grow.global_momentum")
+
+
+def _global_gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
+    values = require(evidence, "gradient", rule="grow.global_gradient")
+    pairs = list(zip(values, evidence.masks, strict=True))
+    return _pooled(evidence, pairs, _missing_magnitude, "grow.global_gradient")
+
+
+def _bits(evidence: Evidence, rule: str) -> list[jax.Array]:
+    key = require(evidence, "key", rule=rule)
     names = evidence.names or tuple(str(i) for i in range(len(evidence.masks)))
-    bits = [
+    return [
         masks.random_scores(key, name, mask)
         for name, mask in zip(names, evidence.masks, strict=True)
     ]
+
+
+def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
+    bits = _bits(evidence, "grow.random")
     return tuple(
         masks.select(
             list(zip(bits, evidence.masks, strict=True)),
@@ -85,6 +116,13 @@ gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.
 random = stateless(_random, exact=True)
+
+#: Grows the ``sum(counts)`` missing weights of largest absolute momentum of the
+#: network: how many come in each layer follows from them.
+global_momentum = stateless(_global_momentum, needs=("momentum",))
+
+#: Grows the ``sum(counts)`` missing weights of largest absolute gradient of all.
+global_gradient = stateless(_global_gradient, needs=("gradient",))
 
 #: Splits a layer's number over its output units (its last axis) in proportion to the
 #: mean absolute momentum of a unit's weights, within each one's room, and grows in each
