@@ -11,7 +11,15 @@ import optax
 import oracles
 import oracles_dynamic as oracle
 import pytest
-from helpers import at_step, kept, kernels, network, random_gradients, stepper
+from helpers import (
+    at_step,
+    kept,
+    kernels,
+    network,
+    random_gradients,
+    refuses,
+    stepper,
+)
 
 import sparse_optax
 from sparse_optax import regrowth, schedules
@@ -424,3 +432,95 @@ def test_random_growth_is_uniform_over_what_is_missing():
     assert came.sum() == 8 * 600
     # Chi-square with 47 degrees of freedom is below 84 in 999 of 1000 draws.
     assert ((came - 100) ** 2 / 100).sum() < 84
+
+
+# --- DSR ------------------------------------------------------------------------------
+
+THRESHOLD = prune.adaptive_threshold(0.5)
+DSR = THRESHOLD, redistribute.nonzeros, grow.random_elsewhere
+
+
+def test_dsr_equals_its_definition():
+    factors = set()
+    for i, net in enumerate(nets(24)):
+        before = np.float32(0.5 * 4.0 ** (i % 3 - 1))
+        did = cycle(net, *DSR, states=(jnp.float32(before), (), ()))
+        wanted = sum(oracle.floor_rate(net.rate, m.sum()) for m in net.masks)
+        stay, removed, after = oracle.under_threshold(
+            net.params, net.masks, before, wanted, 0.1
+        )
+        same(did.kept, stay)
+        assert did.removed == removed
+        assert did.grown == oracle.dsr_grown(stay, removed)
+        assert float(did.states[0]) == after
+        factors.add(after / before)
+        for k, old, m in zip(did.kept, net.masks, did.masks, strict=True):
+            # Back in its own place only where no other was left.
+            assert not (m & ~k & old).any() or m[~old].all()
+    assert factors == {0.5, 1.0, 2.0}
+
+
+def test_the_band_of_the_threshold_is_exact():
+    """Ten of twenty are under it: 1.1 * 9 < 10, 0.9 * 11 < 10, 0.9 * 12 > 10."""
+    weights, mask = jnp.float32([0.25] * 10 + [1.0] * 10), jnp.ones(20, bool)
+    evidence = regrowth.Evidence((weights,), (mask,), active=(jnp.int32(20),))
+    for number, factor in ((1, 0.5), (9, 0.5), (10, 1), (11, 1), (12, 2)):
+        rule = prune.adaptive_threshold(0.5, number=number)
+        (stay,), threshold = rule.apply(evidence, rule.init((), ()))
+        assert int(stay.sum()) == 10
+        assert float(threshold) == 0.5 * factor
+
+
+def test_a_threshold_never_gets_stuck():
+    """Where nothing can reach the target it stays a number that can come back."""
+    weights = np.float32([1.0, 2.0])
+    net = Net([weights], [np.ones(2, bool)], [weights], [weights], 1.0)
+    state = (jnp.float32(2.0**119), (), ())
+    for _ in range(3):  # one weight stays, and two should go
+        did = cycle(net, *DSR, states=state)
+        state = did.states
+    assert float(state[0]) == 2.0**120
+    net = net._replace(rate=0.0)
+    did = cycle(net, *DSR, states=state)
+    assert (did.removed, float(did.states[0])) == ([1], 2.0**119)
+    state = (jnp.float32(2.0**-119), (), ())
+    net = net._replace(params=[np.zeros(2, np.float32)])
+    for _ in range(3):  # a zero is under every threshold
+        did = cycle(net, *DSR, states=state)
+        state = did.states
+    assert float(state[0]) == 2.0**-120
+
+
+def test_dsr_trains_as_defined():
+    tx = sparse_optax.dynamic_sparse(SGD, threshold=0.05, prune_number=5, **SETTINGS)
+    threshold, seen = 0.05, []
+    for step in cycles_of(tx):
+        threshold = np.float32(threshold)
+        stay, removed, threshold = oracle.under_threshold(
+            step.params, step.masks, threshold, 5, 0.1
+        )
+        grown = oracle.dsr_grown(stay, removed)
+        rests(step, stay)
+        for k, m, n in zip(stay, step.new, grown, strict=True):
+            assert not (k & ~m).any()
+            assert m.sum() == k.sum() + n
+        np.testing.assert_array_equal(step.state.rules[0], np.float32(threshold))
+        seen.append(sum(removed))
+    assert max(seen) > 0
+    assert seen[-1] >= 3  # it found its way into the band
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("initial", 0.0, r"\["),
+        ("initial", float("nan"), r"\["),
+        ("tolerance", 1.0, r"\[0, 1\)"),
+        ("number", 0, r"\[1, 2"),
+        ("number", 1.5, r"\[1, 2"),
+        ("number", True, r"\[1, 2"),
+    ],
+)
+def test_a_wrong_threshold(argument, value, allowed):
+    with refuses("adaptive_threshold", argument, str(value), allowed):
+        prune.adaptive_threshold(**{argument: value})

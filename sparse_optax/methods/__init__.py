@@ -1,5 +1,6 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
+from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods.rigl import rigl as rigl
 from sparse_optax.methods.sparse_evolutionary import (
     sparse_evolutionary as sparse_evolutionary,

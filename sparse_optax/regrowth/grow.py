@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_optax import masks, selection
 from sparse_optax.regrowth import allocate, units
@@ -13,6 +14,8 @@ from sparse_optax.regrowth.rules import (
     stateless,
 )
 
+_TOP = np.uint32(1 << 31)
+
 
 def _missing_magnitude(value: jax.Array, mask: jax.Array) -> jax.Array:
     # Below every magnitude, so that an active weight is never among the grown.
@@ -21,7 +24,13 @@ def _missing_magnitude(value: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _missing_random(bits: jax.Array, mask: jax.Array) -> jax.Array:
     # The top bit sets candidates apart; 31 random bits order them.
-    return jnp.where(mask, jnp.uint32(0), bits | jnp.uint32(1 << 31))
+    return jnp.where(mask, jnp.uint32(0), _TOP | bits)
+
+
+def _elsewhere(bits: jax.Array, mask: jax.Array, before: jax.Array) -> jax.Array:
+    # Below all other missing weights those that were just pruned.
+    missing = jnp.where(before, bits >> 2 | jnp.uint32(1 << 30), _TOP | bits)
+    return jnp.where(mask, jnp.uint32(0), missing)
 
 
 def _largest(evidence: Evidence, values, rule: str) -> tuple[jax.Array, ...]:
@@ -107,6 +116,19 @@ def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
     )
 
 
+def _random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
+    bits = _bits(evidence, "grow.random_elsewhere")
+    before = require(evidence, "before", rule="grow.random_elsewhere")
+    return tuple(
+        masks.select(
+            list(zip(bits, evidence.masks, before, strict=True)),
+            list(require(evidence, "counts", rule="grow.random_elsewhere")),
+            axes_of(evidence),
+            _elsewhere,
+        )
+    )
+
+
 #: Grows, in each layer, the missing weights of largest absolute momentum. Of equal
 #: values the lowest index comes first.
 momentum = stateless(_momentum, needs=("momentum",), exact=True)
@@ -116,6 +138,9 @@ gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.
 random = stateless(_random, exact=True)
+
+#: The same, but what was just pruned only where a layer has no other room.
+random_elsewhere = stateless(_random_elsewhere, exact=True)
 
 #: Grows the ``sum(counts)`` missing weights of largest absolute momentum of the
 #: network: how many come in each layer follows from them.
