@@ -47,13 +47,16 @@ from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import HamState as HamState
+from sparse_optax.methods import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods import fisher_masks as fisher_masks
 from sparse_optax.methods import ham as ham
 from sparse_optax.methods import layerwise_obs as layerwise_obs
 from sparse_optax.methods import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
 )
+from sparse_optax.methods import rigl as rigl
 from sparse_optax.methods import snip_masks as snip_masks
+from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
 from sparse_optax.methods import static_sparse as static_sparse
 from sparse_optax.methods import synflow_masks as synflow_masks

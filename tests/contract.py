@@ -379,6 +379,9 @@ ROWS = (
         grow=regrowth.grow.random,
         reset_moments="grown",
     ),
+    _cycle_row("sparse_evolutionary", sparse_optax.sparse_evolutionary),
+    _cycle_row("dynamic_sparse", sparse_optax.dynamic_sparse, threshold=0.2),
+    _cycle_row("rigl", sparse_optax.rigl, optimizer=ADAM),
     _cycle_row("sparse_momentum_last", _MOMENTUM)._replace(
         settings=lambda optimizer, cycles: cycles, place=LAST
     ),

@@ -7,8 +7,11 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
-from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth import grow as growth
+from sparse_optax.regrowth import prune
+from sparse_optax.regrowth import redistribute as sharing
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.rules import Rule
 
 
 def sparse_momentum_regrow(
@@ -18,6 +21,8 @@ def sparse_momentum_regrow(
     update_period: int,
     update_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
+    redistribute: Rule = sharing.momentum,
+    grow: Rule = growth.momentum,
     key: Key,
     masks: PyTree | None = None,
     where: Where | None = None,
@@ -41,6 +46,10 @@ def sparse_momentum_regrow(
     over the others; a layer that is nearly dense and still growing prunes at most
     its sparsity. The number of weights never changes.
 
+    The mixtures of the paper's ablation (Table 5) are one call each:
+    ``redistribute.momentum``, ``magnitude``, ``nonzeros`` or ``none`` with
+    ``grow.momentum``, ``momentum_per_neuron``, ``gradient`` or ``random``.
+
     .. note::
       Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
       with ``packed``. A cycle reads weights and momentum a few dozen times, once a
@@ -58,7 +67,9 @@ def sparse_momentum_regrow(
       update_stop: No cycle from this many updates on. Give the length of training.
       prune_rate: p in [0, 1], or a schedule of the number of finished updates; None
         is the paper's cosine from 0.5 to 0 at ``update_stop``.
-      key: Integer seed or random key, for the first masks.
+      redistribute: How many weights come back in each layer.
+      grow: Which missing weights come.
+      key: Integer seed or random key, for the first masks and random growth.
       masks: First masks instead of random ones; their count is the budget.
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
@@ -94,15 +105,17 @@ def sparse_momentum_regrow(
     Differences from the paper: exactly as many weights are grown as were pruned
     (largest remainder instead of floors). Differences from the released code: the
     first masks have exact counts instead of coin flips, the prune rate falls to 0
-    instead of 0.005, counts are floors, and a weight pruned and regrown in one cycle
-    starts from zero.
+    instead of 0.005, counts are floors, a weight pruned and regrown in one cycle
+    starts from zero. In the mixtures random growth has exact counts, ``none`` gives
+    each layer back what it lost instead of a share by its size (``redistribute.size``),
+    and what a full neuron cannot take goes to others.
     """
     return regrow(
         inner,
         density=density,
         prune=prune.magnitude,
-        redistribute=redistribute.momentum,
-        grow=grow.momentum,
+        redistribute=redistribute,
+        grow=grow,
         update_period=update_period,
         update_stop=update_stop,
         prune_rate=prune_rate,

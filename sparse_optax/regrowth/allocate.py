@@ -41,6 +41,25 @@ def floor_fraction(rate: jax.Array, n: jax.Array) -> jax.Array:
       >>> regrowth.allocate.floor_fraction(jnp.float32(0.5), n).tolist()
       [4, 536870912]
     """
+    return floor_fraction64(rate, _pair(n))[1].astype(jnp.int32)
+
+
+def floor_fraction64(rate: jax.Array | float, n: wide.Pair) -> wide.Pair:
+    """``floor_fraction`` of counts that are pairs of ``wide``, below 2^40.
+
+    Args:
+      rate: float32 in [0, 1], a scalar or one entry a count.
+      n: The counts.
+
+    Returns:
+      A pair.
+
+    Examples:
+      >>> from sparse_optax import regrowth, wide
+      >>> half = regrowth.allocate.floor_fraction64(0.5, wide.pair64(2**36 + 3))
+      >>> wide.to_int(half) == 2**35 + 1
+      True
+    """
     rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
     bits = lax.bitcast_convert_type(rate, jnp.uint32)
     exponent = bits >> 23
@@ -48,15 +67,14 @@ def floor_fraction(rate: jax.Array, n: jax.Array) -> jax.Array:
     mantissa = jnp.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0)
     shift = jnp.minimum(150 - exponent.astype(jnp.int32), 63).astype(jnp.uint32)
     mantissa, shift = (
-        jnp.broadcast_to(x.astype(jnp.uint32), n.shape) for x in (mantissa, shift)
+        jnp.broadcast_to(x.astype(jnp.uint32), n[0].shape) for x in (mantissa, shift)
     )
     one = jnp.ones_like(shift)
     power = (
         jnp.where(shift >= 32, one << (shift & 31), 0),
         jnp.where(shift < 32, one << (shift & 31), 0),
     )
-    quotient, _ = wide.divmod64(wide.mul32(mantissa, n.astype(jnp.uint32)), power)
-    return quotient[1].astype(jnp.int32)
+    return wide.divmod64(wide.mul64(n, mantissa), power)[0]
 
 
 def prune_counts(
@@ -177,6 +195,19 @@ def target_counts(
     return final + more[1].astype(jnp.int32)
 
 
+def _ranks(values: wide.Pair) -> jax.Array:
+    """How many entries come before each: the larger ones, of equal ones the earlier."""
+    high, low = values
+    order = jnp.arange(len(high))
+    if len(high) > 256:  # the units of a layer; its layers compile faster in pairs
+        *_, place = lax.sort((~high, ~low, order), num_keys=3)
+        return jnp.zeros_like(order).at[place].set(order)
+    mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
+    tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
+    ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
+    return jnp.sum(ahead, axis=1, dtype=jnp.int32)
+
+
 def apportion(
     total: jax.Array | wide.Pair,
     shares: jax.Array,
@@ -224,13 +255,7 @@ def apportion(
     whole = wide.where64(whole[0] | whole[1] > 0, whole, _pair(jnp.ones_like(shares)))
     product = wide.mul64(_spread(total, (layers,)), shares)
     given, remainder = wide.divmod64(product, whole)
-    # A layer's rank is the number of layers whose remainder comes before its own.
-    high, low = remainder
-    mine, theirs = (high[:, None], low[:, None]), (high[None, :], low[None, :])
-    order = jnp.arange(layers)
-    tied = jnp.logical_not(wide.less64(mine, theirs) | wide.less64(theirs, mine))
-    ahead = wide.less64(mine, theirs) | (tied & (order[None, :] < order[:, None]))
-    rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    rank = _ranks(remainder)
     _, left = wide.sub64(total, wide.sum64(given))  # fewer than there are layers
     given = wide.add64(given, _pair(rank < left.astype(jnp.int32)))
     placed = wide.min64(given, _pair(room))

@@ -1,6 +1,6 @@
 """Checks the arguments of ``regrow``, and turns a rate into a schedule."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,8 +186,33 @@ def rate_schedule(
       >>> round(float(rate_schedule(None, 100)(50)), 6)
       0.25
     """
-    if prune_rate is None:
-        return schedules.cosine_prune_rate(0.5, stop=cast(int, update_stop))
+    prune_rate = cosine_unless(prune_rate, 0.5, update_stop)
     if callable(prune_rate):
         return prune_rate
     return lambda count: jnp.asarray(prune_rate, jnp.float32)
+
+
+def cosine_unless(
+    prune_rate: optax.ScalarOrSchedule | None, initial: float, update_stop: int | None
+) -> optax.ScalarOrSchedule | None:
+    """The given prune rate, or where there is none a cosine that ends in 0.
+
+    Args:
+      prune_rate: A number, a schedule, or None.
+      initial: Where the cosine starts.
+      update_stop: Where it reaches 0. Where it is None, the rate stays as it is given,
+        for ``check_arguments`` to refuse; its range is checked there as well.
+
+    Returns:
+      A prune rate.
+
+    Examples:
+      >>> from sparse_optax.regrowth.arguments import cosine_unless
+      >>> cosine_unless(0.2, 0.5, 100), cosine_unless(None, 0.5, None)
+      (0.2, None)
+      >>> round(float(cosine_unless(None, 0.5, 100)(50)), 6)
+      0.25
+    """
+    if prune_rate is not None or update_stop is None:
+        return prune_rate
+    return lambda count: schedules.cosine_prune_rate(initial, stop=update_stop)(count)

@@ -146,7 +146,11 @@ def cycle(
         return split_layers(vector, before, axes)
 
     evidence = evidence._replace(
-        counts=None, active=split(active), target=split(goal), before=before
+        counts=None,
+        active=split(active),
+        target=split(goal),
+        before=before,
+        rate=rate,
     )
 
     def keyed(evidence: Evidence, rule: int) -> Evidence:

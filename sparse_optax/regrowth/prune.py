@@ -1,17 +1,26 @@
 """Prune rules: which active weights stay."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sparse_optax import masks
+from sparse_optax import masks, selection, wide
+from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import (
     Evidence,
+    Rule,
     axes_of,
+    layer_counts,
     layer_vector,
     require,
     split_layers,
     stateless,
 )
+
+# A threshold that left these bounds could neither be doubled nor halved back.
+LOWEST, HIGHEST = 2.0**-120, 2.0**120
 
 
 def _active_magnitude(weight: jax.Array, mask: jax.Array) -> jax.Array:
@@ -19,11 +28,9 @@ def _active_magnitude(weight: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, jnp.abs(weight), -1.0)
 
 
-def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
+def _largest(evidence: Evidence, stay: jax.Array) -> tuple[jax.Array, ...]:
+    """Masks of the ``stay`` largest active weights of each layer."""
     axes = axes_of(evidence)
-    active = require(evidence, "active", rule="prune.magnitude")
-    counts = require(evidence, "counts", rule="prune.magnitude")
-    stay = layer_vector(active) - layer_vector(counts)
     return tuple(
         masks.select(
             list(zip(evidence.params, evidence.masks, strict=True)),
@@ -34,6 +41,151 @@ def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
     )
 
 
+def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
+    active = require(evidence, "active", rule="prune.magnitude")
+    counts = require(evidence, "counts", rule="prune.magnitude")
+    return _largest(evidence, layer_vector(active) - layer_vector(counts))
+
+
+def _two_sided(evidence: Evidence) -> tuple[jax.Array, ...]:
+    rate = require(evidence, "rate", rule="prune.two_sided")
+    pairs = list(zip(evidence.params, evidence.masks, strict=True))
+    # Two pools a layer, in one search. A weight that has not moved yet is positive.
+    pools = [(w, jnp.logical_and(m, w >= 0)) for w, m in pairs]
+    pools += [(w, jnp.logical_and(m, w < 0)) for w, m in pairs]
+    axes, sides = axes_of(evidence) * 2, tuple(m for _, m in pools)
+    number = layer_counts(sides, axes)
+    stay = number - allocate.floor_fraction(rate, number)
+    kept = masks.select(pools, split_layers(stay, sides, axes), axes, _active_magnitude)
+    return tuple(map(jnp.logical_or, kept[: len(pairs)], kept[len(pairs) :]))
+
+
+def _saved_magnitude(weight: jax.Array, mask: jax.Array, saved: jax.Array) -> jax.Array:
+    return jnp.where(saved, jnp.inf, jnp.where(mask, jnp.abs(weight), -1.0))
+
+
+def _global_magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
+    if not evidence.masks:
+        return ()
+    active = layer_vector(require(evidence, "active", rule="prune.global_magnitude"))
+    counts = layer_vector(require(evidence, "counts", rule="prune.global_magnitude"))
+    target = active if evidence.target is None else layer_vector(evidence.target)
+    one = jnp.minimum(active, 1)
+    saved = _largest(evidence, one)
+    # A budget that moves is one number here: layers need not be at their targets.
+    lost = wide.add64(
+        allocate.signed_sum(counts - jnp.maximum(active - target, 0)),
+        allocate.signed_sum(active - target),
+    )
+    whole, least = allocate.signed_sum(active), allocate.signed_sum(one)
+    stay = wide.sub64(whole, wide.min64(lost, wide.sub64(whole, least)))
+    columns = zip(evidence.params, evidence.masks, saved, strict=True)
+    return tuple(selection.top_k_mask(list(columns), stay, score=_saved_magnitude))
+
+
+def adaptive_threshold(
+    initial: float = 1e-3, *, tolerance: float = 0.1, number: int | None = None
+) -> Rule:
+    r"""Removes what is under one threshold that follows a target number.
+
+    .. math:: K_i = \#\{|w| < H\}, \quad
+              H \leftarrow H / 2 \text{ if } K > (1 + \delta) N_p, \quad
+              H \leftarrow 2 H \text{ if } K < (1 - \delta) N_p
+
+    with K the sum of K_i. A layer that would be emptied keeps its largest weight. It
+    sets its own numbers: with a ``budget`` that moves the total lags behind.
+
+    Args:
+      initial: The first threshold H, above 0.
+      tolerance: delta, the width of the band in which H stays, in [0, 1).
+      number: N_p, how many weights a cycle should remove; None is the prune rate's
+        share of the active weights.
+
+    Returns:
+      A prune rule whose state is H, a float32 scalar.
+
+    Raises:
+      ValueError: If an argument is a number outside its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> rule = regrowth.prune.adaptive_threshold(0.5, number=1)
+      >>> evidence = regrowth.Evidence(
+      ...     params=(jnp.array([3.0, 0.1, 0.2, 0.3]),),
+      ...     masks=(jnp.ones(4, bool),), active=(jnp.int32(4),))
+      >>> (kept,), threshold = rule.apply(evidence, rule.init((), ()))
+      >>> kept.tolist(), float(threshold)
+      ([True, False, False, False], 0.25)
+
+    References:
+      Mostafa and Wang, `Parameter Efficient Training of Deep Convolutional Neural
+      Networks by Dynamic Sparse Reparameterization
+      <https://arxiv.org/abs/1902.05967>`_, 2019.
+    """
+
+    def fail(name, value, allowed, cure):
+        raise ValueError(
+            f"adaptive_threshold: `{name}` must be {allowed}; got {value!r}. {cure}"
+        )
+
+    if isinstance(initial, numbers.Real) and not LOWEST <= initial <= HIGHEST:
+        allowed = f"in [{LOWEST:.1g}, {HIGHEST:.1g}]"
+        fail("initial", initial, allowed, "Use 1e-3 as in the paper.")
+    if isinstance(tolerance, numbers.Real) and not 0 <= tolerance < 1:
+        fail("tolerance", tolerance, "in [0, 1)", "Use 0.1 as in the paper.")
+    whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if number is not None and not isinstance(number, jax.Array):
+        if not whole or not 1 <= number < 2**31:
+            allowed = "an integer in [1, 2**31) or None"
+            fail("number", number, allowed, "Leave it out to follow prune_rate.")
+
+    def init(params, masks):
+        del params, masks
+        return jnp.asarray(initial, jnp.float32)
+
+    def apply(evidence, threshold):
+        if not evidence.masks:
+            return (), threshold
+        active = require(evidence, "active", rule="prune.adaptive_threshold")
+        active, axes = layer_vector(active), axes_of(evidence)
+        above = tuple(
+            jnp.logical_and(m, jnp.abs(w.astype(_wide(w))) >= threshold)
+            for w, m in zip(evidence.params, evidence.masks, strict=True)
+        )
+        stay = layer_counts(above, axes)
+        emptied = jnp.logical_and(stay == 0, active > 0).astype(jnp.int32)
+        saved = _largest(evidence, emptied)
+        if number is None:
+            counts = require(evidence, "counts", rule="prune.adaptive_threshold")
+            wanted = allocate.signed_sum(layer_vector(counts))
+        else:
+            wanted = wide.pair64(jnp.asarray(number, jnp.uint32))
+        lost = allocate.signed_sum(active - stay - emptied)
+        band = allocate.floor_fraction64(tolerance, wanted)
+        half = wide.less64(wide.add64(wanted, band), lost)
+        double = wide.less64(lost, wide.sub64(wanted, band))
+        factor = jnp.where(half, 0.5, jnp.where(double, 2.0, 1.0))
+        after = jnp.clip(threshold * factor, LOWEST, HIGHEST).astype(jnp.float32)
+        return tuple(map(jnp.logical_or, above, saved)), after
+
+    return Rule(init, apply)
+
+
+def _wide(x: jax.Array) -> np.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 #: Removes the ``counts`` active weights of smallest magnitude in each layer. Of
 #: equal magnitudes the lowest index stays.
 magnitude = stateless(_magnitude, exact=True)
+
+#: Removes, in each layer, the prune rate's share of the positive weights closest to
+#: zero and of the negative weights closest to zero, each rounded down. Active weights
+#: of exactly zero count among the positive. For budgets that do not move.
+two_sided = stateless(_two_sided)
+
+#: Removes the ``sum(counts)`` active weights of smallest magnitude of the network; of
+#: equal magnitudes the first leaf's lowest index stays. Each layer keeps its largest
+#: weight, so that fewer go where nothing else is left.
+global_magnitude = stateless(_global_magnitude)

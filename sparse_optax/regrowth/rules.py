@@ -31,6 +31,7 @@ class Evidence(NamedTuple):
       target: Per layer, how many should be active after the cycle; ``active`` but
         for a budget that moves.
       before: The masks before the prune.
+      rate: The prune rate p, float32 scalar.
       key: A random key, new for each cycle.
       step: int32 scalar, the number of finished updates.
       names: The leaves' names, for keys of their own.
@@ -45,6 +46,7 @@ class Evidence(NamedTuple):
     active: tuple[jax.Array, ...] | None = None
     target: tuple[jax.Array, ...] | None = None
     before: tuple[jax.Array, ...] | None = None
+    rate: jax.Array | None = None
     key: jax.Array | None = None
     step: jax.Array | int = 0
     names: tuple[str, ...] | None = None
@@ -138,6 +140,7 @@ def require(evidence: Evidence, field: str, *, rule: str) -> Any:
         "momentum": 'Give it: Rule(..., needs=("momentum",)) in the engine.',
         "gradient": 'Give it: Rule(..., needs=("gradient",)) in the engine.',
         "counts": "Give a prune_rate.",
+        "rate": "Give a prune_rate.",
         "key": "Give a random key.",
     }
     value = getattr(evidence, field)

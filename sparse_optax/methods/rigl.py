@@ -1,0 +1,114 @@
+"""RigL: rigging the lottery (Evci et al, 2020)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from sparse_optax.leaves import PyTree, Where
+from sparse_optax.masks import Key
+from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth.arguments import cosine_unless
+from sparse_optax.regrowth.engine import regrow
+
+
+def rigl(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    density: Any = None,
+    update_period: int,
+    update_stop: int | None = None,
+    prune_rate: optax.ScalarOrSchedule | None = None,
+    key: Key,
+    masks: PyTree | None = None,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    reset_moments: str = "grown",
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rewiring by the dense gradient at constant sparsity, layer by layer.
+
+    Each period until T_end, with a_i the active weights of layer i and g the gradient
+    of the batch at hand:
+
+    .. math::
+        k_i = \lfloor f(t) a_i \rfloor, \quad
+        f(t) = \frac{\alpha}{2} \left(1 + \cos \frac{\pi t}{T_{end}}\right), \quad
+        \text{prune the } k_i \text{ smallest } |w|, \text{ grow the } k_i
+        \text{ missing of largest } |g|
+
+    New weights start from zero. Every layer keeps its number of weights.
+
+    .. note::
+      Last in the chain: wrap what you train with; the gradient that reaches it must
+      be dense. Memory: one byte a weight, one bit with ``packed``. A cycle reads
+      weights and gradient a few dozen times, once a period; other steps cost one pass.
+      On a mesh, a cycle needs small all-reduces.
+
+      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
+      all others in ``static_args``.
+
+    Args:
+      inner: The optimizer that is wrapped. None, behind an optimizer in a chain, grows
+        by the incoming update; it needs ``reset_moments="none"``.
+      density: Fraction of weights kept, in (0, 1], in every layer, or a budget; the
+        paper's best is ``budgets.erdos_renyi_kernel(density)``. May be left out where
+        ``masks`` are given.
+      update_period: Delta T, updates between two cycles; 100 in the paper.
+      update_stop: T_end, no cycle from this many updates on; three quarters of
+        training in the paper.
+      prune_rate: A number in [0, 1] or a schedule of the number of finished updates;
+        None is f(t) with alpha = 0.3.
+      key: Integer seed or random key, for the first masks.
+      masks: First masks instead of random ones; their count is the budget.
+      where: Which leaves become sparse, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
+      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
+        grown, whatever the optimizer; ``"none"`` leaves them.
+      packed: Stores one bit a weight.
+
+    Returns:
+      A transformation with a ``RegrowState``.
+
+    Raises:
+      ValueError: If an argument is out of its range or does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.rigl(
+      ...     optax.adam(0.1), density=sparse_optax.budgets.erdos_renyi_kernel(0.25),
+      ...     update_period=2, update_stop=6, key=0)
+      >>> params = {"w": jnp.ones((4, 5))}
+      >>> state = tx.init(params)
+      >>> for _ in range(8):
+      ...     updates, state = tx.update({"w": params["w"] - 2}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> int((params["w"] != 0).sum())
+      5
+
+    References:
+      Evci et al, `Rigging the Lottery: Making All Tickets Winners
+      <https://arxiv.org/abs/1911.11134>`_, 2020.
+
+    Differences from the paper: what was just pruned may grow again, as in the released
+    code. Differences from that code: the update that opens a cycle still trains the
+    weights that stay, a weight pruned and regrown in one cycle starts from zero, and no
+    noise breaks ties of |w|.
+    """
+    return regrow(
+        inner,
+        density=density,
+        prune=prune.magnitude,
+        redistribute=redistribute.none,
+        grow=grow.gradient,
+        update_period=update_period,
+        update_stop=update_stop,
+        prune_rate=cosine_unless(prune_rate, 0.3, update_stop),
+        key=key,
+        masks=masks,
+        where=where,
+        stacked=stacked,
+        reset_moments=reset_moments,
+        packed=packed,
+        caller="rigl",
+    )

@@ -1,0 +1,109 @@
+"""SET: sparse evolutionary training (Mocanu et al, 2018)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from sparse_optax.leaves import PyTree, Where
+from sparse_optax.masks import Key
+from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth.engine import regrow
+
+
+def sparse_evolutionary(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    density: Any = None,
+    update_period: int,
+    update_stop: int | None = None,
+    prune_rate: optax.ScalarOrSchedule = 0.3,
+    key: Key,
+    masks: PyTree | None = None,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    reset_moments: str = "none",
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Random rewiring at constant sparsity, layer by layer.
+
+    Each period, in a layer with a+ positive and a- negative active weights:
+
+    .. math::
+        \text{prune the } \lfloor \zeta a^+ \rfloor \text{ smallest positive and the }
+        \lfloor \zeta a^- \rfloor \text{ largest negative weights, grow as many at
+        random}
+
+    All missing places may grow, those just pruned included. Every layer keeps its
+    number of weights.
+
+    .. note::
+      Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
+      with ``packed``. A cycle reads weights and random bits a few dozen times, once a
+      period; other steps cost one pass. On a mesh, a cycle needs small all-reduces.
+
+      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
+      all others in ``static_args``.
+
+    Args:
+      inner: The optimizer that is wrapped, or None behind one in a chain.
+      density: Fraction of weights kept, in (0, 1], in every layer, or a budget; the
+        paper's is ``budgets.erdos_renyi(density)``. May be left out where ``masks``
+        are given.
+      update_period: Updates between two cycles, the paper's epoch.
+      update_stop: No cycle from this many updates on; None never stops.
+      prune_rate: zeta, in [0, 1], or a schedule of the number of finished updates.
+      key: Integer seed or random key, for the first masks and the growth.
+      masks: First masks instead of random ones; their count is the budget.
+      where: Which leaves become sparse, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
+      reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
+        of weights just grown.
+      packed: Stores one bit a weight.
+
+    Returns:
+      A transformation with a ``RegrowState``.
+
+    Raises:
+      ValueError: If an argument is out of its range or does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.sparse_evolutionary(
+      ...     optax.sgd(0.1), density=sparse_optax.budgets.erdos_renyi(0.25),
+      ...     update_period=2, key=0)
+      >>> params = {"w": jnp.ones((4, 5))}
+      >>> state = tx.init(params)
+      >>> for _ in range(8):
+      ...     updates, state = tx.update({"w": params["w"] - 2}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> int((params["w"] != 0).sum())
+      5
+
+    References:
+      Mocanu et al, `Scalable Training of Artificial Neural Networks with Adaptive
+      Sparse Connectivity inspired by Network Science
+      <https://arxiv.org/abs/1707.04780>`_, 2018.
+
+    Differences from the paper: the first masks have exact counts instead of coin flips,
+    and an active weight of exactly zero counts as positive. Differences from the
+    released code: a weight pruned and regrown in one cycle starts from zero. The SET of
+    the sparse momentum code is another method: it prunes one sign alone.
+    """
+    return regrow(
+        inner,
+        density=density,
+        prune=prune.two_sided,
+        redistribute=redistribute.none,
+        grow=grow.random,
+        update_period=update_period,
+        update_stop=update_stop,
+        prune_rate=prune_rate,
+        key=key,
+        masks=masks,
+        where=where,
+        stacked=stacked,
+        reset_moments=reset_moments,
+        packed=packed,
+        caller="sparse_evolutionary",
+    )

@@ -1,0 +1,526 @@
+"""The dynamic methods beside sparse momentum: each cycle against the definition."""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import oracles_dynamic as oracle
+import pytest
+from helpers import (
+    at_step,
+    kept,
+    kernels,
+    network,
+    random_gradients,
+    refuses,
+    stepper,
+)
+
+import sparse_optax
+from sparse_optax import regrowth, schedules
+from sparse_optax.regrowth import grow, prune, redistribute
+
+# --- random networks, and one cycle on them -------------------------------------------
+
+SHAPES = ((1, 5), (16, 8), (3, 3, 2, 4))
+KINDS = ("normal", "ties", "zero", "few", "huge")
+ACTIVE = ("one", "some", "nearly", "all", "none")
+RATES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
+
+
+class Net(NamedTuple):
+    """Weights, masks and evidence of a network, one array a layer, and a prune rate."""
+
+    params: list
+    masks: list
+    momentum: list
+    gradient: list
+    rate: float
+
+
+def _values(rng, kind, shape):
+    if kind == "zero":
+        return np.zeros(shape, np.float32)
+    if kind == "ties":
+        return rng.integers(-2, 3, shape).astype(np.float32)
+    x = rng.normal(size=shape)
+    if kind == "few":
+        x *= rng.random(shape) < 0.2
+    return (x * (1e15 if kind == "huge" else 1)).astype(np.float32)
+
+
+def nets(number, shapes=SHAPES, active=ACTIVE):
+    """Networks with full, empty, tied and zero layers, each layer of another kind."""
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        made = Net([], [], [], [], RATES[seed % len(RATES)])
+        for shape in shapes:
+            n = int(np.prod(shape))
+            count = {"one": 1, "some": int(rng.integers(0, n + 1)), "all": n, "none": 0}
+            k = count.get(str(rng.choice(active)), n - n // 8)
+            mask = rng.permutation(np.arange(n) < k).reshape(shape)
+            a, b, c = (_values(rng, rng.choice(KINDS), shape) for _ in range(3))
+            made.masks.append(mask)
+            made.params.append(np.where(mask, a, 0))
+            made.momentum.append(b)
+            made.gradient.append(c)
+        yield made
+
+
+class Did(NamedTuple):
+    """What a cycle did, as NumPy arrays."""
+
+    masks: list
+    kept: list
+    removed: list
+    grown: list
+    states: Any
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "axes"))
+def _cycle(net, key, states, target, rules, axes):
+    evidence = regrowth.Evidence(
+        params=net.params,
+        masks=net.masks,
+        momentum=net.momentum,
+        gradient=net.gradient,
+        key=key,
+        axes=axes,
+    )
+    return regrowth.cycle(
+        evidence,
+        prune=rules[0],
+        redistribute=rules[1],
+        grow=rules[2],
+        prune_rate=net.rate,
+        states=states,
+        target=target,
+    )
+
+
+def cycle(net, *rules, seed=0, states=None, target=None, axes=None):
+    """One cycle of a triple of rules, and its totals checked."""
+    arrays = Net(*(tuple(map(jnp.asarray, x)) for x in net[:4]), jnp.float32(net.rate))
+    if target is not None:
+        target = jnp.asarray(target, jnp.int32)
+    result = _cycle(arrays, jax.random.key(seed), states, target, rules, axes)
+    assert bool(result.ok)
+    did = Did(
+        [np.asarray(m) for m in result.masks],
+        [np.asarray(m) for m in result.kept],
+        result.removed.tolist(),
+        result.grown.tolist(),
+        result.states,
+    )
+    wanted = total(net.masks) if target is None else int(target.sum())
+    assert total(did.masks) == wanted
+    assert total(did.masks) == total(did.kept) + sum(did.grown)
+    assert total(did.kept) == total(net.masks) - sum(did.removed)
+    for before, stay, after in zip(net.masks, did.kept, did.masks, strict=True):
+        assert not (stay & ~before).any()
+        assert not (stay & ~after).any()
+    return did
+
+
+def total(masks):
+    return sum(int(m.sum()) for m in masks)
+
+
+def missing(masks):
+    return [~m for m in masks]
+
+
+def same(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def new(did):
+    return [m & ~k for m, k in zip(did.masks, did.kept, strict=True)]
+
+
+# --- the mixtures of sparse momentum's Table 5 ----------------------------------------
+
+
+def _by_largest(values, did):
+    return oracle.largest(values, missing(did.kept), did.grown)
+
+
+def _by_unit(values, did):
+    grown = zip(values, missing(did.kept), did.grown, strict=True)
+    return [oracle.grow_by_unit(v, m, n) for v, m, n in grown]
+
+
+GROWN = {
+    "momentum": lambda net, did: _by_largest(net.momentum, did),
+    "gradient": lambda net, did: _by_largest(net.gradient, did),
+    "momentum_per_neuron": lambda net, did: _by_unit(net.momentum, did),
+    "random": None,
+}
+SHARES = {
+    "momentum": lambda net, kept: oracles.contributions(net.masks, net.momentum),
+    "magnitude": lambda net, kept: oracles.contributions(net.masks, net.params),
+    "nonzeros": lambda net, kept: [int(k.sum()) for k in kept],
+    "none": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("shares", "growth"),
+    [
+        ("momentum", "random"),
+        ("magnitude", "momentum_per_neuron"),
+        ("nonzeros", "momentum"),
+        ("none", "gradient"),
+    ],
+)
+def test_a_mixture_equals_its_definition(shares, growth):
+    rules = prune.magnitude, getattr(redistribute, shares), getattr(grow, growth)
+    for net in nets(24):
+        did = cycle(net, *rules)
+        c, before_prune = [0] * len(SHAPES), SHARES[shares]
+        if before_prune and shares != "nonzeros":
+            c = before_prune(net, None)
+        # What was not shared by a contribution is pruned by the plain rate.
+        removed = oracles.prune_counts(net.masks, c, net.rate)
+        assert did.removed == removed
+        same(did.kept, oracle.smallest_go(net.params, net.masks, removed))
+        free = [int(m.sum()) for m in missing(did.kept)]
+        grown = removed
+        if before_prune:
+            c = before_prune(net, did.kept)
+            grown = oracles.regrow_counts(sum(removed), c, removed, free)
+        assert did.grown == grown
+        if GROWN[growth]:
+            same(new(did), GROWN[growth](net, did))
+
+
+def test_every_mixture_is_one_call():
+    params = network(((4, 3),))
+    for shares, growth in itertools.product(SHARES, GROWN):
+        tx = sparse_optax.sparse_momentum_regrow(
+            optax.sgd(0.1, momentum=0.9),
+            density=0.5,
+            update_period=2,
+            update_stop=8,
+            redistribute=getattr(redistribute, shares),
+            grow=getattr(grow, growth),
+            key=0,
+        )
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_a_unit_gets_its_share_by_hand():
+    """Means 3, 1, 0 and 0 share eight places: six and two, but unit 0 has room for 4.
+
+    The two that do not fit go one each to the lowest units with room.
+    """
+    momentum = np.zeros((4, 4), np.float32)
+    momentum[:, 0], momentum[:, 1] = 3, [1, 0, 2, 1]
+    missing = np.ones((4, 4), bool)
+    assert oracle.unit_counts(momentum, missing, 8) == [4, 3, 1, 0]
+    got = regrowth.units.split_counts(
+        (jnp.int32(8),), (jnp.asarray(momentum),), (jnp.asarray(~missing),), (None,)
+    )
+    assert got[0].tolist() == [4, 3, 1, 0]
+
+
+def test_units_of_stacked_layers_are_those_of_each_layer_alone():
+    """Three layers in one leaf, along its middle axis, grow as three leaves do."""
+    rules = prune.magnitude, redistribute.none, grow.momentum_per_neuron
+    for net in nets(6, shapes=((6, 4),) * 3, active=("some", "nearly", "all")):
+        arrays = [[np.stack(x, 1)] for x in net[:4]]
+        did = cycle(Net(*arrays, net.rate), *rules, axes=(1,))
+        after, kept = (list(np.moveaxis(m[0], 1, 0)) for m in (did.masks, did.kept))
+        got = did._replace(masks=after, kept=kept)
+        same(new(got), _by_unit(net.momentum, got))
+
+
+def test_units_past_the_pairwise_ranks():
+    """A layer of 300 units ranks their remainders by a sort."""
+    net = next(nets(1, shapes=((2, 300),), active=("some",)))
+    net = net._replace(rate=0.5)
+    rng = np.random.default_rng(1)
+    net = net._replace(momentum=[rng.integers(-3, 4, (2, 300)).astype(np.float32)])
+    did = cycle(net, prune.magnitude, redistribute.none, grow.momentum_per_neuron)
+    assert did.grown[0] > 50
+    same(new(did), _by_unit(net.momentum, did))
+
+
+# --- rules of the other methods, one cycle --------------------------------------------
+
+
+def test_two_sided_pruning_equals_its_definition():
+    for net in nets(24):
+        did = cycle(net, prune.two_sided, redistribute.none, grow.random)
+        wanted = [
+            oracle.two_sided(w, m, net.rate)
+            for w, m in zip(net.params, net.masks, strict=True)
+        ]
+        same(did.kept, wanted)
+        assert did.grown == did.removed
+
+
+def test_two_sided_pruning_removes_the_wrong_half_nowhere():
+    """Half of four positive and half of four negative weights: those next to zero.
+
+    A known failure takes all but the most negative weights.
+    """
+    weights = np.float32([-4, -3, -2, -1, 1, 2, 3, 4])
+    net = Net([weights], [np.ones(8, bool)], [weights], [weights], 0.5)
+    did = cycle(net, prune.two_sided, redistribute.none, grow.random)
+    assert did.kept[0].tolist() == [True, True, False, False, False, False, True, True]
+    # With one sign alone nothing else is touched.
+    for sign in (1, -1):
+        net = net._replace(params=[sign * np.abs(weights)])
+        did = cycle(net, prune.two_sided, redistribute.none, grow.random)
+        assert np.abs(weights)[did.kept[0]].tolist() == [4, 3, 3, 4]
+
+
+GLOBAL = prune.global_magnitude, redistribute.none, grow.global_momentum
+
+
+def test_global_rules_equal_their_definitions():
+    for net in nets(24):
+        did = cycle(
+            net, prune.global_magnitude, redistribute.none, grow.global_momentum
+        )
+        lost = sum(oracle.floor_rate(net.rate, m.sum()) for m in net.masks)
+        same(did.kept, oracle.global_prune(net.params, net.masks, lost))
+        same(
+            new(did),
+            oracle.global_grow(net.momentum, missing(did.kept), sum(did.removed)),
+        )
+        for before, after in zip(net.masks, did.kept, strict=True):
+            assert after.any() == before.any()
+
+
+def test_global_rules_by_hand():
+    """Four of eight go, though layer 0 has the four largest; each keeps its largest."""
+    params = [np.float32([5, 6, 7, 8]), np.float32([4, 3, 2, 1])]
+    masks = [np.ones(4, bool)] * 2
+    momentum = [np.float32([1, 1, 1, 1]), np.float32([1, 9, 2, 0])]
+    net = Net(params, masks, momentum, momentum, 0.5)
+    did = cycle(net, *GLOBAL)
+    assert [k.tolist() for k in did.kept] == [
+        [False, True, True, True],
+        [True, False, False, False],
+    ]
+    assert (did.removed, did.grown) == ([1, 3], [1, 3])
+    net = net._replace(rate=1.0)
+    did = cycle(net, *GLOBAL)
+    assert (did.removed, did.grown) == ([3, 3], [3, 3])
+
+
+# --- training -------------------------------------------------------------------------
+
+NET = ((9, 6), (6, 5))
+PERIOD, STOP = 3, 24
+SGD = optax.sgd(0.05, momentum=0.9)
+
+
+class Step(NamedTuple):
+    """One update: what went in and what came out, NumPy arrays a layer."""
+
+    count: int
+    params: list
+    masks: list
+    gradient: list
+    after: list
+    new: list
+    state: Any
+
+
+def follow(tx, steps=STOP + PERIOD, shapes=NET, seed=0, budget=None):
+    """Trains by random gradients; each step's exact total and exact zeros checked."""
+    params = network(shapes)
+    grads = random_gradients(seed, params, steps)
+    state, step = tx.init(params), stepper(tx)
+    wanted = total(kept(state)) if budget is None else budget
+    for t in range(steps):
+        g, before, masks = at_step(grads, t), params, kept(state)
+        params, state = step(params, state, g)
+        made = Step(
+            t, kernels(before), masks, kernels(g), kernels(params), kept(state), state
+        )
+        assert total(made.new) == (wanted(t) if callable(wanted) else wanted)
+        for w, m in zip(made.after, made.new, strict=True):
+            assert not w[~m].any()
+            assert np.isfinite(w).all()
+        yield made
+
+
+def is_due(count):
+    return count > 0 and count % PERIOD == 0 and count < STOP
+
+
+def cycles_of(tx, **kwargs):
+    """The steps of ``follow`` that open a cycle; on the others no mask moves."""
+    for step in follow(tx, **kwargs):
+        if is_due(step.count):
+            yield step
+        else:
+            same(step.new, step.masks)
+
+
+def cosine(initial, count):
+    """The float32 that the schedule has, so that floors agree."""
+    return float(schedules.cosine_prune_rate(initial, stop=STOP)(count))
+
+
+def rests(step, kept):
+    """What was pruned is zero after the update, also where it has grown back."""
+    for w, before, k in zip(step.after, step.masks, kept, strict=True):
+        assert not w[before & ~k].any()
+
+
+SETTINGS = dict(density=0.4, update_period=PERIOD, update_stop=STOP, key=1)
+
+
+def test_set_trains_as_defined():
+    moved = 0
+    for step in cycles_of(sparse_optax.sparse_evolutionary(SGD, **SETTINGS)):
+        stay = [
+            oracle.two_sided(w, m, 0.3)
+            for w, m in zip(step.params, step.masks, strict=True)
+        ]
+        rests(step, stay)
+        for k, old, m in zip(stay, step.masks, step.new, strict=True):
+            assert not (k & ~m).any()
+            assert m.sum() == old.sum()
+            moved += int((m & ~old).sum())
+    assert moved > 10
+
+
+def test_rigl_trains_as_defined():
+    changed = 0
+    for step in cycles_of(sparse_optax.rigl(SGD, **SETTINGS)):
+        rate = cosine(0.3, step.count)
+        wanted, stay = oracle.rigl_cycle(step.params, step.masks, step.gradient, rate)
+        same(step.new, wanted)
+        rests(step, stay)
+        changed += any((a != b).any() for a, b in zip(step.masks, wanted, strict=True))
+        trace = kernels(optax.tree.get(step.state, "trace"))
+        for z, g, k, m in zip(trace, step.gradient, stay, step.new, strict=True):
+            # Reset, then this step's gradient: all that a new weight remembers.
+            np.testing.assert_allclose(z[m & ~k], g[m & ~k], rtol=1e-6)
+    assert changed > 3
+
+
+def test_random_growth_is_uniform_over_what_is_missing():
+    """Of 48 places 8 come, 600 times: each about 100 times."""
+    weights = jnp.where(jnp.arange(50) < 10, 1.0 + jnp.arange(50), 0)
+
+    def masks_of(key):
+        evidence = regrowth.Evidence((weights,), (weights != 0,), key=key)
+        rules = dict(prune=prune.two_sided, redistribute=redistribute.none)
+        return regrowth.cycle(evidence, **rules, grow=grow.random, prune_rate=0.8).masks
+
+    (masks,) = jax.jit(jax.vmap(masks_of))(jax.random.split(jax.random.key(0), 600))
+    masks = np.asarray(masks)
+    assert (masks.sum(axis=1) == 10).all()
+    assert masks[:, 8:10].all()
+    came = masks[:, np.r_[:8, 10:50]].sum(axis=0)
+    assert came.sum() == 8 * 600
+    # Chi-square with 47 degrees of freedom is below 84 in 999 of 1000 draws.
+    assert ((came - 100) ** 2 / 100).sum() < 84
+
+
+# --- DSR ------------------------------------------------------------------------------
+
+THRESHOLD = prune.adaptive_threshold(0.5)
+DSR = THRESHOLD, redistribute.nonzeros, grow.random_elsewhere
+
+
+def test_dsr_equals_its_definition():
+    factors = set()
+    for i, net in enumerate(nets(24)):
+        before = np.float32(0.5 * 4.0 ** (i % 3 - 1))
+        did = cycle(net, *DSR, states=(jnp.float32(before), (), ()))
+        wanted = sum(oracle.floor_rate(net.rate, m.sum()) for m in net.masks)
+        stay, removed, after = oracle.under_threshold(
+            net.params, net.masks, before, wanted, 0.1
+        )
+        same(did.kept, stay)
+        assert did.removed == removed
+        assert did.grown == oracle.dsr_grown(stay, removed)
+        assert float(did.states[0]) == after
+        factors.add(after / before)
+        for k, old, m in zip(did.kept, net.masks, did.masks, strict=True):
+            # Back in its own place only where no other was left.
+            assert not (m & ~k & old).any() or m[~old].all()
+    assert factors == {0.5, 1.0, 2.0}
+
+
+def test_the_band_of_the_threshold_is_exact():
+    """Ten of twenty are under it: 1.1 * 9 < 10, 0.9 * 11 < 10, 0.9 * 12 > 10."""
+    weights, mask = jnp.float32([0.25] * 10 + [1.0] * 10), jnp.ones(20, bool)
+    evidence = regrowth.Evidence((weights,), (mask,), active=(jnp.int32(20),))
+    for number, factor in ((1, 0.5), (9, 0.5), (10, 1), (11, 1), (12, 2)):
+        rule = prune.adaptive_threshold(0.5, number=number)
+        (stay,), threshold = rule.apply(evidence, rule.init((), ()))
+        assert int(stay.sum()) == 10
+        assert float(threshold) == 0.5 * factor
+
+
+def test_a_threshold_never_gets_stuck():
+    """Where nothing can reach the target it stays a number that can come back."""
+    weights = np.float32([1.0, 2.0])
+    net = Net([weights], [np.ones(2, bool)], [weights], [weights], 1.0)
+    state = (jnp.float32(2.0**119), (), ())
+    for _ in range(3):  # one weight stays, and two should go
+        did = cycle(net, *DSR, states=state)
+        state = did.states
+    assert float(state[0]) == 2.0**120
+    net = net._replace(rate=0.0)
+    did = cycle(net, *DSR, states=state)
+    assert (did.removed, float(did.states[0])) == ([1], 2.0**119)
+    state = (jnp.float32(2.0**-119), (), ())
+    net = net._replace(params=[np.zeros(2, np.float32)])
+    for _ in range(3):  # a zero is under every threshold
+        did = cycle(net, *DSR, states=state)
+        state = did.states
+    assert float(state[0]) == 2.0**-120
+
+
+def test_dsr_trains_as_defined():
+    tx = sparse_optax.dynamic_sparse(SGD, threshold=0.05, prune_number=5, **SETTINGS)
+    threshold, seen = 0.05, []
+    for step in cycles_of(tx):
+        threshold = np.float32(threshold)
+        stay, removed, threshold = oracle.under_threshold(
+            step.params, step.masks, threshold, 5, 0.1
+        )
+        grown = oracle.dsr_grown(stay, removed)
+        rests(step, stay)
+        for k, m, n in zip(stay, step.new, grown, strict=True):
+            assert not (k & ~m).any()
+            assert m.sum() == k.sum() + n
+        np.testing.assert_array_equal(step.state.rules[0], np.float32(threshold))
+        seen.append(sum(removed))
+    assert max(seen) > 0
+    assert seen[-1] >= 3  # it found its way into the band
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("initial", 0.0, r"\["),
+        ("initial", float("nan"), r"\["),
+        ("tolerance", 1.0, r"\[0, 1\)"),
+        ("number", 0, r"\[1, 2"),
+        ("number", 1.5, r"\[1, 2"),
+        ("number", True, r"\[1, 2"),
+    ],
+)
+def test_a_wrong_threshold(argument, value, allowed):
+    with refuses("adaptive_threshold", argument, str(value), allowed):
+        prune.adaptive_threshold(**{argument: value})
