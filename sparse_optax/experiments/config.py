@@ -10,12 +10,17 @@ import tyro
 
 from sparse_optax.experiments import data, methods, models
 
+BUDGETS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
 if TYPE_CHECKING:
-    DatasetName = ModelName = MethodName = str
+    DatasetName = ModelName = MethodName = RedistributeName = GrowName = str
+    BudgetName = str
 else:  # the registries are the choices of the command line
     DatasetName = Literal[data.NAMES]
     ModelName = Literal[tuple(models.MODELS)]
     MethodName = Literal[tuple(methods.METHODS)]
+    RedistributeName = Literal[methods.REDISTRIBUTE]
+    GrowName = Literal[methods.GROW]
+    BudgetName = Literal[BUDGETS]
 
 
 def _flag(metavar: str, default: str) -> Any:
@@ -69,8 +74,13 @@ class TrainConfig:
       weight_decay: L2 coefficient, added to the gradient.
       decay: what decays: all parameters or only the kernels.
       prune_rate: sparse momentum: share of the kept weights replaced in the first
-        cycle; it falls to 0 along a half cosine.
-      update_epochs: sparse momentum: epochs between two cycles.
+        cycle.
+      prune_decay: sparse momentum: how that share goes on; cosine and linear end in 0.
+      redistribute: sparse momentum: what says how many weights a layer gets back.
+      grow: sparse momentum: what says which missing weights come.
+      budget: how the density is shared among the layers; None is the method's own.
+      update_epochs: epochs between two cycles of methods that have cycles.
+      l1: strength of the L1 penalty of method l1.
       gate: GSM: share of the weights whose gradient passes each step.
       settle_epoch: GSM: epoch from which only the largest weights are trained, the
         rest decays.
@@ -100,7 +110,14 @@ class TrainConfig:
         _flag("{all,kernels}", "all; for gsm, kernels"),
     ] = None
     prune_rate: float = 0.5
+    prune_decay: Literal["cosine", "linear", "constant"] = "cosine"
+    redistribute: RedistributeName = "momentum"
+    grow: GrowName = "momentum"
+    budget: Annotated[
+        BudgetName | None, _flag("{" + ",".join(BUDGETS) + "}", "the method's own")
+    ] = None
     update_epochs: int = 1
+    l1: float = 1e-5
     gate: Annotated[float | None, _flag("FLOAT", "the density")] = None
     settle_epoch: Annotated[int | None, _flag("INT", "never, as in the paper")] = None
     base: Base = Base()
@@ -138,6 +155,9 @@ class Resolved(TrainConfig):
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: Literal["all", "kernels"] = "all"
+    budget: Literal["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"] = (
+        "uniform"
+    )
     base: ResolvedBase = ResolvedBase()
     init: Literal["torch", "xavier"] = "torch"
 
@@ -197,6 +217,42 @@ GSM_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Methods that start from a trained network: the same learning rates and as many epochs
+# in all, of which the dense training has those before the first drop.
+_TRAINED_MNIST: dict[str, Any] = dict(
+    epochs=54,
+    batch_size=100,
+    learning_rate=0.01,
+    drop_steps=(25_000,),
+    base=dict(
+        epochs=46, batch_size=100, learning_rate=0.1, drop_epochs=(), momentum=0.9
+    ),
+)
+TRAINED_RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        epochs=40,
+        batch_size=32,
+        learning_rate=0.01,
+        drop_epochs=(25,),
+        base=dict(
+            epochs=60, batch_size=32, learning_rate=0.1, drop_epochs=(), momentum=0.9
+        ),
+    ),
+    "mnist": _TRAINED_MNIST,
+    "fashion-mnist": _TRAINED_MNIST,
+    "cifar10": dict(
+        epochs=165,
+        batch_size=128,
+        learning_rate=0.01,
+        drop_steps=(30_000,),
+        base=dict(
+            epochs=85, batch_size=128, learning_rate=0.1, drop_epochs=(), momentum=0.9
+        ),
+    ),
+}
+_BY_METHOD = {"scratch": RECIPES, "trained": TRAINED_RECIPES, "gsm": GSM_RECIPES}
+
+
 def resolve(config: TrainConfig) -> Resolved:
     """Fills what was left out from the recipe, and checks every value.
 
@@ -218,14 +274,20 @@ def resolve(config: TrainConfig) -> Resolved:
     _choose("dataset", config.dataset, data.NAMES)
     _choose("model", config.model, models.MODELS)
     _choose("method", config.method, methods.METHODS)
+    _choose("prune_decay", config.prune_decay, methods.DECAYS)
+    _choose("redistribute", config.redistribute, methods.REDISTRIBUTE)
+    if config.budget is not None:
+        _choose("budget", config.budget, BUDGETS)
+    _choose("grow", config.grow, methods.GROW)
     if config.drop_steps and config.drop_epochs:
         raise ValueError(
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
-    gsm = config.method == "gsm"
+    method = methods.METHODS[config.method]
     recipe = {
-        **(_GSM if gsm else _SGD),
-        **(GSM_RECIPES if gsm else RECIPES)[config.dataset],
+        **(_GSM if method.recipe == "gsm" else _SGD),
+        **_BY_METHOD[method.recipe][config.dataset],
+        "budget": method.budget,
     }
     # Drops that are given replace the drops of the recipe, whatever their unit.
     if config.drop_steps is not None or config.drop_epochs is not None:
@@ -294,6 +356,7 @@ def _check(config):
     )
     need(config.weight_decay >= 0, "weight_decay", config.weight_decay, "0 or above")
     need(0 <= config.prune_rate <= 1, "prune_rate", config.prune_rate, "in [0, 1]")
+    need(0 <= config.l1 < math.inf, "l1", config.l1, "a finite number, 0 or above")
     need(config.update_epochs >= 1, "update_epochs", config.update_epochs, "1 or more")
     need(config.seed >= 0, "seed", config.seed, "0 or above")
     need(
@@ -334,6 +397,11 @@ def base_of(config: Resolved) -> Resolved:
         **_DENSE,
         drop_steps=(),
         prune_rate=plain.prune_rate,
+        prune_decay=plain.prune_decay,
+        redistribute=plain.redistribute,
+        grow=plain.grow,
+        budget="uniform",
+        l1=plain.l1,
         update_epochs=plain.update_epochs,
         gate=None,
         settle_epoch=None,

@@ -161,9 +161,15 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     if config.base.epochs:
         base = _train(configs.base_of(config), setting, stage="base")
         params, stats = base.params, base.stats
-    plan = methods.METHODS[config.method](
-        config, len(dataset.train_x) // config.batch_size, method_key
+    setup = methods.Setup(
+        config,
+        len(dataset.train_x) // config.batch_size,
+        method_key,
+        lambda params, images: apply(params, stats, images)[0],
+        params,
+        (dataset.train_x, dataset.train_y),
     )
+    plan = methods.METHODS[config.method].build(setup)
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     if setting.runs is None:
         return run.train(params, stats, folder=None)
