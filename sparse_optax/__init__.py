@@ -6,8 +6,8 @@ From top to bottom, each module uses only those above it:
 - ``selection``: the k largest of a tree, exactly, without a sort.
 - ``leaves``: which leaves take part, and what they are called.
 - ``budgets``: how many weights each leaf may keep.
-- ``mask_trees``, ``masks``, ``state``: masks as data, making and counting them,
-  and the masks in an optimizer state.
+- ``mask_trees``, ``scored_masks``, ``masks``, ``state``: masks as data, of the
+  highest scores, making and counting them, and the masks in an optimizer state.
 - ``sparse_models``, ``sparse_files``: a finished model by name, and its compact file.
 - ``clipping``: by the norm of active weights.
 - ``schedules``: prune rates, density ramps, when to act.

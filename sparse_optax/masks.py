@@ -6,15 +6,14 @@ boolean array of its shape, True where the weight is kept; a leaf that does not 
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from sparse_optax import budgets, selection
+from sparse_optax import budgets
 from sparse_optax.leaves import (
     PyTree,
     Where,
@@ -35,6 +34,9 @@ from sparse_optax.mask_trees import (
 from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
+from sparse_optax.scored_masks import place as place
+from sparse_optax.scored_masks import score_masks as score_masks
+from sparse_optax.scored_masks import select as select
 from sparse_optax.selection import mesh
 
 Key = jax.Array | int
@@ -257,42 +259,6 @@ def as_key(key: Key, *, caller: str) -> jax.Array:
     )
 
 
-def select(
-    operands: Sequence[tuple[jax.Array, ...]],
-    counts: Sequence[Any],
-    axes: Sequence[int | None],
-    score: Callable[..., jax.Array],
-) -> list[jax.Array]:
-    """Masks of the highest-scored weights, a pool for every layer.
-
-    Args:
-      operands: For each leaf a tuple of arrays of its shape.
-      counts: For each leaf how many to keep: an integer, or one a slice, shape (L,).
-      axes: For each leaf the axis whose slices are layers, or None.
-      score: A module-level function of a leaf's arrays.
-
-    Returns:
-      A boolean array a leaf.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import masks
-      >>> masks.select([(jnp.array([1.0, -3.0]),)], [1], [None], jnp.abs)[0].tolist()
-      [False, True]
-    """
-    if not operands:
-        return []
-    front = [
-        xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
-        for xs, axis in zip(operands, axes, strict=True)
-    ]
-    chosen = selection.top_k_mask(front, list(counts), score=score)
-    return [
-        m if axis is None else jnp.moveaxis(m, 0, axis)
-        for m, axis in zip(chosen, axes, strict=True)
-    ]
-
-
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
@@ -345,17 +311,8 @@ def random_masks(
         plan.axes,
         _identity,
     )
-    kept = [_place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
+    kept = [place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
     return rebuild(structure, len(flat), plan.index, kept)
-
-
-def _place(mask: jax.Array, like: Any) -> jax.Array:
-    """A concrete mask on the devices of its leaf, under Auto meshes too."""
-    concrete = isinstance(like, jax.Array) and not isinstance(like, Tracer)
-    # What is free to move stays so: else the second step would be compiled anew.
-    if isinstance(mask, Tracer) or not concrete or not like.committed:
-        return mask
-    return jax.device_put(mask, like.sharding)
 
 
 def magnitude_masks(
@@ -392,26 +349,14 @@ def magnitude_masks(
       >>> masks.magnitude_masks(params, 0.5)["w"].tolist()
       [[False, True], [False, True]]
     """
-    if scope not in ("global", "leaf"):
-        raise ValueError(
-            f"magnitude_masks: `scope` must be 'global' or 'leaf'; got {scope!r}."
-            " Use 'leaf' to rank each layer alone."
-        )
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    name = "magnitude_masks"
-    chosen = resolve_where(params, where, embeddings=embeddings, caller=name)
-    plan = layout(params, chosen, stacked, caller=name)
-    where = jax.tree.unflatten(structure, chosen)
-    layers: Any = {"where": where, "stacked": stacked, "caller": name}
-    pool = [(flat[i],) for i in plan.index]
-    if not pool:
-        return rebuild(structure, len(flat), (), ())
-    if scope == "global":
-        k, costs = budgets.pool(density, params, **layers)
-        if costs is not None:
-            costs = [c for c in flatten(costs)[0] if not is_hole(c)]
-        kept = selection.top_k_mask(pool, k, score=jnp.abs, costs=costs)
-    else:
-        leaf_counts = flatten(budgets.resolve(density, params, **layers))[0]
-        kept = select(pool, [leaf_counts[i] for i in plan.index], plan.axes, jnp.abs)
-    return rebuild(structure, len(flat), plan.index, kept)
+    return score_masks(
+        (params,),
+        params,
+        density,
+        score=jnp.abs,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        embeddings=embeddings,
+        caller="magnitude_masks",
+    )

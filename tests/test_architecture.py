@@ -23,6 +23,7 @@ ORDER = (
     "leaves.py",
     "budgets/",
     "mask_trees.py",
+    "scored_masks.py",
     "masks.py",
     "state.py",
     "sparse_models.py",
@@ -300,7 +301,9 @@ PROMISED = (
     "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
     "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
-    "sparse_files"
+    "sparse_files "
+    ""
+    ""
 ).split()
 
 
