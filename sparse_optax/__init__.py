@@ -40,7 +40,14 @@ from sparse_optax.gsm_analysis import GsmGap as GsmGap
 from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
+from sparse_optax.methods import fisher_masks as fisher_masks
+from sparse_optax.methods import layerwise_obs as layerwise_obs
+from sparse_optax.methods import (
+    optimal_brain_damage_masks as optimal_brain_damage_masks,
+)
+from sparse_optax.methods import snip_masks as snip_masks
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
+from sparse_optax.methods import synflow_masks as synflow_masks
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
 from sparse_optax.sparse_files import load_sparse as load_sparse

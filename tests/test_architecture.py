@@ -302,8 +302,8 @@ PROMISED = (
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
     "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
     "sparse_files "
-    ""
-    ""
+    "snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
+    "layerwise_obs"
 ).split()
 
 

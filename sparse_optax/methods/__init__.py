@@ -1,5 +1,12 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
+from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
+from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
+from sparse_optax.methods.optimal_brain_damage import (
+    optimal_brain_damage_masks as optimal_brain_damage_masks,
+)
+from sparse_optax.methods.snip import snip_masks as snip_masks
 from sparse_optax.methods.sparse_momentum import (
     sparse_momentum_regrow as sparse_momentum_regrow,
 )
+from sparse_optax.methods.synaptic_flow import synflow_masks as synflow_masks

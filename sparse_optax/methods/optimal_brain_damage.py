@@ -1,0 +1,151 @@
+"""Optimal Brain Damage: pruning by the diagonal of the curvature (LeCun, 1989)."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparse_optax import scored_masks
+from sparse_optax.leaves import PyTree, Where
+from sparse_optax.methods import batches as over
+from sparse_optax.methods.fisher_pruning import quadratic_saliency
+
+
+def optimal_brain_damage_masks(
+    forward: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    batches: Iterable[tuple[Any, Any]],
+    density: Any,
+    *,
+    criterion: Callable[[jax.Array, Any], jax.Array] | None = None,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> PyTree:
+    r"""Keeps the weights of largest saliency :math:`h_{kk} w_k^2 / 2`.
+
+    :math:`h_{kk}` is the exact diagonal of the Gauss-Newton matrix, with J the Jacobian
+    of one example's outputs z and H the Hessian of the criterion with respect to them:
+
+    .. math::
+        h_{kk} = \frac{1}{N} \sum_n (J_n^T H_n J_n)_{kk}
+               = \frac{1}{N} \sum_n \sum_c \lambda_{nc} (J_n^T v_{nc})_k^2, \quad
+        H_n = \sum_c \lambda_{nc} v_{nc} v_{nc}^T
+
+    For softmax cross-entropy with probabilities p the factors are known,
+    :math:`\lambda_c = p_c` and :math:`v_c = e_c - p`; for another criterion they are
+    the eigenvalues and eigenvectors of H.
+
+    One call is one deletion on a trained network. The paper's loop of deleting,
+    retraining and deleting again is the caller's: train with
+    ``static_sparse(inner, masks=...)`` and call again with a smaller density. What is
+    deleted stays so, since its weight is zero and so is its saliency, as long as every
+    other weight has a positive one.
+
+    .. note::
+      As many backward passes as the network has outputs, example by example: the memory
+      of the scored weights times the batch. Give small batches. On an Explicit mesh
+      outputs must not be sharded along C.
+
+    Args:
+      forward: ``forward(params, inputs)`` gives the outputs of a batch, shape (n, C);
+        each example's must depend on its own inputs alone (no batch statistics).
+      params: The trained parameters.
+      batches: An iterable of ``(inputs, targets)`` whose first axis counts examples.
+      density: Fraction of weights to keep, in (0, 1], or a budget.
+      criterion: ``criterion(outputs, target)`` gives the loss of ONE example; it should
+        be convex in the outputs, else a saliency may be negative. None is softmax
+        cross-entropy on logits, whose Hessian needs no target.
+      scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves that stack several layers.
+
+    Returns:
+      A mask tree.
+
+    Raises:
+      ValueError: If an argument does not fit, there is no batch, or a score is not
+        finite.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"w": jnp.array([[1.0, -1.0], [1.0, 1.0]])}
+      >>> def forward(params, x):
+      ...     return x @ params["w"]
+      >>> batch = jnp.array([[2.0, 0.5]]), jnp.array([0])
+      >>> masks = sparse_optax.optimal_brain_damage_masks(forward, params, [batch], 0.5)
+      >>> masks["w"].tolist()
+      [[True, True], [False, False]]
+
+    References:
+      LeCun, Denker and Solla, `Optimal Brain Damage
+      <https://papers.nips.cc/paper/250-optimal-brain-damage>`_, 1989.
+
+    Differences from the paper: the diagonal is that of the whole Gauss-Newton matrix,
+    where the paper propagates a diagonal back layer by layer and drops what crosses
+    units on the way; weights that share a parameter (convolutions) are summed within
+    the square, exactly.
+    """
+    caller = "optimal_brain_damage_masks"
+    wanted = scored_masks.ranking(
+        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+    )
+    parts = over.split(params, wanted.plan.index)
+
+    def diagonal(chosen, example):
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise ValueError(
+                f"{caller}: each of `batches` must be (inputs, targets); got "
+                f"{type(example).__name__}. Pass [(inputs, targets)]."
+            )
+        inputs, target = example
+
+        def outputs(chosen):
+            one = jax.tree.map(lambda x: x[None], inputs)
+            z = forward(parts.rebuild(chosen), one)
+            if jnp.ndim(z) != 2 or z.shape[0] != 1:
+                raise ValueError(
+                    f"{caller}: `forward` gave an output of shape {jnp.shape(z)} for "
+                    "one example; it must be (1, C), a row for each example. Pass "
+                    "a function that flattens other outputs."
+                )
+            return z[0].astype(jnp.promote_types(z.dtype, jnp.float32))
+
+        z, pull = jax.vjp(outputs, chosen)
+        if criterion is None:
+            sizes, vectors = _softmax_factors(z)
+        else:
+            sizes, vectors = _factors(criterion, z, target)
+
+        def add(sums, factor):
+            size, vector = factor
+            (gradient,) = pull(vector)
+            pairs = zip(sums, gradient, strict=True)
+            return [s + size * jnp.square(g.astype(s.dtype)) for s, g in pairs], None
+
+        zeros = [
+            jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)) for w in chosen
+        ]
+        return lax.scan(add, zeros, (sizes, vectors))[0]
+
+    curvature = over.mean_over_examples(diagonal, parts.chosen, batches, caller=caller)
+    over.check_finite(
+        curvature,
+        wanted.plan.names,
+        caller=caller,
+        cure="Check the outputs and their derivatives at `params`.",
+    )
+    pairs = list(zip(curvature, parts.chosen, strict=True))
+    return scored_masks.highest(wanted, pairs, quadratic_saliency)
+
+
+def _softmax_factors(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    p = jax.nn.softmax(z)
+    return p, jnp.eye(z.size, dtype=z.dtype) - p[None, :]
+
+
+def _factors(criterion, z: jax.Array, target: Any) -> tuple[jax.Array, jax.Array]:
+    sizes, columns = jnp.linalg.eigh(jax.hessian(criterion)(z, target))
+    return sizes, columns.T

@@ -1,0 +1,186 @@
+"""SynFlow: iterative pruning before training, without data (Tanaka et al., 2020)."""
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparse_optax import mask_trees, scored_masks
+from sparse_optax.leaves import PyTree, Where
+from sparse_optax.methods import batches as over
+
+
+def synflow_masks(
+    forward: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    inputs: Any,
+    density: Any,
+    *,
+    rounds: int = 100,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> PyTree:
+    r"""Keeps the weights through which the most synaptic strength flows.
+
+    Every parameter is replaced by its absolute value, and the network sees ones:
+
+    .. math::
+        R = \mathbf{1}^T f(\mathbf{1}; |m \odot w|), \quad
+        s_j = \left| \frac{\partial R}{\partial |w_j|} \, |w_j| \right|
+
+    In each round r = 1 ... n the :math:`\lfloor N d^{r/n} \rfloor` largest scores stay,
+    and the next scores are taken on the network that is left. What was pruned never
+    comes back. In one round a whole layer can be lost; in many it cannot as long as
+    there are enough weights, since a layer that shrinks concentrates the flow.
+
+    .. note::
+      One backward pass and one selection a round; no data, no sort. Masked weights are
+      set to zero, not multiplied. R is a sum over all paths and grows by about the
+      square root of the fan-in in each layer: past 3e38 it leaves float32 (some fifty
+      wide layers do), and past that is an error, not a mask. Scores are not rescaled
+      layer by layer: with biases, norms or shortcuts that would change the ranking.
+      Within ``jax.jit`` nothing is checked.
+
+    Args:
+      forward: ``forward(params, inputs)`` gives the outputs, an array or a tree of
+        them. Norm layers must use fixed statistics, dropout must be off.
+      params: The parameters at initialisation. Halves are computed in float32.
+      inputs: Shape of the input with its batch axis, such as ``(1, 784)``, or a tree of
+        arrays or ``jax.ShapeDtypeStruct``, of which only shapes and dtypes are used.
+      density: d, the fraction of weights to keep, in (0, 1], or a budget.
+      rounds: n, at least 1; the paper takes 100.
+      scope: ``"global"``, as in the paper, or ``"leaf"`` to rank each layer alone,
+        where each layer falls to its own count by the same rule.
+      where: Which leaves take part, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves that stack several layers.
+
+    Returns:
+      A mask tree.
+
+    Raises:
+      ValueError: If an argument does not fit, R is zero, or a score is not finite.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"u": jnp.array([[1.0, -2.0]]), "v": jnp.array([[3.0], [1.0]])}
+      >>> def forward(params, x):
+      ...     return x @ params["u"] @ params["v"]
+      >>> masks = sparse_optax.synflow_masks(forward, params, (1, 1), 0.5, rounds=2)
+      >>> masks["u"].tolist(), masks["v"].tolist()
+      ([[True, False]], [[True], [False]])
+
+    References:
+      Tanaka et al., `Pruning neural networks without any data by iteratively
+      conserving synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020.
+
+    Differences from the paper: its networks have no biases. Here biases and norm scales
+    take part in the flow by their absolute value and are never pruned, unless ``where``
+    chooses them.
+    """
+    caller = "synflow_masks"
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(
+            f"{caller}: `rounds` must be an integer of at least 1; got {rounds!r}. Use "
+            "100, as in the paper."
+        )
+    wanted = scored_masks.ranking(
+        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+    )
+    ones = _ones(inputs, caller)
+    parts = over.split(jax.tree.map(_strength, params), wanted.plan.index)
+
+    def flow(strengths):
+        outputs = forward(parts.rebuild(strengths), ones)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(outputs))
+
+    @jax.jit
+    def score(strengths, kept):
+        strengths = [jnp.where(m, w, 0) for m, w in zip(kept, strengths, strict=True)]
+        total, gradient = jax.value_and_grad(flow)(strengths)
+        return total, [jnp.abs(g * w) for g, w in zip(gradient, strengths, strict=True)]
+
+    kept = [jnp.ones_like(w, dtype=bool) for w in parts.chosen]
+    masks = mask_trees.rebuild(wanted.structure, wanted.size, wanted.plan.index, kept)
+    for r in range(1, rounds + 1) if kept else ():
+        total, scores = score(parts.chosen, kept)
+        _check_flow(total, r, caller)
+        over.check_finite(scores, wanted.plan.names, caller=caller, cure=_CURE)
+        now = wanted._replace(limit=_limit(wanted, parts.chosen, r, rounds))
+        masks = scored_masks.highest(now, list(zip(scores, kept, strict=True)), _alive)
+        flat = mask_trees.flatten(masks)[0]
+        kept = [flat[i] for i in wanted.plan.index]
+    return masks
+
+
+_CURE = (
+    "Use float64: call it within `with jax.enable_x64(True):` on parameters cast to "
+    "float64, or scale the parameters."
+)
+
+
+def _alive(score: jax.Array, kept: jax.Array) -> jax.Array:
+    # Below every score, so that what is pruned does not tie with a score of zero.
+    return jnp.where(kept, score, -1)
+
+
+def _strength(x: Any) -> Any:
+    """|x| in float32 or wider; integers as they are."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+
+def _ones(inputs: Any, caller: str) -> Any:
+    if isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs):
+        return jnp.ones(inputs)
+    flat = jax.tree.leaves(inputs)
+    if not flat or not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in flat):
+        raise ValueError(
+            f"{caller}: `inputs` must be a shape, a tuple of whole numbers, or a tree "
+            f"of arrays or jax.ShapeDtypeStruct; got {inputs!r}. Pass (1, 784), for "
+            "instance."
+        )
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
+
+
+def _check_flow(total: jax.Array, r: int, caller: str) -> None:
+    if isinstance(total, Tracer):
+        return
+    if not math.isfinite(total) or (r == 1 and float(total) == 0):
+        what = "zero" if float(total) == 0 else f"{float(total)}"
+        raise ValueError(
+            f"{caller}: in round {r} the flow R is {what}; it must be finite and, at "
+            f"first, above zero, within the range of its dtype {total.dtype}. {_CURE}"
+        )
+
+
+def _limit(wanted: scored_masks.Ranking, weights: Any, r: int, rounds: int) -> Any:
+    """What is kept in round r: all of it times (final share) ** (r / rounds)."""
+    if r == rounds:
+        return wanted.limit
+    sizes = [math.prod(w.shape) for w in weights]
+
+    def between(whole, final):
+        # Never below the end, whatever the power rounds to.
+        power = np.floor(whole * (final / max(whole, 1)) ** (r / rounds))
+        return np.maximum(power.astype(np.int64), final)
+
+    if isinstance(wanted.limit, list):
+        # A count may be one number for each of several layers.
+        pairs = zip(sizes, map(np.asarray, wanted.limit), strict=True)
+        return [between(n // max(k.size, 1), k) for n, k in pairs]
+    if wanted.costs is None:
+        return int(between(sum(sizes), np.asarray(wanted.limit)))
+    whole = sum(n * Fraction(c) for n, c in zip(sizes, wanted.costs, strict=True))
+    share = whole * Fraction(float(wanted.limit / whole) ** (r / rounds))
+    share = max(share, Fraction(wanted.limit))
+    # Whole costs are exact; a cost in seconds stays a fraction.
+    return (
+        share if any(Fraction(c).denominator > 1 for c in wanted.costs) else int(share)
+    )
