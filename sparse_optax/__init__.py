@@ -6,8 +6,9 @@ From top to bottom, each module uses only those above it:
 - ``selection``: the k largest of a tree, exactly, without a sort.
 - ``leaves``: which leaves take part, and what they are called.
 - ``budgets``: how many weights each leaf may keep.
-- ``mask_trees``, ``scored_masks``, ``masks``, ``state``: masks as data, of the
-  highest scores, making and counting them, and the masks in an optimizer state.
+- ``mask_trees``, ``scored_masks``, ``masks``, ``control_masks``, ``state``: masks as
+  data, of the highest scores, making and counting them, random ones to compare with,
+  and the masks in an optimizer state.
 - ``sparse_models``, ``sparse_files``: a finished model by name, and its compact file.
 - ``clipping``: by the norm of active weights.
 - ``schedules``: prune rates, density ramps, when to act.
@@ -22,6 +23,7 @@ From top to bottom, each module uses only those above it:
 from importlib.metadata import version as _version
 
 from sparse_optax import budgets as budgets
+from sparse_optax import control_masks as control_masks
 from sparse_optax import leaves as leaves
 from sparse_optax import masks as masks
 from sparse_optax import methods as methods
@@ -33,6 +35,8 @@ from sparse_optax import sparse_files as sparse_files
 from sparse_optax import sparse_models as sparse_models
 from sparse_optax import state as state
 from sparse_optax.clipping import clip_by_active_norm as clip_by_active_norm
+from sparse_optax.control_masks import random_masks_like as random_masks_like
+from sparse_optax.control_masks import shuffle_masks as shuffle_masks
 from sparse_optax.gsm import GsmState as GsmState
 from sparse_optax.gsm import gsm as gsm
 from sparse_optax.gsm import gsm_mask as gsm_mask
@@ -47,6 +51,7 @@ from sparse_optax.methods import (
 )
 from sparse_optax.methods import snip_masks as snip_masks
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
+from sparse_optax.methods import static_sparse as static_sparse
 from sparse_optax.methods import synflow_masks as synflow_masks
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow

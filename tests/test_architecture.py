@@ -25,6 +25,7 @@ ORDER = (
     "mask_trees.py",
     "scored_masks.py",
     "masks.py",
+    "control_masks.py",
     "state.py",
     "sparse_models.py",
     "sparse_files.py",
@@ -301,9 +302,9 @@ PROMISED = (
     "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
     "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
-    "sparse_files "
+    "sparse_files control_masks shuffle_masks random_masks_like "
     "snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
-    "layerwise_obs"
+    "layerwise_obs static_sparse"
 ).split()
 
 

@@ -9,4 +9,5 @@ from sparse_optax.methods.snip import snip_masks as snip_masks
 from sparse_optax.methods.sparse_momentum import (
     sparse_momentum_regrow as sparse_momentum_regrow,
 )
+from sparse_optax.methods.static import static_sparse as static_sparse
 from sparse_optax.methods.synaptic_flow import synflow_masks as synflow_masks
