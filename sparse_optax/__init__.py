@@ -10,7 +10,7 @@ From top to bottom, each module uses only those above it:
   data, of the highest scores, making and counting them, random ones to compare with,
   and the masks in an optimizer state.
 - ``sparse_models``, ``sparse_files``: a finished model by name, and its compact file.
-- ``clipping``: by the norm of active weights.
+- ``clipping``, ``regularizers``: by the norm of active weights; L1 decay.
 - ``schedules``: prune rates, density ramps, when to act.
 - ``gating``, ``gsm``, ``gsm_analysis``: which weights pass, ``gsm_mask``, the
   ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
@@ -44,7 +44,9 @@ from sparse_optax.gsm_analysis import GsmGap as GsmGap
 from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
+from sparse_optax.methods import HamState as HamState
 from sparse_optax.methods import fisher_masks as fisher_masks
+from sparse_optax.methods import ham as ham
 from sparse_optax.methods import layerwise_obs as layerwise_obs
 from sparse_optax.methods import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
@@ -55,6 +57,8 @@ from sparse_optax.methods import static_sparse as static_sparse
 from sparse_optax.methods import synflow_masks as synflow_masks
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
+from sparse_optax.regularizers import L1DecayState as L1DecayState
+from sparse_optax.regularizers import add_l1_decay as add_l1_decay
 from sparse_optax.sparse_files import load_sparse as load_sparse
 from sparse_optax.sparse_files import save_sparse as save_sparse
 from sparse_optax.state import get_masks as get_masks

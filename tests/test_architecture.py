@@ -30,6 +30,7 @@ ORDER = (
     "sparse_models.py",
     "sparse_files.py",
     "clipping.py",
+    "regularizers.py",
     "schedules.py",
     "gating.py",
     "gsm.py",
@@ -302,8 +303,8 @@ PROMISED = (
     "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
     "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
-    "sparse_files control_masks shuffle_masks random_masks_like "
-    "snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
+    "sparse_files control_masks shuffle_masks random_masks_like add_l1_decay ham "
+    "HamState snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
     "layerwise_obs static_sparse"
 ).split()
 

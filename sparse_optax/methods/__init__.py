@@ -1,6 +1,8 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
 from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
+from sparse_optax.methods.hyperbolic_aware import HamState as HamState
+from sparse_optax.methods.hyperbolic_aware import ham as ham
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
 from sparse_optax.methods.optimal_brain_damage import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
