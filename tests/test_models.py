@@ -13,6 +13,7 @@ models = pytest.importorskip("sparse_optax.experiments.models")
 lenet = pytest.importorskip("sparse_optax.experiments.models.lenet")
 
 from flax import nnx  # noqa: E402
+from helpers import refuses  # noqa: E402
 
 import sparse_optax  # noqa: E402
 from sparse_optax.experiments import config, data  # noqa: E402
@@ -236,6 +237,30 @@ def test_xavier_start(name):
         # Of n draws the largest is expected 1/n below the bound.
         assert kernel.max() > (1 - 10 / kernel.size) * bound
         assert not np.asarray(layer.get("bias", 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("density", "widths"),
+    [(0.01, (3, 1)), (0.05, (16, 5)), (0.2, (65, 21)), (1.0, (300, 100))],
+)
+def test_thin_lenet_has_the_weights_of_a_sparse_one(density, widths):
+    budget = round(density * 266_200)
+    counts = {
+        m: 784 * m + m * max(m // 3, 1) + max(m // 3, 1) * 10 for m in range(1, 400)
+    }
+    best = max(m for m, n in counts.items() if n <= budget)
+    assert lenet.thin_widths(density) == widths == (best, max(best // 3, 1))
+    if density < 1:
+        params, _ = shapes(f"thin-lenet-{density}", MNIST)
+        assert kernels(params) == (counts[best], 3)
+        assert counts[best] <= budget < counts[best + 1]
+
+
+def test_thin_lenet_refuses_a_density_without_units():
+    with refuses("thin_widths", "density", "0.001", "0, 1|needs 795"):
+        lenet.thin_widths(0.001)
+    with refuses("thin_widths", "density", "1.5", "0, 1"):
+        lenet.thin_widths(1.5)
 
 
 def test_lenet300100_is_three_matrices():

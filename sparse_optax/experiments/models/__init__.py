@@ -32,6 +32,13 @@ class Entry(NamedTuple):
     convolutional: bool
 
 
+def _thin_lenet(in_shape, classes, *, density, init, rngs) -> nnx.Module:
+    """LeNet-300-100 with fewer units: the dense network of a sparse one's size."""
+    pixels = math.prod(in_shape)
+    hidden = lenet.thin_widths(density, pixels, classes)
+    return lenet.LeNet300100(pixels, classes, hidden=hidden, init=init, rngs=rngs)
+
+
 MODELS: dict[str, Entry] = {
     "lenet-300-100": Entry(
         lambda in_shape, classes, *, init, rngs: lenet.LeNet300100(
@@ -40,6 +47,13 @@ MODELS: dict[str, Entry] = {
         convolutional=False,
     ),
     "lenet-5-caffe": Entry(lenet.LeNet5Caffe, convolutional=True),
+    # The densities of Mostafa and Wang's tables, and 20%.
+    **{
+        f"thin-lenet-{density}": Entry(
+            functools.partial(_thin_lenet, density=density), convolutional=False
+        )
+        for density in (0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2)
+    },
     "vgg16-c": Entry(functools.partial(vgg.VGG16, variant="C"), convolutional=True),
     "vgg16-d": Entry(functools.partial(vgg.VGG16, variant="D"), convolutional=True),
     **{

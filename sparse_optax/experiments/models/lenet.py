@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from sparse_optax import budgets
+
 
 class Initializers(NamedTuple):
     """Keyword arguments of one layer: how it draws its kernel and its bias."""
@@ -83,6 +85,50 @@ def _conv(inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> nnx.Conv:
     )
 
 
+def thin_widths(
+    density: float, in_features: int = 784, classes: int = 10
+) -> tuple[int, int]:
+    """Hidden widths of the dense LeNet-300-100 with as many weights as a sparse one.
+
+    Args:
+      density: share of the weights of LeNet-300-100, in (0, 1]; biases are not counted.
+      in_features: number of pixels of an image, at least 1.
+      classes: number of classes, at least 1.
+
+    Returns:
+      ``(3 m + r, m)``: the first width as large as the weights allow, the second a
+      third of it, rounded down, and at least 1.
+
+    Raises:
+      ValueError: where ``density`` is outside (0, 1] or pays for no unit.
+
+    Examples:
+      >>> from sparse_optax.experiments.models import lenet
+      >>> lenet.thin_widths(1.0), lenet.thin_widths(0.05)
+      ((300, 100), (16, 5))
+    """
+
+    def weights(first: int) -> int:
+        second = max(first // 3, 1)
+        return in_features * first + first * second + second * classes
+
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"thin_widths: density={density!r} must be in (0, 1]; use 0.05 for the "
+            "size of a network that keeps 5% of its weights."
+        )
+    budget = budgets.count(density, weights(300))
+    first = 300
+    while first and weights(first) > budget:
+        first -= 1
+    if not first:
+        raise ValueError(
+            f"thin_widths: density={density!r} keeps {budget} weights, and one hidden "
+            f"unit a layer needs {weights(1)}; raise the density."
+        )
+    return first, max(first // 3, 1)
+
+
 class LeNet300100(nnx.Module):
     """Fully connected, 300 and 100 hidden units: 266,200 weights on MNIST.
 
@@ -92,6 +138,7 @@ class LeNet300100(nnx.Module):
     Args:
       in_features: number of pixels of an image, at least 1.
       classes: number of classes.
+      hidden: other numbers of hidden units, such as those of :func:`thin_widths`.
       init: see :func:`initializers`.
       rngs: random keys of the initial weights.
 
@@ -108,13 +155,15 @@ class LeNet300100(nnx.Module):
         in_features: int,
         classes: int = 10,
         *,
+        hidden: tuple[int, int] = (300, 100),
         init: str = "torch",
         rngs: nnx.Rngs,
     ):
         """Draws the three layers."""
-        self.fc1 = _dense(in_features, 300, init, rngs)
-        self.fc2 = _dense(300, 100, init, rngs)
-        self.fc3 = _dense(100, classes, init, rngs)
+        first, second = hidden
+        self.fc1 = _dense(in_features, first, init, rngs)
+        self.fc2 = _dense(first, second, init, rngs)
+        self.fc3 = _dense(second, classes, init, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (b, classes)."""
