@@ -24,7 +24,7 @@ from sparse_optax.mask_trees import (
     slice_counts,
     unpack,
 )
-from sparse_optax.masks import Key, as_key, random_scores
+from sparse_optax.masks import Key, as_key, place, random_scores
 
 
 def shuffle_masks(
@@ -49,8 +49,8 @@ def shuffle_masks(
         and haiku, 0 in equinox. A stacked axis is not counted.
 
     Returns:
-      A mask tree of plain arrays. With ``"unit"`` a leaf is reshaped on the way, which
-      gathers it where it is sharded.
+      A mask tree of plain arrays, placed as the masks are. With ``"unit"`` a leaf is
+      reshaped on the way, which may gather it where it is sharded.
 
     Raises:
       ValueError: If an argument does not fit the masks.
@@ -100,10 +100,10 @@ def random_masks_like(key: Key, masks: PyTree) -> PyTree:
       masks: A mask tree, its leaves plain or packed.
 
     Returns:
-      A mask tree of plain arrays.
+      A mask tree of plain arrays, placed as the masks are.
 
     Raises:
-      ValueError: If ``key`` is no key.
+      ValueError: If ``key`` is no key or a mask is not boolean.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -143,6 +143,7 @@ def _parts(masks, stacked, caller):
     plan: Layout = layout(by_leaf, chosen, stacked, caller=caller)
 
     def restore(new):
+        new = [place(m, plain[i]) for i, m in zip(index, new, strict=True)]
         return rebuild(structure, len(flat), index, new)
 
     return plan, [plain[i] for i in index], restore

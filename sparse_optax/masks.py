@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from sparse_optax import budgets
 from sparse_optax.leaves import (
@@ -36,6 +35,7 @@ from sparse_optax.mask_trees import flatten as flatten
 from sparse_optax.mask_trees import pack as pack
 from sparse_optax.mask_trees import unpack as unpack
 from sparse_optax.patterns import Pattern
+from sparse_optax.scored_masks import place as place
 from sparse_optax.scored_masks import score_masks as score_masks
 from sparse_optax.scored_masks import select as select
 from sparse_optax.selection import mesh
@@ -312,17 +312,8 @@ def random_masks(
         plan.axes,
         _identity,
     )
-    kept = [_place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
+    kept = [place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
     return rebuild(structure, len(flat), plan.index, kept)
-
-
-def _place(mask: jax.Array, like: Any) -> jax.Array:
-    """A concrete mask on the devices of its leaf, under Auto meshes too."""
-    concrete = isinstance(like, jax.Array) and not isinstance(like, Tracer)
-    # What is free to move stays so: else the second step would be compiled anew.
-    if isinstance(mask, Tracer) or not concrete or not like.committed:
-        return mask
-    return jax.device_put(mask, like.sharding)
 
 
 def magnitude_masks(

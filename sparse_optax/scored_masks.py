@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from sparse_optax import budgets, patterns, selection
 from sparse_optax.leaves import (
@@ -73,6 +74,29 @@ def select(
     ]
 
 
+def place(mask: jax.Array, like: Any) -> jax.Array:
+    """Puts a concrete mask on the devices of its leaf, under Auto meshes too.
+
+    Args:
+      mask: The mask.
+      like: The leaf, concrete or not.
+
+    Returns:
+      The mask, where the leaf lies.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.place(jnp.array([True]), jnp.ones(1)).tolist()
+      [True]
+    """
+    concrete = isinstance(like, jax.Array) and not isinstance(like, Tracer)
+    # What is free to move stays so: else the second step would be compiled anew.
+    if isinstance(mask, Tracer) or not concrete or not like.committed:
+        return mask
+    return jax.device_put(mask, like.sharding)
+
+
 class Ranking(NamedTuple):
     """What is ranked and how much of it is kept.
 
@@ -80,6 +104,7 @@ class Ranking(NamedTuple):
       structure: Structure of the parameters.
       size: Their number of leaves.
       plan: The leaves that take part.
+      like: These leaves, concrete or abstract; masks lie where they do.
       limit: How many weights the one pool keeps, or with ``costs`` what they may cost
         together; a list with the count of each leaf where each layer is ranked alone.
       costs: None, or what one weight of each leaf costs.
@@ -89,6 +114,7 @@ class Ranking(NamedTuple):
     structure: Any
     size: int
     plan: Layout
+    like: list[Any]
     limit: Any
     costs: list[Any] | None
     pattern: Pattern | None = None
@@ -140,8 +166,9 @@ def ranking(
     plan = layout(params, chosen, stacked, caller=caller)
     where = jax.tree.unflatten(structure, chosen)
     layers: Any = {"where": where, "stacked": stacked, "caller": caller}
+    like = [flat[i] for i in plan.index]
     if not plan.index:
-        return Ranking(structure, len(flat), plan, 0, None)
+        return Ranking(structure, len(flat), plan, like, 0, None)
     columns = [
         (flat[i].shape, axis) for i, axis in zip(plan.index, plan.axes, strict=True)
     ]
@@ -149,14 +176,14 @@ def ranking(
         for (shape, axis), name in zip(columns, plan.names, strict=True):
             patterns.check(pattern, shape, name, axis, caller=caller)
         if pattern.m:
-            return Ranking(structure, len(flat), plan, pattern.n, None, pattern)
+            return Ranking(structure, len(flat), plan, like, pattern.n, None, pattern)
     if scope == "leaf":
         counts = flatten(budgets.resolve(density, params, **layers))[0]
         limits = [counts[i] for i in plan.index]
         if pattern is not None:
             sizes = [patterns.unit_size(pattern, *column) for column in columns]
             limits = [n // size for n, size in zip(limits, sizes, strict=True)]
-        return Ranking(structure, len(flat), plan, limits, None, pattern)
+        return Ranking(structure, len(flat), plan, like, limits, None, pattern)
     k, costs = budgets.pool(density, params, **layers)
     if costs is not None:
         costs = [c for c in flatten(costs)[0] if not is_hole(c)]
@@ -164,7 +191,7 @@ def ranking(
         sizes = [patterns.unit_size(pattern, *column) for column in columns]
         prices = [1] * len(sizes) if costs is None else costs
         costs = [size * c for size, c in zip(sizes, prices, strict=True)]
-    return Ranking(structure, len(flat), plan, k, costs, pattern)
+    return Ranking(structure, len(flat), plan, like, k, costs, pattern)
 
 
 def highest(
@@ -213,6 +240,7 @@ def highest(
             patterns.spread(pattern, m, shape, axis)
             for m, shape, axis in zip(kept, shapes, plan.axes, strict=True)
         ]
+    kept = [place(m, x) for m, x in zip(kept, wanted.like, strict=True)]
     return rebuild(wanted.structure, wanted.size, plan.index, kept)
 
 
@@ -240,7 +268,7 @@ def score_masks(
     Args:
       scores: A tree with the structure of ``params``; what it holds for a leaf that
         does not take part is not read. With ``score``, a tuple of such trees.
-      params: The parameters, concrete or abstract; only names and shapes are used.
+      params: The parameters, concrete or abstract: names, shapes and places.
       density: A density in (0, 1], or a budget.
       score: An element-wise, module-level function of the leaves of the trees in
         ``scores``. It is applied while searching, so that its result is never stored.

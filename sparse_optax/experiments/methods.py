@@ -288,7 +288,7 @@ def layerwise_obs(setup: Setup) -> Plan:
     )
     kernels = {name: setup.params[name]["kernel"] for name in names}
     counts = budgets.resolve(_budget(setup), kernels)
-    hole = optax.MaskedNode()
+    hole: Any = optax.MaskedNode()
     masks = {name: dict.fromkeys(layer, hole) for name, layer in setup.params.items()}
     pruned = {name: dict(setup.params[name]) for name in setup.params}
     for name in names:

@@ -51,17 +51,18 @@ def ham(
 
     A weight whose gradient points to zero gets there faster, one that the gradient
     enlarges grows faster, and beta is a decay of all: a push towards sparsity that
-    costs no extra gradient. A weight at zero moves by the inner update alone.
+    costs no extra gradient. At zero the sign is zero: the gradient has no part there.
 
     .. note::
       It wraps the optimizer, since it needs the gradient besides the update. Nothing
       may change the gradient in front of it that is meant for the inner optimizer only:
       weight decay belongs inside, ``ham(optax.chain(optax.add_decayed_weights(5e-4),
-      optax.sgd(lr)), lr)``. Within a sparse method it is the inner optimizer,
-      ``rigl(ham(...), ...)``, and missing weights stay exactly zero; around one,
-      ``ham(sparse_momentum_regrow(...), lr)``, they stay so too. A step costs one pass
-      over weights, gradients and updates and stores nothing. The factor overflows where
-      ``learning_rate * alpha * |g|`` passes 88 (float32): clip gradients before.
+      optax.sgd(lr)), lr)``. Inside a sparse method,
+      ``sparse_momentum_regrow(ham(...), ...)``, and around one,
+      ``ham(sparse_momentum_regrow(...), lr)``, missing weights stay exactly zero. A
+      step costs one pass over weights, gradients and updates and stores no array. The
+      factor overflows where ``learning_rate * alpha * |g|`` passes 88 (float32): clip
+      gradients before.
 
       Under ``optax.inject_hyperparams`` the three numbers may be injected; name
       ``where`` in ``static_args``.

@@ -46,7 +46,8 @@ def optimal_brain_damage_masks(
 
     .. note::
       As many backward passes as the network has outputs, example by example: the memory
-      of the scored weights times the batch. Give small batches.
+      of the scored weights times the batch. Give small batches. On an Explicit mesh
+      outputs must not be sharded along C.
 
     Args:
       forward: ``forward(params, inputs)`` gives the outputs of a batch, shape (n, C);
@@ -107,8 +108,8 @@ def optimal_brain_damage_masks(
             if jnp.ndim(z) != 2 or z.shape[0] != 1:
                 raise ValueError(
                     f"{caller}: `forward` gave an output of shape {jnp.shape(z)} for "
-                    "one example; it must be (1, C), a row for each example. Flatten "
-                    "other outputs."
+                    "one example; it must be (1, C), a row for each example. Pass "
+                    "a function that flattens other outputs."
                 )
             return z[0].astype(jnp.promote_types(z.dtype, jnp.float32))
 

@@ -1,0 +1,669 @@
+"""Masks from one look at a network: SNIP, SynFlow, Fisher, Optimal Brain Damage, L-OBS.
+
+The oracles are in float64 and take derivatives by finite differences or by hand.
+"""
+
+import functools
+import itertools
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from helpers import refuses
+
+import sparse_optax
+from sparse_optax import budgets, masks
+
+RNG = np.random.default_rng(7)
+WEIGHTS = {
+    "fc1": {"bias": RNG.normal(size=5), "kernel": RNG.normal(size=(4, 5))},
+    "fc2": {"bias": RNG.normal(size=3), "kernel": RNG.normal(size=(5, 3))},
+}
+X, Y = RNG.normal(size=(12, 4)), RNG.integers(0, 3, 12)
+KERNELS = ("fc1", "fc2")
+
+
+def f32(tree, dtype=jnp.float32):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+PARAMS = f32(WEIGHTS)
+BATCHES = [(jnp.float32(X[:6]), jnp.asarray(Y[:6])), (jnp.float32(X[6:]), Y[6:])]
+
+
+# --- the network, twice ---------------------------------------------------------------
+
+
+def forward(params, x):
+    hidden = jnp.tanh(x @ params["fc1"]["kernel"] + params["fc1"]["bias"][None])
+    return hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"][None]
+
+
+def loss(params, batch):
+    x, y = batch
+    z = forward(params, x)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+
+def example_loss(params, example):
+    x, y = example
+    return loss(params, (x[None], y[None]))
+
+
+def np_forward(weights, x):
+    hidden = np.tanh(x @ weights["fc1"]["kernel"] + weights["fc1"]["bias"])
+    return hidden @ weights["fc2"]["kernel"] + weights["fc2"]["bias"]
+
+
+def np_softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def np_loss(weights, x, y):
+    p = np_softmax(np_forward(weights, x))
+    return -np.log(p[np.arange(len(y)), y]).mean()
+
+
+def finite_differences(function, name):
+    """Derivatives of ``function(weights)`` by each weight of a kernel, first axes."""
+    kernel = WEIGHTS[name]["kernel"]
+    out = {}
+    for place in np.ndindex(*kernel.shape):
+        sides = []
+        for step in (1e-6, -1e-6):
+            moved = kernel.copy()
+            moved[place] += step
+            changed = WEIGHTS | {name: WEIGHTS[name] | {"kernel": moved}}
+            sides.append(np.asarray(function(changed)))
+        out[place] = (sides[0] - sides[1]) / 2e-6
+    some = next(iter(out.values()))
+    result = np.zeros(kernel.shape + some.shape)
+    for place, value in out.items():
+        result[place] = value
+    return result
+
+
+def np_snip():
+    """|w g|, g the mean gradient over the batches."""
+    scores = []
+    for name in KERNELS:
+        g = [
+            finite_differences(lambda w, s=s: np_loss(w, X[s], Y[s]), name)
+            for s in (slice(0, 6), slice(6, 12))
+        ]
+        scores.append(np.abs(WEIGHTS[name]["kernel"] * np.mean(g, axis=0)))
+    return scores
+
+
+def np_fisher():
+    """0.5 w^2 mean_n g_n^2, gradients by hand: backpropagation for each example."""
+    squares = [np.zeros((4, 5)), np.zeros((5, 3))]
+    for x, y in zip(X, Y, strict=True):
+        hidden = np.tanh(x @ WEIGHTS["fc1"]["kernel"] + WEIGHTS["fc1"]["bias"])
+        dz = np_softmax(np_forward(WEIGHTS, x)) - np.eye(3)[y]
+        dh = (WEIGHTS["fc2"]["kernel"] @ dz) * (1 - hidden**2)
+        squares[0] += np.outer(x, dh) ** 2
+        squares[1] += np.outer(hidden, dz) ** 2
+    return [
+        0.5 * WEIGHTS[name]["kernel"] ** 2 * s / 12
+        for name, s in zip(KERNELS, squares, strict=True)
+    ]
+
+
+def np_damage(hessian):
+    """0.5 w^2 diag(mean_n J^T H J), the matrix written out; hessian(z) of one z."""
+    scores = []
+    for name in KERNELS:
+        kernel = WEIGHTS[name]["kernel"]
+        jacobian = finite_differences(lambda w: np_forward(w, X), name)
+        jacobian = jacobian.reshape(kernel.size, len(X), 3)
+        matrix = np.mean(
+            [
+                jacobian[:, n] @ hessian(np_forward(WEIGHTS, x)) @ jacobian[:, n].T
+                for n, x in enumerate(X)
+            ],
+            axis=0,
+        )
+        diagonal = np.diag(matrix).reshape(kernel.shape)
+        scores.append(0.5 * diagonal * kernel**2)
+    return scores
+
+
+def softmax_hessian(z):
+    p = np_softmax(z)
+    return np.diag(p) - np.outer(p, p)
+
+
+COUPLING = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.7], [0.0, -0.7, 3.0]])
+
+
+def coupled(z, target):
+    """A quadratic criterion whose Hessian is full, for one example."""
+    error = z - jax.nn.one_hot(target, 3)
+    return 0.5 * error @ jnp.float32(COUPLING) @ error
+
+
+def np_synflow(u, v, counts, bias=None, lost=-1):
+    """Two linear layers: R = 1 |u| |v| 1, scores by hand, one cut for each count."""
+    kept = [np.ones(u.shape, bool), np.ones(v.shape, bool)]
+    bias = np.zeros(u.shape[1]) if bias is None else np.abs(bias)
+    for k in counts:
+        a, b = np.abs(u) * kept[0], np.abs(v) * kept[1]
+        into, out_of = a.sum(0) + bias, b.sum(1)
+        scores = [a * out_of, into[:, None] * b]
+        scores = [np.where(m, s, lost) for m, s in zip(kept, scores, strict=True)]
+        kept = oracles.top_k(scores, k)
+    return kept
+
+
+def geometric(n, k, rounds):
+    return [int(np.floor(n * (k / n) ** (r / rounds))) for r in range(1, rounds)] + [k]
+
+
+# --- what each finds ------------------------------------------------------------------
+
+FIND = {
+    "snip": lambda p, d, **kw: sparse_optax.snip_masks(loss, p, BATCHES, d, **kw),
+    "fisher": lambda p, d, **kw: sparse_optax.fisher_masks(
+        example_loss, p, BATCHES, d, **kw
+    ),
+    "damage": lambda p, d, **kw: sparse_optax.optimal_brain_damage_masks(
+        forward, p, BATCHES, d, **kw
+    ),
+    "damage_coupled": lambda p, d, **kw: sparse_optax.optimal_brain_damage_masks(
+        forward, p, BATCHES, d, criterion=coupled, **kw
+    ),
+    "synflow": lambda p, d, **kw: sparse_optax.synflow_masks(
+        forward, p, (1, 4), d, **({"rounds": 3} | kw)
+    ),
+}
+SCORES = {
+    "snip": np_snip,
+    "fisher": np_fisher,
+    "damage": lambda: np_damage(softmax_hessian),
+    "damage_coupled": lambda: np_damage(lambda z: COUPLING),
+}
+every = pytest.mark.parametrize("method", ["snip", "fisher", "damage", "synflow"])
+
+
+def found(tree):
+    return [np.asarray(tree[name]["kernel"]) for name in KERNELS]
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_the_largest_scores_of_the_definition_are_kept(method):
+    scores = SCORES[method]()
+    for k in (4, 17, 26):
+        got = found(FIND[method](PARAMS, budgets.nonzeros(k)))
+        for a, b in zip(got, oracles.top_k(scores, k), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["snip", "fisher", "damage"])
+def test_each_layer_alone(method):
+    got = found(FIND[method](PARAMS, 0.4, scope="leaf"))
+    for a, s in zip(got, SCORES[method](), strict=True):
+        np.testing.assert_array_equal(a, oracles.top_k([s], s.size * 2 // 5)[0])
+
+
+def test_damage_with_the_cross_entropy_spelled_out():
+    """Eigenvectors of the automatic Hessian and the known factors agree."""
+
+    def criterion(z, y):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(z, y)
+
+    args = forward, PARAMS, BATCHES, 0.37
+    one = sparse_optax.optimal_brain_damage_masks(*args)
+    two = sparse_optax.optimal_brain_damage_masks(*args, criterion=criterion)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_fisher_weighs_examples_not_batches():
+    uneven = [(jnp.float32(X[:1]), Y[:1]), (jnp.float32(X[1:]), Y[1:])]
+    one = sparse_optax.fisher_masks(example_loss, PARAMS, uneven, 0.3)
+    jax.tree.map(np.testing.assert_array_equal, one, usual("fisher"))
+
+
+def test_fisher_differs_from_the_square_of_the_mean():
+    """Else an implementation that averages first would pass all tests."""
+    fisher, snip = np_fisher(), np_snip()
+    squared = [0.5 * s**2 for s in snip]
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            oracles.top_k(fisher, 11), oracles.top_k(squared, 11), strict=True
+        )
+    )
+
+
+# --- SynFlow --------------------------------------------------------------------------
+
+U, V = RNG.normal(size=(6, 8)), RNG.normal(size=(8, 5))
+LINEAR = f32({"u": U, "v": V})
+
+
+def linear(params, x):
+    x = x @ params["u"]
+    if "bias" in params:
+        x = x + params["bias"][None]
+    return jax.nn.relu(x) @ params["v"]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+@pytest.mark.parametrize("biased", [False, True])
+def test_synflow_round_by_round(rounds, biased):
+    bias = np.linspace(-3, 3, 8)
+    params = LINEAR | ({"bias": jnp.float32(bias)} if biased else {})
+    for density in (0.1, 0.3, 0.75):
+        k = budgets.count(density, 88)
+        got = sparse_optax.synflow_masks(linear, params, (1, 6), density, rounds=rounds)
+        want = np_synflow(U, V, geometric(88, k, rounds), bias if biased else None)
+        np.testing.assert_array_equal(got["u"], want[0])
+        np.testing.assert_array_equal(got["v"], want[1])
+        assert masks.count(got) == k
+
+
+def test_synflow_keeps_a_path_where_one_round_loses_a_layer():
+    """A wide layer in front of a narrow one: little flows through one weight of it."""
+    rng = np.random.default_rng(3)
+    params = f32({"u": rng.normal(size=(40, 40)), "v": rng.normal(size=(40, 1))})
+    once, often = (
+        sparse_optax.synflow_masks(linear, params, (1, 40), 0.02, rounds=r)
+        for r in (1, 100)
+    )
+    assert masks.count(once) == masks.count(often) == 32
+    assert int(once["u"].sum()) == 0
+    flow = sparse_optax.sparsify(jax.tree.map(jnp.abs, params), often)
+    assert float(linear(flow, jnp.ones((1, 40))).sum()) > 0
+
+
+def test_synflow_never_brings_a_weight_back():
+    """A weight that is cut off scores zero later, as one pruned before it does."""
+    rng = np.random.default_rng(7)
+    u, v = rng.normal(size=(3, 4)), rng.normal(size=(4, 2))
+    got = sparse_optax.synflow_masks(
+        linear, f32({"u": u, "v": v}), (1, 3), budgets.nonzeros(6), rounds=3
+    )
+    want = np_synflow(u, v, geometric(20, 6, 3))
+    back = np_synflow(u, v, geometric(20, 6, 3), lost=0)
+    assert (want[0] != back[0]).any() or (want[1] != back[1]).any()
+    np.testing.assert_array_equal(got["u"], want[0])
+    np.testing.assert_array_equal(got["v"], want[1])
+
+
+def test_synflow_of_each_layer_alone():
+    got = sparse_optax.synflow_masks(
+        linear, LINEAR, (1, 6), 0.25, rounds=5, scope="leaf"
+    )
+    assert (int(got["u"].sum()), int(got["v"].sum())) == (12, 10)
+    kept = [np.ones(U.shape, bool), np.ones(V.shape, bool)]
+    for counts in zip(geometric(48, 12, 5), geometric(40, 10, 5), strict=True):
+        a, b = np.abs(U) * kept[0], np.abs(V) * kept[1]
+        scores = [a * b.sum(1), a.sum(0)[:, None] * b]
+        scores = [np.where(m, s, -1) for m, s in zip(kept, scores, strict=True)]
+        kept = [oracles.top_k([s], k)[0] for s, k in zip(scores, counts, strict=True)]
+    np.testing.assert_array_equal(got["u"], kept[0])
+    np.testing.assert_array_equal(got["v"], kept[1])
+
+
+@pytest.mark.parametrize("price", [1, 2.5e-9])
+def test_synflow_within_a_budget_of_costs(price):
+    costs = {"u": 3 * price, "v": price}
+    budget = 60 * price
+    got = sparse_optax.synflow_masks(
+        linear, LINEAR, (1, 6), budgets.num_flops(budget, costs), rounds=4
+    )
+    spent = sum(int(got[n].sum()) * costs[n] for n in "uv")
+    assert 0.9 * budget < spent <= budget * (1 + 1e-6)
+
+
+def test_synflow_takes_shapes_and_sees_ones():
+    like = jax.ShapeDtypeStruct((2, 6), jnp.float32)
+    for inputs in (like, jnp.full((2, 6), jnp.nan), np.zeros((2, 6), np.float32)):
+        got = sparse_optax.synflow_masks(linear, LINEAR, inputs, 0.2, rounds=2)
+        same = sparse_optax.synflow_masks(linear, LINEAR, (1, 6), 0.2, rounds=2)
+        jax.tree.map(np.testing.assert_array_equal, got, same)
+
+
+def test_synflow_past_the_range_of_float32():
+    huge = jax.tree.map(lambda w: w * 1e20, LINEAR)
+    with refuses("synflow_masks", "R", "inf", "finite"):
+        sparse_optax.synflow_masks(linear, huge, (1, 6), 0.2)
+    tiny = jax.tree.map(lambda w: w * 1e-30, LINEAR)
+    with refuses("synflow_masks", "R", "zero", "above zero"):
+        sparse_optax.synflow_masks(linear, tiny, (1, 6), 0.2)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64) * 1e20, LINEAR)
+        got = sparse_optax.synflow_masks(linear, wide, (1, 6), 0.2, rounds=2)
+    same = sparse_optax.synflow_masks(linear, LINEAR, (1, 6), 0.2, rounds=2)
+    jax.tree.map(np.testing.assert_array_equal, got, same)
+
+
+def test_synflow_of_halves_that_would_overflow():
+    """65504 is passed at once; the flow is computed in float32."""
+    half = jax.tree.map(lambda w: (w * 300).astype(jnp.float16), LINEAR)
+    got = sparse_optax.synflow_masks(linear, half, (1, 6), 0.2, rounds=2)
+    same = sparse_optax.synflow_masks(linear, LINEAR, (1, 6), 0.2, rounds=2)
+    assert (np.asarray(got["u"]) == np.asarray(same["u"])).mean() > 0.9
+
+
+# --- what all share -------------------------------------------------------------------
+
+
+@functools.cache
+def usual(method):
+    """The masks of the network above at density 0.3."""
+    return FIND[method](PARAMS, 0.3)
+
+
+@every
+@pytest.mark.parametrize(
+    ("dtype", "density", "count"),
+    [(jnp.float32, budgets.nonzeros(1), 1), (jnp.bfloat16, 0.98, 34)],
+)
+def test_counts_are_exact_and_biases_stay_dense(method, dtype, density, count):
+    got = FIND[method](f32(WEIGHTS, dtype), density)
+    assert masks.count(got) == count
+    assert all(m.dtype == bool for m in jax.tree.leaves(got))
+    for name in KERNELS:
+        assert isinstance(got[name]["bias"], optax.MaskedNode)
+
+
+@every
+def test_all_weights(method):
+    assert all(m.all() for m in found(FIND[method](PARAMS, 1.0)))
+
+
+@every
+def test_none_and_integer_leaves(method):
+    odd = PARAMS | {"none": None, "step": jnp.int32(3)}
+    got = FIND[method](odd, 0.3)
+    assert got["none"] is None
+    assert isinstance(got["step"], optax.MaskedNode)
+    for a, b in zip(found(got), found(usual(method)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@every
+def test_states_of_nnx(method):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.fc1 = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+            self.fc2 = nnx.Linear(5, 3, rngs=nnx.Rngs(1))
+
+    state = nnx.state(Net(), nnx.Param)
+    nnx.replace_by_pure_dict(state, PARAMS)
+    got = FIND[method](state, 0.3)
+    assert type(got) is type(state)
+    sparse = sparse_optax.sparsify(PARAMS, got)
+    for a, b in zip(found(sparse), found(usual(method)), strict=True):
+        np.testing.assert_array_equal(a != 0, b)
+
+
+@every
+def test_within_jit(method):
+    jitted = jax.jit(lambda p: FIND[method](p, 0.3))(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, jitted, usual(method))
+
+
+@every
+def test_a_choice_of_leaves_and_a_tree_without_any(method):
+    got = FIND[method](PARAMS, 0.5, where=lambda name, leaf: name == "fc2/kernel")
+    assert masks.count(got) == 7
+    assert isinstance(got["fc1"]["kernel"], optax.MaskedNode)
+    nothing = FIND[method](PARAMS, 0.5, where=lambda name, leaf: False)
+    assert jax.tree.leaves(nothing) == []
+
+
+@every
+def test_stacked_layers_have_counts_of_their_own(method):
+    got = FIND[method](PARAMS, 0.4, scope="leaf", stacked={"fc1/kernel": 1})
+    np.testing.assert_array_equal(got["fc1"]["kernel"].sum(0), [2, 2, 2, 1, 1])
+
+
+@every
+@pytest.mark.parametrize(
+    ("density", "options", "argument", "value"),
+    [
+        (0.0, {}, "density", "0.0"),
+        (1.5, {}, "density", "1.5"),
+        (3, {}, "density", "3"),
+        (0.5, {"scope": "layer"}, "scope", "layer"),
+        (0.5, {"stacked": {"fc9": 0}}, "stacked", "fc9"),
+    ],
+)
+def test_wrong_input(method, density, options, argument, value):
+    name = {"snip": "snip", "fisher": "fisher", "synflow": "synflow"}.get(
+        method, "optimal_brain_damage"
+    )
+    with refuses(f"{name}_masks", argument, value):
+        FIND[method](PARAMS, density, **options)
+
+
+ON_DATA = {
+    "snip_masks": (sparse_optax.snip_masks, loss),
+    "fisher_masks": (sparse_optax.fisher_masks, example_loss),
+    "optimal_brain_damage_masks": (sparse_optax.optimal_brain_damage_masks, forward),
+}
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_wrong_batches(name):
+    find, function = ON_DATA[name]
+    with refuses(name, "batches", "empty"):
+        find(function, PARAMS, [], 0.5)
+    for one in (jnp.ones((3, 4)), {"x": jnp.ones((3, 4))}):
+        with refuses(name, "batches", "one"):
+            find(function, PARAMS, one, 0.5)
+    if name != "snip_masks":
+        with refuses(name, "batch", r"\(2, 4\).*\(3,\)", "same examples"):
+            find(function, PARAMS, [(jnp.ones((2, 4)), jnp.ones(3, int))], 0.5)
+    with refuses(name, "scores", "fc", "finite"):
+        broken = PARAMS | {"fc1": PARAMS["fc1"] | {"bias": jnp.full(5, jnp.nan)}}
+        find(function, broken, BATCHES, 0.5)
+
+
+@pytest.mark.parametrize("name", ["snip_masks", "fisher_masks"])
+@pytest.mark.parametrize("extra", [lambda v: (v, v), lambda v: v[None]])
+def test_a_loss_that_is_no_number(name, extra):
+    find, function = ON_DATA[name]
+    with refuses(name, "loss", "", "one number"):
+        find(lambda p, b: extra(function(p, b)), PARAMS, BATCHES, 0.5)
+
+
+def test_wrong_input_of_damage_and_synflow():
+    damage = "optimal_brain_damage_masks"
+    with refuses(damage, "batches", "Tracer", "inputs, targets"):
+        sparse_optax.optimal_brain_damage_masks(forward, PARAMS, [jnp.float32(X)], 0.5)
+    with refuses(damage, "forward", r"\(1, 3, 1\)", r"\(1, C\)"):
+        sparse_optax.optimal_brain_damage_masks(
+            lambda p, x: forward(p, x)[..., None], PARAMS, BATCHES, 0.5
+        )
+    for rounds in (0, 2.0, True):
+        with refuses("synflow_masks", "rounds", str(rounds), "at least 1"):
+            sparse_optax.synflow_masks(linear, LINEAR, (1, 6), 0.5, rounds=rounds)
+    with refuses("synflow_masks", "inputs", "6", "shape"):
+        sparse_optax.synflow_masks(linear, LINEAR, 6, 0.5)
+
+
+def test_score_masks_refuses_other_trees():
+    scores = {"w": jnp.ones((2, 3))}
+    with refuses("score_masks", "scores", r"\(2, 3\)", r"\(3, 2\)"):
+        masks.score_masks(scores, {"w": jnp.ones((3, 2))}, 0.5)
+    with refuses("score_masks", "scores", "'w'", "'v'"):
+        masks.score_masks(scores, {"v": jnp.ones((2, 3))}, 0.5)
+    with refuses("score_masks", "scores", "'w'", "'w', 'x'"):
+        masks.score_masks(scores, scores | {"x": jnp.ones((2, 3))}, 0.5)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_score_masks_of_ties_and_nan(scope):
+    rng = np.random.default_rng(5)
+    values = [rng.integers(0, 3, (7, 5)).astype(float), rng.normal(size=(4, 4))]
+    values[1][2, 1] = np.nan
+    names = ("v", "w")
+    tree = dict(zip(names, map(jnp.float32, values), strict=True))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    got = masks.score_masks(tree, shapes, 0.5, scope=scope)
+    want = (
+        oracles.top_k(values, 25)
+        if scope == "global"
+        else [oracles.top_k([v], k)[0] for v, k in zip(values, (17, 8), strict=True)]
+    )
+    for name, b in zip(names, want, strict=True):
+        np.testing.assert_array_equal(got[name], b)
+
+
+# --- layer-wise optimal brain surgeon -------------------------------------------------
+
+KERNEL = RNG.normal(size=(6, 4))
+INPUTS = RNG.normal(size=(50, 6)) @ RNG.normal(size=(6, 6))
+DAMPING = 1e-2
+
+
+def np_hessian(inputs=INPUTS, damping=DAMPING):
+    return inputs.T @ inputs / len(inputs) + damping * np.eye(inputs.shape[1])
+
+
+def np_losses():
+    """L_q of each weight."""
+    return KERNEL**2 / (2 * np.diag(np.linalg.inv(np_hessian()))[:, None])
+
+
+def np_mended(mask):
+    """The least squares of each column over its survivors, on data and damping rows."""
+    rows = np.vstack([INPUTS / np.sqrt(len(INPUTS)), np.sqrt(DAMPING) * np.eye(6)])
+    new = np.zeros_like(KERNEL)
+    for j in range(KERNEL.shape[1]):
+        kept = mask[:, j]
+        target = rows @ KERNEL[:, j]
+        new[kept, j] = np.linalg.lstsq(rows[:, kept], target, rcond=None)[0]
+    return new
+
+
+def np_error(new):
+    change = new - KERNEL
+    return 0.5 * np.sum(change * (np_hessian() @ change))
+
+
+def surgeon(keep, kernel=KERNEL, dtype=jnp.float32):
+    mask, new = sparse_optax.layerwise_obs(
+        jnp.asarray(kernel, dtype), jnp.asarray(INPUTS, dtype), keep, damping=DAMPING
+    )
+    return np.asarray(mask), np.asarray(new, np.float64)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 13, 20, 23, 24])
+def test_the_surgeon_ranks_and_mends(keep):
+    mask, new = surgeon(keep)
+    np.testing.assert_array_equal(mask, oracles.top_k([np_losses()], keep)[0])
+    assert mask.sum() == keep
+    np.testing.assert_array_equal(new[~mask], 0.0)
+    np.testing.assert_allclose(new, np_mended(mask), rtol=2e-4, atol=2e-5)
+    if keep == 24:
+        np.testing.assert_array_equal(new, np.float32(KERNEL))
+
+
+def test_one_pruned_weight_is_the_update_of_the_paper():
+    mask, new = surgeon(23)
+    ((q, j),) = np.argwhere(~mask)
+    inverse = np.linalg.inv(np_hessian())
+    change = -KERNEL[q, j] / inverse[q, q] * inverse[:, q]
+    np.testing.assert_allclose(new[:, j], KERNEL[:, j] + change, rtol=1e-4, atol=1e-5)
+    others = np.arange(4) != j
+    np.testing.assert_array_equal(new[:, others], np.float32(KERNEL)[:, others])
+    # And L_q is what it costs, the least of all single deletions.
+    costs = []
+    for place in np.ndindex(*KERNEL.shape):
+        without = np.ones(KERNEL.shape, bool)
+        without[place] = False
+        costs.append(np_error(np_mended(without)))
+    np.testing.assert_allclose(np_error(new), np_losses()[q, j], rtol=1e-3)
+    np.testing.assert_allclose(np_error(new), min(costs), rtol=1e-3)
+
+
+def test_mending_is_the_minimum_for_its_mask():
+    """No kernel with the same zeros is closer, and brute force finds none by steps."""
+    mask, new = surgeon(11)
+    least = np_error(new)
+    assert least < 0.8 * np_error(np.where(mask, KERNEL, 0))
+    for place, step in itertools.product(np.argwhere(mask), (-0.05, 0.05)):
+        other = new.copy()
+        other[tuple(place)] += step
+        assert np_error(other) > least
+
+
+def test_the_surgeon_on_halves():
+    half = KERNEL.astype(jnp.bfloat16).astype(float)
+    mask, new = sparse_optax.layerwise_obs(
+        jnp.asarray(KERNEL, jnp.bfloat16), jnp.float32(INPUTS), 13, damping=DAMPING
+    )
+    _, wide = surgeon(13, half)
+    assert new.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(new) != 0, mask)
+    np.testing.assert_allclose(np.asarray(new, float), wide, rtol=1e-2, atol=1e-3)
+
+
+def test_the_surgeon_takes_a_traced_count_and_more_axes():
+    inputs = jnp.float32(INPUTS).reshape(5, 10, 6)
+    prune = jax.jit(
+        lambda k: sparse_optax.layerwise_obs(
+            jnp.float32(KERNEL), inputs, k, damping=DAMPING
+        )
+    )
+    mask, new = prune(jnp.int32(13))
+    np.testing.assert_array_equal(mask, surgeon(13)[0])
+    np.testing.assert_allclose(new, surgeon(13)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_patches_in_the_order_that_the_docs_give():
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
+    images = jax.random.normal(jax.random.key(1), (5, 8, 8, 2))
+    layout = ("NHWC", "HWIO", "NHWC")
+    patches = jax.lax.conv_general_dilated_patches(
+        images, (3, 3), (1, 1), "SAME", dimension_numbers=layout
+    )
+    wanted = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=layout
+    )
+    flat = kernel.transpose(2, 0, 1, 3).reshape(18, 4)
+    np.testing.assert_allclose(patches @ flat, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "value", "allowed"),
+    [
+        ({"keep": -1}, "keep", "-1", r"\[0, 24\]"),
+        ({"keep": 25}, "keep", "25", r"\[0, 24\]"),
+        ({"keep": 0.5}, "keep", "0.5", r"\[0, 24\]"),
+        ({"keep": True}, "keep", "True", r"\[0, 24\]"),
+        ({"damping": -1.0}, "damping", "-1.0", "at least 0"),
+        ({"damping": float("nan")}, "damping", "nan", "at least 0"),
+        ({"inputs": np.ones((5, 7))}, "inputs", r"\(5, 7\)", r"\(n, 6\)"),
+        ({"inputs": np.ones(6)}, "inputs", r"\(6,\)", r"\(n, 6\)"),
+        (
+            {"kernel": np.ones((3, 3, 2, 4))},
+            "kernel",
+            r"\(3, 3, 2, 4\)",
+            r"\(in, out\)",
+        ),
+        ({"kernel": np.ones((6, 4), int)}, "kernel", "int", "floating"),
+        ({"inputs": np.ones((5, 6)), "damping": 0.0}, "damping", "0.0", "definite"),
+        ({"inputs": np.full((5, 6), np.nan)}, "damping", "", "definite"),
+    ],
+)
+def test_wrong_input_of_the_surgeon(changes, argument, value, allowed):
+    settings = {"kernel": KERNEL, "inputs": INPUTS, "keep": 5, "damping": DAMPING}
+    settings |= changes
+    for name in ("kernel", "inputs"):
+        x = settings[name]
+        settings[name] = jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32)
+    with refuses("layerwise_obs", argument, value, allowed):
+        sparse_optax.layerwise_obs(
+            settings.pop("kernel"), settings.pop("inputs"), **settings
+        )
