@@ -282,10 +282,7 @@ def layerwise_obs(setup: Setup) -> Plan:
     """Layer-wise OBS of a trained network of dense layers, then training."""
     images, _ = setup.batch(5 * SCORED)
     inputs = images.reshape(len(images), -1)
-    names = sorted(
-        (name for name in setup.params if "kernel" in setup.params[name]),
-        key=lambda name: -setup.params[name]["kernel"].shape[0],
-    )
+    names = sorted(name for name in setup.params if "kernel" in setup.params[name])
     kernels = {name: setup.params[name]["kernel"] for name in names}
     counts = budgets.resolve(_budget(setup), kernels)
     hole: Any = optax.MaskedNode()
@@ -349,9 +346,9 @@ def rigl(setup: Setup) -> Plan:
 
 def ham(setup: Setup) -> Plan:
     """Sparse momentum around SGD with hyperbolic aware minimization."""
-    inner = sparse_optax.ham(
-        _inner(setup), learning_rate(setup.config, setup.steps_per_epoch)
-    )
+    # The 200 that is told of ImageNet's learning rates diverges at 0.1.
+    rate = learning_rate(setup.config, setup.steps_per_epoch)
+    inner = sparse_optax.ham(_inner(setup), rate, alpha=1.0)
     optimizer = sparse_optax.sparse_momentum_regrow(
         inner, **_dynamic(setup), prune_rate=_rate(setup)
     )

@@ -12,8 +12,13 @@ END = "<!-- results:end -->"
 
 def read_table(table: Table, results: str | Path) -> dict[str, records.Record]:
     """The records of a table, by row name; rows not run yet are left out."""
-    found = records.read_folder(Path(results) / table.name)
-    return {row.name: found[row.name] for row in table.rows if row.name in found}
+    folders = {row.table or table.name for row in table.rows}
+    found = {name: records.read_folder(Path(results) / name) for name in folders}
+    return {
+        row.name: found[row.table or table.name][row.name]
+        for row in table.rows
+        if row.name in found[row.table or table.name]
+    }
 
 
 def render(results: str | Path) -> str:
@@ -33,7 +38,7 @@ def render(results: str | Path) -> str:
     sections = []
     for table in TABLES.values():
         found = read_table(table, results)
-        if found:
+        if any(row.name in found for row in table.rows if row.table is None):
             sections.append(
                 f"### {table.title}\n\n{table.render(found)}\n\n"
                 f"`sparse-optax reproduce {table.name}`"

@@ -38,17 +38,19 @@ def missing(table: Table, results: str | Path, pattern: str = "") -> list[Row]:
       pattern: regular expression; only rows whose name it matches whole.
 
     Returns:
-      Rows in the order of the table.
+      Rows in the order of the table; those that another table runs are not among
+      them.
 
     Raises:
       ValueError: where no row matches, and where a record was made with other values
         than its row asks for.
     """
-    rows = [row for row in table.rows if re.fullmatch(pattern or ".*", row.name)]
+    own = [row for row in table.rows if row.table is None]
+    rows = [row for row in own if re.fullmatch(pattern or ".*", row.name)]
     if not rows:
         raise ValueError(
             f"reproduce: rows={pattern!r} matches no row of {table.name}; its rows are "
-            f"{', '.join(row.name for row in table.rows)}."
+            f"{', '.join(row.name for row in own)}."
         )
     left = []
     for row in rows:

@@ -6,13 +6,21 @@ is there.
 """
 
 from sparse_optax.experiments.tables import (
+    ablation_lenet300,
     digits_lenet300,
     gsm_lenet300,
+    methods_lenet300,
     mnist_lenet300,
 )
 from sparse_optax.experiments.tables.common import Table
 
 TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
-    for module in (mnist_lenet300, gsm_lenet300, digits_lenet300)
+    for module in (
+        mnist_lenet300,
+        gsm_lenet300,
+        methods_lenet300,
+        ablation_lenet300,
+        digits_lenet300,
+    )
 }

@@ -18,12 +18,14 @@ class Row(NamedTuple):
       config: the run.
       group: the line of the table that it counts for.
       needs: names of rows to run before this one.
+      table: the table that runs it and holds its record; None is its own.
     """
 
     name: str
     config: TrainConfig
     group: str
     needs: tuple[str, ...] = ()
+    table: str | None = None
 
 
 class Table(NamedTuple):

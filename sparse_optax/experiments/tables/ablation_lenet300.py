@@ -1,0 +1,117 @@
+"""What each choice of sparse momentum is worth: LeNet-300-100 and MNIST at 5%.
+
+Protocol: as in ``mnist_lenet300``. Three ablations, 3 seeds or more: the rules of
+redistribution and of growth, every mixture (Table 5 of the paper); the prune rate and
+how it decays; the momentum of SGD.
+
+References:
+  Dettmers & Zettlemoyer, `Sparse networks from scratch: faster training without losing
+  performance <https://arxiv.org/abs/1907.04840>`_, 2019.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sparse_optax.experiments import methods
+from sparse_optax.experiments.config import TrainConfig
+from sparse_optax.experiments.tables import common, mnist_lenet300
+
+SEEDS = range(3)
+RATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+MOMENTA = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
+# Table 5 of the paper: what a mixture adds to the error of momentum and momentum.
+PAPER = {
+    ("momentum", "random"): 0.07,
+    ("none", "momentum"): 0.01,
+    ("none", "random"): 0.11,
+}
+
+
+def _variants() -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(group, options)`` of every run but the default one, once each."""
+    for share in methods.REDISTRIBUTE:
+        for grow in methods.GROW:
+            if (share, grow) != ("momentum", "momentum"):
+                yield f"{share}_{grow}", dict(redistribute=share, grow=grow)
+    for decay in methods.DECAYS:
+        for rate in RATES:
+            if (decay, rate) != ("cosine", 0.5):
+                yield f"{decay}_{rate}", dict(prune_decay=decay, prune_rate=rate)
+    for momentum in MOMENTA:
+        if momentum != 0.9:
+            yield f"beta_{momentum}", dict(momentum=momentum)
+
+
+def _rows():
+    for row in mnist_lenet300.ROWS:
+        if row.group == "0.05":
+            yield row._replace(group="default", table="mnist_lenet300")
+    for seed in SEEDS:
+        for name, options in _variants():
+            config = TrainConfig(
+                dataset="mnist",
+                method="sparse_momentum",
+                density=0.05,
+                seed=seed,
+                **options,
+            )
+            yield common.Row(f"{name}_s{seed}", config, name)
+
+
+ROWS = tuple(_rows())
+
+
+def render(records):
+    """A grid for the rules, a grid for the rates, a line for the momenta."""
+
+    def cell(name):
+        found = common.group(ROWS, records, name)
+        return common.mean_se([record.results["test_error"] for record in found])
+
+    def rules(share, grow):
+        paper = PAPER.get((share, grow))
+        ours = cell("default" if share == grow == "momentum" else f"{share}_{grow}")
+        return ours if paper is None else f"{ours}; paper +{paper:.2f}"
+
+    def rate(decay, value):
+        return cell(
+            "default" if (decay, value) == ("cosine", 0.5) else f"{decay}_{value}"
+        )
+
+    grids = [
+        common.markdown(
+            ["redistribution", *(f"grow by {grow}" for grow in methods.GROW)],
+            [
+                [share, *(rules(share, grow) for grow in methods.GROW)]
+                for share in methods.REDISTRIBUTE
+            ],
+        ),
+        common.markdown(
+            ["prune rate", *(f"{value:g}" for value in RATES)],
+            [
+                [decay, *(rate(decay, value) for value in RATES)]
+                for decay in methods.DECAYS
+            ],
+        ),
+        common.markdown(
+            ["momentum of SGD", *(f"{value:g}" for value in MOMENTA)],
+            [
+                [
+                    "test error %",
+                    *(
+                        cell("default" if value == 0.9 else f"beta_{value}")
+                        for value in MOMENTA
+                    ),
+                ]
+            ],
+        ),
+    ]
+    return "\n\n".join(grids) + (
+        "\n\nTest error %, mean ± SE (runs), at 5% of the weights. The paper's numbers "
+        "are differences from momentum and momentum."
+    )
+
+
+TABLE = common.Table(
+    "ablation_lenet300", "Sparse momentum, choice by choice", ROWS, render
+)

@@ -1,0 +1,140 @@
+"""Every method on LeNet-300-100 and MNIST at four densities.
+
+Protocol: as in ``mnist_lenet300`` (first 54,000 training images, batch 100, Nesterov
+0.9, weight decay 5e-4, 100 epochs, learning rate 0.1 times 0.1 every 25,000 steps,
+test error of the last epoch), for all methods the same number of steps. Methods that
+start from a trained network train it for the first 46 epochs, at the learning rate of
+0.1, and prune where the others lower theirs. GSM has a momentum of 0.99 and learning
+rates of its own after those 46 epochs; L1 and L2 train a dense network that is cut
+afterwards. Dynamic methods move weights once an epoch, DEEP-R at each step. No method
+but sparse momentum was tuned: settings are the papers' defaults. 3 seeds or more.
+"""
+
+from typing import Any
+
+from sparse_optax.experiments.config import Base, TrainConfig
+from sparse_optax.experiments.tables import common, mnist_lenet300
+
+SEEDS = range(3)
+DENSITIES = (0.05, 0.01, 0.02, 0.2)
+# What the published tables have under this protocol, or from a trained network.
+LABELS = {
+    "dense": "dense",
+    "sparse_momentum": "sparse momentum",
+    "sparse_evolutionary": "SET",
+    "dynamic_sparse": "DSR",
+    "rigl": "RigL",
+    "static": "static random",
+    "snip": "SNIP",
+    "synflow": "SynFlow",
+    "thin": "thin dense",
+    "magnitude": "magnitude, one shot",
+    "fisher": "Fisher pruning",
+    "optimal_brain_damage": "optimal brain damage",
+    "layerwise_obs": "layer-wise OBS",
+    "gsm": "GSM",
+    "l1": "L1, then cut",
+    "l2": "L2, then cut",
+}
+FAMILIES = {
+    "trained sparse": (
+        "sparse_momentum",
+        "sparse_evolutionary",
+        "dynamic_sparse",
+        "rigl",
+        "static",
+        "snip",
+        "synflow",
+        "thin",
+    ),
+    "from dense to sparse": (
+        "gsm",
+        "magnitude",
+        "fisher",
+        "optimal_brain_damage",
+        "layerwise_obs",
+        "l1",
+        "l2",
+    ),
+}
+_GSM: dict[str, Any] = dict(
+    epochs=54,
+    batch_size=100,
+    learning_rate=3e-2,
+    drop_epochs=(40, 48),
+    base=Base(epochs=46, batch_size=100, learning_rate=0.1, drop_epochs=()),
+    init="torch",
+)
+
+
+def _config(method: str, density: float, seed: int) -> TrainConfig:
+    if method == "thin":
+        model = f"thin-lenet-{density:g}"
+        return TrainConfig(dataset="mnist", model=model, method="dense", seed=seed)
+    options: dict[str, Any] = _GSM if method == "gsm" else {}
+    return TrainConfig(
+        dataset="mnist", method=method, density=density, seed=seed, **options
+    )
+
+
+def _rows():
+    shared = {row.group: row for row in mnist_lenet300.ROWS}
+    assert {"dense", *map(str, DENSITIES)} <= shared.keys()
+    for row in mnist_lenet300.ROWS:
+        group = "dense" if row.group == "dense" else f"sparse_momentum {row.group}"
+        yield row._replace(group=group, table="mnist_lenet300")
+    for seed in SEEDS:
+        for density in DENSITIES:
+            for method in LABELS:
+                if method not in ("dense", "sparse_momentum"):
+                    yield common.Row(
+                        f"{method}_d{density:g}_s{seed}",
+                        _config(method, density, seed),
+                        f"{method} {density:g}",
+                    )
+
+
+ROWS = tuple(_rows())
+
+
+def errors(records, method: str, density: float) -> list[float]:
+    """Test errors of a method at a density, one a run."""
+    name = method if method == "dense" else f"{method} {density:g}"
+    found = common.group(ROWS, records, name)
+    return [record.results["test_error"] for record in found]
+
+
+def render(records):
+    """One line a method, one column a density; the best of a family in bold."""
+    densities = sorted(DENSITIES)
+    dense = common.mean_se(errors(records, "dense", 1.0))
+    lines = [["dense, all weights", *[dense] * len(densities)]]
+    for family, methods in FAMILIES.items():
+        means = {
+            density: {
+                method: sum(found) / len(found)
+                for method in methods
+                if (found := errors(records, method, density))
+            }
+            for density in densities
+        }
+        lines.append([f"*{family}*", *[""] * len(densities)])
+        for method in methods:
+            cells = []
+            for density in densities:
+                cell = common.mean_se(errors(records, method, density))
+                best = means[density]
+                if method in best and best[method] == min(best.values()):
+                    cell = f"**{cell}**"
+                cells.append(cell)
+            lines.append([LABELS[method], *cells])
+    header = ["test error %, mean ± SE (runs)", *(f"{d:.0%}" for d in densities)]
+    return common.markdown(header, lines) + (
+        "\n\nMNIST, 90/10 split, 100 epochs in all for every method, test error of the "
+        "last epoch; in bold the lowest mean of its group."
+    )
+
+
+TABLE = common.Table(
+    "methods_lenet300", "LeNet-300-100 on MNIST, every method", ROWS, render
+)
