@@ -41,6 +41,10 @@ from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
+from sparse_optax.methods import granet as granet
+from sparse_optax.methods import (
+    in_time_over_parameterization as in_time_over_parameterization,
+)
 from sparse_optax.methods import rigl as rigl
 from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow

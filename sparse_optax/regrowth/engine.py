@@ -36,7 +36,7 @@ from sparse_optax.regrowth.opening import (
     reset_grown,
     zip_equal,
 )
-from sparse_optax.regrowth.rules import Rule
+from sparse_optax.regrowth.rules import Rule, map_weights
 
 OWN_DECAY = 0.9
 
@@ -91,6 +91,7 @@ def regrow(
     packed: bool = False,
     budget: optax.Schedule | None = None,
     hidden: bool = False,
+    regrown: str = "zero",
     caller: str = "regrow",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse training by a triple of rules, around any optimizer.
@@ -155,6 +156,8 @@ def regrow(
       hidden: Keeps a weight behind each missing one, which the inner optimizer goes
         on training with the dense gradient and the rules see: where its weight
         comes back it brings that value. Memory: one more copy of the weights.
+      regrown: What a weight that is pruned and grown back in one cycle goes on with:
+        ``"zero"``, or its ``"value"``, so that only the growth's choice counts.
       caller: The name that errors start with.
 
     Returns:
@@ -194,6 +197,7 @@ def regrow(
         (prune, redistribute, grow),
         budget,
         hidden,
+        regrown,
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
     rules = (prune, redistribute, grow)
@@ -230,7 +234,7 @@ def regrow(
             # Copied: the state may be donated, the caller's key may not.
             key=jnp.array(jax.random.key_data(seed), copy=True),
             momentum=own,
-            rules=init_rules(rules, sparse, kept),
+            rules=map_weights(tree, init_rules(rules, sparse, kept)),
             skipped=jnp.zeros([], jnp.int32),
             removed=zeros(),
             grown=zeros(),
@@ -290,7 +294,7 @@ def regrow(
             masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
             gradient=pick(updates) if "gradient" in needs else None,
             moments=moments,
-            rules=state.rules,
+            rules=map_weights(pick, state.rules),
             key=state.key.astype(jnp.uint32),
             step=state.count,
             rate=jnp.asarray(rate_at(state.count)),
@@ -305,7 +309,8 @@ def regrow(
         after = no_cycle(operands)
         if not schedules.never_due(update_period, update_start, update_stop):
             static = {"plan": plan, "rules": rules, "idle": inner is None}
-            after = cycle_if(due, operands, **static, hidden=hidden)
+            stays = hidden or regrown == "value"
+            after = cycle_if(due, operands, **static, hidden=stays)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
         masked = list(flat)
@@ -342,7 +347,7 @@ def regrow(
             regrow_masks=tree(after.masks),
             key=operands.key,
             momentum=own,
-            rules=after.rules,
+            rules=map_weights(tree, after.rules),
             skipped=after.skipped,
             removed=tree(after.removed),
             grown=tree(after.grown),

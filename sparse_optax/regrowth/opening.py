@@ -115,7 +115,7 @@ def cycle_if(
       plan: The sparse leaves.
       rules: The prune, the redistribution and the growth rule.
       idle: Whether evidence that is zero everywhere means that no cycle runs.
-      hidden: Whether missing weights are kept, so that none rests when it changes.
+      hidden: Whether a weight that comes back has a value, so that none rests.
 
     Returns:
       The masks to go on with, and which weights move now.
@@ -163,7 +163,7 @@ def open_cycle(
       plan: The sparse leaves.
       rules: The prune, the redistribution and the growth rule.
       idle: Whether evidence that is zero everywhere means that no cycle runs.
-      hidden: Whether missing weights are kept, so that none rests when it changes.
+      hidden: Whether a weight that comes back has a value, so that none rests.
 
     Returns:
       The masks after the cycle; those from before it where a number is not finite.
