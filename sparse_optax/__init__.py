@@ -49,7 +49,11 @@ from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import HamState as HamState
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods import fisher_masks as fisher_masks
+from sparse_optax.methods import granet as granet
 from sparse_optax.methods import ham as ham
+from sparse_optax.methods import (
+    in_time_over_parameterization as in_time_over_parameterization,
+)
 from sparse_optax.methods import layerwise_obs as layerwise_obs
 from sparse_optax.methods import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,

@@ -129,6 +129,38 @@ def constant_prune_rate(value: float = 0.5) -> optax.Schedule:
     return schedule
 
 
+def cosine_unless(
+    prune_rate: optax.ScalarOrSchedule | None,
+    initial: float,
+    update_stop: int | None,
+    floor: float = 0.0,
+) -> optax.ScalarOrSchedule | None:
+    """The given prune rate, or where there is none a cosine.
+
+    Args:
+      prune_rate: A number, a schedule, or None.
+      initial: Where the cosine starts.
+      update_stop: Where it ends. Where it is None, the rate stays as it is given,
+        for whoever takes it to refuse; its range is checked there as well.
+      floor: Its end.
+
+    Returns:
+      A prune rate.
+
+    Examples:
+      >>> from sparse_optax import schedules
+      >>> schedules.cosine_unless(0.2, 0.5, 100)
+      0.2
+      >>> round(float(schedules.cosine_unless(None, 0.5, 100)(50)), 6)
+      0.25
+    """
+    if prune_rate is not None or update_stop is None:
+        return prune_rate
+    return lambda count: cosine_prune_rate(initial, stop=update_stop, floor=floor)(
+        count
+    )
+
+
 def cubic_density(
     initial: float, final: float, start: int, stop: int
 ) -> optax.Schedule:

@@ -97,6 +97,50 @@ def get_masks(opt_state: PyTree) -> PyTree:
     )
 
 
+def get_explored(opt_state: PyTree) -> PyTree:
+    """Which weights were ever active, where a growth rule remembers it.
+
+    Args:
+      opt_state: An optimizer state with ``in_time_over_parameterization`` in it, or
+        another method that grows by ``regrowth.grow.unexplored``.
+
+    Returns:
+      A mask tree with the structure of the parameters, for
+      ``report.summary(params, opt_state, explored=...)``; its ``masks.density`` is
+      the explored share R_s. It is brought up to date by each cycle.
+
+    Raises:
+      ValueError: If no rule remembers, or two of them do for one leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.in_time_over_parameterization(
+      ...     optax.sgd(0.1), density=0.25, update_period=1, update_stop=4, key=0)
+      >>> params = {"w": jnp.ones((4, 5))}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     explored = sparse_optax.state.get_explored(state)
+      ...     print(sparse_optax.masks.density(explored))
+      ...     _, state = tx.update(params, state, params)
+      0.25
+      0.25
+      0.35
+    """
+
+    def remembers(node):
+        return hasattr(node, "explored")
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=remembers)
+    found = [node.explored.values for node in nodes if remembers(node)]
+    if not found:
+        raise ValueError(
+            "get_explored: no rule in `opt_state` remembers; it must come from "
+            "in_time_over_parameterization, or grow by grow.unexplored. Use "
+            "report.explore to count beside the training."
+        )
+    return functools.reduce(_merge, found)
+
+
 def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
     """Replaces the masks in an optimizer state.
 

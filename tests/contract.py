@@ -381,6 +381,15 @@ ROWS = (
     ),
     _cycle_row("sparse_evolutionary", sparse_optax.sparse_evolutionary),
     _cycle_row("dynamic_sparse", sparse_optax.dynamic_sparse, threshold=0.2),
+    _cycle_row(
+        "in_time_over_parameterization",
+        sparse_optax.in_time_over_parameterization,
+    ),
+    _cycle_row("granet", sparse_optax.granet)._replace(
+        settings=lambda optimizer, cycles: dict(
+            inner=optimizer, initial_density=cycles["density"], **cycles
+        )
+    ),
     _cycle_row("rigl", sparse_optax.rigl, optimizer=ADAM),
     _cycle_row("sparse_momentum_last", _MOMENTUM)._replace(
         settings=lambda optimizer, cycles: cycles, place=LAST

@@ -2,11 +2,15 @@
 
 from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
+from sparse_optax.methods.granet import granet as granet
 from sparse_optax.methods.hyperbolic_aware import HamState as HamState
 from sparse_optax.methods.hyperbolic_aware import ham as ham
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
 from sparse_optax.methods.optimal_brain_damage import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
+)
+from sparse_optax.methods.over_parameterization import (
+    in_time_over_parameterization as in_time_over_parameterization,
 )
 from sparse_optax.methods.rigl import rigl as rigl
 from sparse_optax.methods.snip import snip_masks as snip_masks

@@ -5,10 +5,10 @@ from typing import Any
 
 import optax
 
+from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
 from sparse_optax.regrowth import grow, prune, redistribute
-from sparse_optax.regrowth.arguments import cosine_unless
 from sparse_optax.regrowth.engine import regrow
 
 
@@ -103,7 +103,7 @@ def rigl(
         grow=grow.gradient,
         update_period=update_period,
         update_stop=update_stop,
-        prune_rate=cosine_unless(prune_rate, 0.3, update_stop),
+        prune_rate=schedules.cosine_unless(prune_rate, 0.3, update_stop),
         key=key,
         masks=masks,
         where=where,

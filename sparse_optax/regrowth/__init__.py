@@ -19,5 +19,6 @@ from sparse_optax.regrowth.cycle import init_rules as init_rules
 from sparse_optax.regrowth.engine import RegrowState as RegrowState
 from sparse_optax.regrowth.engine import regrow as regrow
 from sparse_optax.regrowth.rules import Evidence as Evidence
+from sparse_optax.regrowth.rules import PerWeight as PerWeight
 from sparse_optax.regrowth.rules import Rule as Rule
 from sparse_optax.regrowth.rules import stateless as stateless

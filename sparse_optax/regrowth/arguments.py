@@ -53,6 +53,7 @@ def check_arguments(
     budget: Any = None,
     hidden: bool = False,
     pattern: Any = None,
+    regrown: Any = "zero",
 ) -> None:
     """Raises where an argument of ``regrow`` is out of its range.
 
@@ -73,6 +74,7 @@ def check_arguments(
       budget: ``budget``.
       hidden: ``hidden``.
       pattern: ``pattern``.
+      regrown: ``regrown``.
 
     Raises:
       ValueError: For the first argument that does not fit.
@@ -162,6 +164,8 @@ def check_arguments(
     if hidden and inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), hidden=True, ...)."
         fail("hidden", hidden, "False where there is no `inner`", cure)
+    if regrown not in ("zero", "value"):
+        fail("regrown", regrown, '"zero" or "value"', 'Use "zero", as most papers do.')
     for name, rule in zip(("prune", "redistribute", "grow"), rules, strict=True):
         if not isinstance(rule, Rule):
             fail(
@@ -186,33 +190,7 @@ def rate_schedule(
       >>> round(float(rate_schedule(None, 100)(50)), 6)
       0.25
     """
-    prune_rate = cosine_unless(prune_rate, 0.5, update_stop)
+    prune_rate = schedules.cosine_unless(prune_rate, 0.5, update_stop)
     if callable(prune_rate):
         return prune_rate
     return lambda count: jnp.asarray(prune_rate, jnp.float32)
-
-
-def cosine_unless(
-    prune_rate: optax.ScalarOrSchedule | None, initial: float, update_stop: int | None
-) -> optax.ScalarOrSchedule | None:
-    """The given prune rate, or where there is none a cosine that ends in 0.
-
-    Args:
-      prune_rate: A number, a schedule, or None.
-      initial: Where the cosine starts.
-      update_stop: Where it reaches 0. Where it is None, the rate stays as it is given,
-        for ``check_arguments`` to refuse; its range is checked there as well.
-
-    Returns:
-      A prune rate.
-
-    Examples:
-      >>> from sparse_optax.regrowth.arguments import cosine_unless
-      >>> cosine_unless(0.2, 0.5, 100), cosine_unless(None, 0.5, None)
-      (0.2, None)
-      >>> round(float(cosine_unless(None, 0.5, 100)(50)), 6)
-      0.25
-    """
-    if prune_rate is not None or update_stop is None:
-        return prune_rate
-    return lambda count: schedules.cosine_prune_rate(initial, stop=update_stop)(count)

@@ -39,7 +39,7 @@ from sparse_optax.regrowth.opening import (
     seen,
     zip_equal,
 )
-from sparse_optax.regrowth.rules import Rule
+from sparse_optax.regrowth.rules import Rule, map_weights
 
 OWN_DECAY = 0.9
 
@@ -95,6 +95,7 @@ def regrow(
     budget: optax.Schedule | None = None,
     hidden: bool = False,
     pattern: Pattern | None = None,
+    regrown: str = "zero",
     caller: str = "regrow",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse training by a triple of rules, around any optimizer.
@@ -164,6 +165,8 @@ def regrow(
         the sum of magnitudes of each unit in the place of weights. Where units of
         different layers differ in size, and with N:M, nothing is redistributed: the
         number of weights would change. With N:M ``density`` is left out.
+      regrown: What a weight that is pruned and grown back in one cycle goes on with:
+        ``"zero"``, or its ``"value"``, so that only the growth's choice counts.
       caller: The name that errors start with.
 
     Returns:
@@ -204,6 +207,7 @@ def regrow(
         budget,
         hidden,
         pattern,
+        regrown,
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
     given = (prune, redistribute, grow)
@@ -250,7 +254,9 @@ def regrow(
             # Copied: the state may be donated, the caller's key may not.
             key=jnp.array(jax.random.key_data(seed), copy=True),
             momentum=own,
-            rules=init_rules(rules, *seen(pattern, plan, sparse, kept)),
+            rules=map_weights(
+                tree, init_rules(rules, *seen(pattern, plan, sparse, kept))
+            ),
             skipped=jnp.zeros([], jnp.int32),
             removed=zeros(),
             grown=zeros(),
@@ -308,7 +314,7 @@ def regrow(
             masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
             gradient=pick(updates) if "gradient" in needs else None,
             moments=moments,
-            rules=state.rules,
+            rules=map_weights(pick, state.rules),
             key=state.key.astype(jnp.uint32),
             step=state.count,
             rate=jnp.asarray(rate_at(state.count)),
@@ -322,7 +328,8 @@ def regrow(
         after = no_cycle(operands)
         if not schedules.never_due(update_period, update_start, update_stop):
             rules = rules_under(pattern, given, weights, plan, caller=caller)
-            how = How(plan, rules, inner is None, hidden, pattern)
+            stays = hidden or regrown == "value"
+            how = How(plan, rules, inner is None, stays, pattern)
             after = cycle_if(due, operands, how=how)
         moves = tuple(mask_trees.unpack(m) for m in after.moves)
 
@@ -360,7 +367,7 @@ def regrow(
             regrow_masks=tree(after.masks),
             key=operands.key,
             momentum=own,
-            rules=after.rules,
+            rules=map_weights(tree, after.rules),
             skipped=after.skipped,
             removed=tree(after.removed),
             grown=tree(after.grown),

@@ -1,5 +1,7 @@
 """Growth rules: which missing weights come back."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,13 @@ from sparse_optax import masks, selection
 from sparse_optax.regrowth import allocate, units
 from sparse_optax.regrowth.rules import (
     Evidence,
+    PerWeight,
+    Rule,
     axes_of,
+    layer_counts,
     layer_vector,
     require,
+    split_layers,
     stateless,
 )
 
@@ -127,6 +133,87 @@ def _random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
             _elsewhere,
         )
     )
+
+
+class Explored(NamedTuple):
+    """State of ``unexplored``.
+
+    Attributes:
+      explored: Where a weight was ever active, bool arrays.
+      rule: State of the rule inside.
+    """
+
+    explored: PerWeight
+    rule: Any
+
+
+def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
+    """Remembers which weights were ever active, and grows others first.
+
+    Where a layer has no room that was never active, the rest grows by the same rule
+    anywhere. ``state.get_explored`` reads the set. Memory: one byte a weight.
+
+    Args:
+      rule: How to choose: ``random``, ``gradient``, ``momentum`` or any other growth
+        rule that keeps to its counts.
+      prefer: Whether weights that were never active come first; False just remembers.
+
+    Returns:
+      A growth rule.
+
+    Raises:
+      ValueError: If the rule places its counts in other layers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> rule = regrowth.grow.unexplored(regrowth.grow.gradient)
+      >>> masks = (jnp.array([True, False, False, False]),)
+      >>> evidence = regrowth.Evidence(
+      ...     params=(jnp.ones(4),), masks=masks, before=masks,
+      ...     gradient=(jnp.array([0.0, 9.0, 2.0, 1.0]),), counts=(jnp.int32(1),))
+      >>> seen = regrowth.PerWeight((jnp.array([True, True, False, False]),))
+      >>> (new,), state = rule.apply(evidence, regrowth.grow.Explored(seen, ()))
+      >>> new.tolist(), state.explored.values[0].tolist()
+      ([False, False, True, False], [True, True, True, False])
+
+    References:
+      Liu et al, `Do We Actually Need Dense Over-Parameterization?
+      <https://arxiv.org/abs/2102.02887>`_, 2021, who count such weights.
+    """
+    if not isinstance(rule, Rule) or not rule.exact:
+        raise ValueError(
+            f"unexplored: `rule` must be a growth rule that keeps to its counts; got "
+            f"{rule!r}. Use grow.random, grow.gradient or grow.momentum."
+        )
+
+    def init(params, masks):
+        # Copied: the masks are in the state as well, and it may be donated.
+        seen = tuple(jnp.array(m, copy=True) for m in masks)
+        return Explored(PerWeight(seen), rule.init(params, masks))
+
+    def apply(evidence, state):
+        before = require(evidence, "before", rule="grow.unexplored")
+        counts = require(evidence, "counts", rule="grow.unexplored")
+        seen = tuple(map(jnp.logical_or, state.explored.values, before))
+        inside, first = state.rule, tuple(map(jnp.zeros_like, before))
+        if prefer and seen:
+            axes = axes_of(evidence)
+            room = layer_counts(tuple(map(jnp.logical_not, seen)), axes)
+            wanted = layer_vector(counts)
+            some = jnp.minimum(wanted, room)
+            split = split_layers(some, seen, axes)
+            fresh = evidence._replace(masks=seen, counts=split)
+            first, inside = rule.apply(fresh, inside)
+            taken = tuple(map(jnp.logical_or, evidence.masks, first))
+            split = split_layers(wanted - some, seen, axes)
+            evidence = evidence._replace(masks=taken, counts=split)
+        rest, inside = rule.apply(evidence, inside)
+        new = tuple(map(jnp.logical_or, first, rest))
+        seen = tuple(map(jnp.logical_or, seen, new))
+        return new, Explored(PerWeight(seen), inside)
+
+    return Rule(init, apply, needs=rule.needs, exact=True)
 
 
 #: Grows, in each layer, the missing weights of largest absolute momentum. Of equal

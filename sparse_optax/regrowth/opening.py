@@ -51,7 +51,7 @@ class How(NamedTuple):
       plan: The sparse leaves.
       rules: The prune, the redistribution and the growth rule.
       idle: Whether evidence that is zero everywhere means that no cycle runs.
-      hidden: Whether missing weights are kept, so that none rests when it changes.
+      hidden: Whether a weight that comes back has a value, so that none rests.
       pattern: Which weights stand and fall together, or None.
     """
 

@@ -61,7 +61,8 @@ class Rule(NamedTuple):
 
     Attributes:
       init: ``init(params, masks) -> state``: tuples of arrays in, a pytree of
-        arrays out, ``()`` where the rule remembers nothing.
+        arrays out, ``()`` where the rule remembers nothing. What has one array a
+        leaf goes into a ``PerWeight``.
       apply: ``apply(evidence, state) -> (result, state)``. The result of a prune
         rule is a tuple of masks of the weights that stay; of a redistribution rule
         a vector of shares, one a layer, in proportion to which the removed weights
@@ -81,6 +82,45 @@ class Rule(NamedTuple):
     needs: tuple[str, ...] = ()
     after_prune: bool = False
     exact: bool = False
+
+
+class PerWeight(NamedTuple):
+    """A part of a rule's state that has one array a sparse leaf.
+
+    The rule sees a tuple of arrays. In the optimizer state it is a tree like the
+    parameters, as Optax expects of what has a parameter's shape.
+
+    Attributes:
+      values: The arrays.
+    """
+
+    values: Any
+
+
+def map_weights(function: Callable[[Any], Any], states: Any) -> Any:
+    """Applies a function to the values of every ``PerWeight`` in the rules' states.
+
+    Args:
+      function: ``function(values) -> values``.
+      states: A pytree.
+
+    Returns:
+      The pytree with new values.
+
+    Examples:
+      >>> from sparse_optax.regrowth.rules import PerWeight, map_weights
+      >>> map_weights(sum, ((), PerWeight((1, 2)), 3))
+      ((), PerWeight(values=3), 3)
+    """
+
+    def is_part(node: Any) -> bool:
+        return isinstance(node, PerWeight)
+
+    return jax.tree.map(
+        lambda x: PerWeight(function(x.values)) if is_part(x) else x,
+        states,
+        is_leaf=is_part,
+    )
 
 
 def stateless(
