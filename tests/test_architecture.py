@@ -28,7 +28,7 @@ ORDER = (
     "sparse_models.py",
     "sparse_files.py",
     "clipping.py",
-    "schedules.py",
+    "schedules/",
     "gating.py",
     "gsm.py",
     "gsm_analysis.py",

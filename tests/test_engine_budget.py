@@ -21,7 +21,7 @@ from helpers import (
 
 import sparse_optax
 from sparse_optax import budgets, leaves, regrowth, schedules
-from sparse_optax.regrowth.arguments import targets
+from sparse_optax.regrowth.goal import targets
 
 SHAPES = ((6, 5), (5, 4))
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -149,6 +149,28 @@ def test_a_schedule_may_end_at_the_density_that_a_budget_was_made_of(size):
             caller="doc",
         )
         assert int(goal.excess) == 0
+
+
+@pytest.mark.parametrize(
+    "density", [0.2, budgets.erdos_renyi(0.23), budgets.nonzeros(11), 1.0]
+)
+def test_a_schedule_towards_whatever_the_density_comes_to(density):
+    """It ends at the exact counts, and is told the fraction that they are."""
+    ends = []
+
+    def make(end):
+        ends.append(end)
+        return schedules.cubic_density(1.0, end, 0, 3)
+
+    params = network(SHAPES)
+    final = jax.tree.leaves(budgets.resolve(density, params))
+    tx = engine(density=density, budget=schedules.Towards(make))
+    runs = list(run(tx, params, random_gradients(1, params, 5)))
+    got = [[m.sum() for m in kept(s)] for _, s in runs]
+    assert got[0] == [30, 20]
+    assert got[4] == got[5] == final
+    wanted = density if isinstance(density, float) else sum(final) / 50
+    assert set(ends) == {float(np.float32(wanted))}
 
 
 def test_first_masks_are_random_and_follow_the_key():
@@ -520,7 +542,12 @@ def test_reset_moments_of_weights_that_come_back():
             dict(inner=None, hidden=True),
         ),
         ("hidden", "'yes'", "True or False", dict(hidden="yes")),
-        ("budget", "nan", "a schedule of the density", dict(budget=table([np.nan]))),
+        (
+            "budget",
+            "not finite",
+            "a schedule of the density",
+            dict(budget=table([np.nan])),
+        ),
     ],
 )
 def test_wrong_input(argument, value, allowed, change):

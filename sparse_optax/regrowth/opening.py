@@ -13,8 +13,8 @@ from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import Layout, is_hole
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
-from sparse_optax.regrowth.arguments import BROKEN, Goal
 from sparse_optax.regrowth.cycle import cycle
+from sparse_optax.regrowth.goal import BROKEN, Goal
 from sparse_optax.regrowth.rules import (
     Evidence,
     Rule,
