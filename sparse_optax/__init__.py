@@ -40,7 +40,16 @@ from sparse_optax.gsm_analysis import GsmGap as GsmGap
 from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
+from sparse_optax.methods import ac_dc as ac_dc
+from sparse_optax.methods import gradual_magnitude as gradual_magnitude
+from sparse_optax.methods import iterative_magnitude as iterative_magnitude
+from sparse_optax.methods import network_surgery as network_surgery
+from sparse_optax.methods import one_shot_magnitude as one_shot_magnitude
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
+from sparse_optax.methods import (
+    straight_through_magnitude as straight_through_magnitude,
+)
+from sparse_optax.methods import top_kast as top_kast
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
 from sparse_optax.sparse_files import load_sparse as load_sparse
