@@ -507,6 +507,17 @@ def test_hidden_weights_of_weak_parameters_have_a_type():
     assert after.hidden["w"].weak_type == state.hidden["w"].weak_type
 
 
+def test_init_of_shapes_and_under_jit():
+    params = network(SHAPES)
+    for hidden in (False, True):
+        tx = engine(**{**MOVING, "hidden": hidden, "budget": table([0.7])})
+        state = tx.init(params)
+        same(jax.jit(tx.init)(params), state)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        abstract = jax.eval_shape(tx.init, params)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == shapes
+
+
 def test_reset_moments_of_weights_that_come_back():
     params = network(((6, 5),))
     tx = engine(**{**MOVING, "budget": table([0.2, 0.2, 1.0])}, reset_moments="grown")

@@ -147,13 +147,14 @@ def first_counts(
             f"{caller}: the first value of `budget` is traced; the first masks need a "
             "number. Name it in `static_args` of optax.inject_hyperparams."
         )
-    if goal.excess == BROKEN:
+    excess = int(np.asarray(goal.excess))
+    if excess == BROKEN:
         raise ValueError(
             f"{caller}: `budget` must be a schedule of the density, in (0, 1]; its "
             "first value is not finite. Pass schedules.cubic_density(...)."
         )
     sparse = tuple(flat[i] for i in plan.index)
     sizes, final = layer_sizes(sparse, plan.axes), goal.final.astype(np.int64)
-    more = [int(goal.excess) * int(room) // int(goal.whole) for room in sizes - final]
+    more = [excess * int(room) // int(goal.whole) for room in sizes - final]
     parts = split_layers(final + more, sparse, plan.axes)
     return mask_trees.rebuild(structure, len(flat), plan.index, parts)
