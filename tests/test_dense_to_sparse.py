@@ -1,6 +1,7 @@
 """Methods that become sparse while they train, against NumPy oracles."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -371,6 +372,37 @@ def test_without_heads_the_mask_stays_and_a_budget_is_still_met():
     )
     assert seen == [list(SIZES)] + [counts_at(t) for t in range(1, 9)]
     assert seen[-1] == [6, 4]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+def test_surgery_by_the_papers_thresholds(gamma):
+    """Counts follow: the one composition here that has no exact number."""
+    tx = regrowth.regrow(
+        SGD,
+        density=1.0,
+        prune=regrowth.prune.below_spread(0.5, gamma=gamma),
+        redistribute=regrowth.redistribute.none,
+        grow=regrowth.grow.above_spread(0.5, gamma=gamma),
+        update_period=1,
+        prune_rate=0.0,
+        hidden=True,
+        key=0,
+    )
+    params, grads, weights, step_grads = start(12)
+    limits = [oracles.surgery_thresholds(w, 0.5) for w in weights]
+
+    def new(t, weights, mask):
+        if t == 0 or not regrowth.rules.coin(t, gamma, 1.0):
+            return mask
+        columns = zip(weights, mask, limits, strict=True)
+        return [oracles.surgery_mask(w, m, *ab) for w, m, ab in columns]
+
+    seen = equals(
+        run(tx, params, grads),
+        oracles.train_hidden(weights, dense(), step_grads, new, lr=LR, beta=BETA),
+    )
+    assert len({tuple(c) for c in seen}) > 3
+    assert any(b > a for (a, _), (b, _) in itertools.pairwise(seen))
 
 
 @pytest.mark.parametrize("moving", [False, True])

@@ -118,3 +118,79 @@ def _outranked(ratio: float, gamma: float, power: float) -> Rule:
 
 def _itself(score: jax.Array) -> jax.Array:
     return score
+
+
+def below_spread(
+    c: float, factor: float = 0.9, *, gamma: float = 0.0, power: float = 1.0
+) -> Rule:
+    r"""Removes weights below a threshold of their leaf, fixed by the first weights.
+
+    .. math:: |w| < factor \cdot \max(\mu + c \, \sigma, 0)
+
+    with mean and standard deviation of the |w| that are not zero at ``init``, where
+    ``rules.coin`` falls so. Together with ``grow.above_spread`` the two thresholds of
+    network surgery. How many weights there are follows; no budget holds it.
+
+    Args:
+      c: Standard deviations above the mean.
+      factor: At most that of ``grow.above_spread``.
+      gamma: Of the coin, at least 0; 0 is every cycle.
+      power: Of the coin, at least 0.
+
+    Returns:
+      A rule that remembers one number a leaf, stacked layers together.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> rule = regrowth.prune.below_spread(0.0, 1.0)
+      >>> params, masks = (jnp.array([3.0, 1.0, 0.0]),), (jnp.ones(3, bool),)
+      >>> state = rule.init(params, masks)
+      >>> (stay,), _ = rule.apply(regrowth.Evidence(params, masks), state)
+      >>> stay.tolist()
+      [True, False, False]
+
+    References:
+      Guo, Yao and Chen, `Dynamic Network Surgery for Efficient DNNs
+      <https://arxiv.org/abs/1608.04493>`_, 2016.
+    """
+    return _below_spread(c, factor, gamma, power)
+
+
+@functools.lru_cache
+def _below_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
+    def apply(evidence: Evidence, state: Any) -> tuple[tuple[jax.Array, ...], Any]:
+        heads = coin(evidence.step, gamma, power)
+        columns = zip(evidence.params, evidence.masks, state, strict=True)
+        stay = (m & ((jnp.abs(w) >= t) | jnp.logical_not(heads)) for w, m, t in columns)
+        return tuple(stay), state
+
+    return Rule(lambda params, masks: thresholds(params, c, factor), apply)
+
+
+def thresholds(
+    params: tuple[jax.Array, ...], c: float, factor: float
+) -> tuple[jax.Array, ...]:
+    """Factor * max(mean + c * standard deviation, 0) of the |w| that are not zero.
+
+    Args:
+      params: Weights, one array a leaf.
+      c: Standard deviations above the mean.
+      factor: A number.
+
+    Returns:
+      float32 scalars.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> float(regrowth.prune.thresholds((jnp.array([3.0, 0.0, -1.0]),), 1.0, 0.5)[0])
+      1.5
+    """
+    found = []
+    for w in params:
+        size, there = jnp.abs(w.astype(jnp.float32)), w != 0
+        mean = jnp.mean(size, where=there)
+        spread = jnp.std(size, where=there)
+        found.append(factor * jnp.maximum(jnp.nan_to_num(mean + c * spread), 0.0))
+    return tuple(found)
