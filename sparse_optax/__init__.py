@@ -47,14 +47,19 @@ from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import HamState as HamState
+from sparse_optax.methods import ac_dc as ac_dc
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods import fisher_masks as fisher_masks
+from sparse_optax.methods import gradual_magnitude as gradual_magnitude
 from sparse_optax.methods import granet as granet
 from sparse_optax.methods import ham as ham
 from sparse_optax.methods import (
     in_time_over_parameterization as in_time_over_parameterization,
 )
+from sparse_optax.methods import iterative_magnitude as iterative_magnitude
 from sparse_optax.methods import layerwise_obs as layerwise_obs
+from sparse_optax.methods import network_surgery as network_surgery
+from sparse_optax.methods import one_shot_magnitude as one_shot_magnitude
 from sparse_optax.methods import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
 )
@@ -63,7 +68,11 @@ from sparse_optax.methods import snip_masks as snip_masks
 from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
 from sparse_optax.methods import static_sparse as static_sparse
+from sparse_optax.methods import (
+    straight_through_magnitude as straight_through_magnitude,
+)
 from sparse_optax.methods import synflow_masks as synflow_masks
+from sparse_optax.methods import top_kast as top_kast
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
 from sparse_optax.regularizers import L1DecayState as L1DecayState

@@ -92,7 +92,8 @@ def gsm_mask(
 
     Args:
       density: Fraction in (0, 1], a budget, or a schedule of the number of finished
-        updates that gives a fraction (exact to float32) or an integer count.
+        updates that gives a fraction (exact to float32) or an integer count:
+        ``schedules.cubic_density`` makes a trained network sparse by and by.
         Budgets in bytes or FLOPs weigh the one pool and leave each layer's share to
         the method.
       where: Which leaves take part, see ``leaves.resolve_where``. By default kernels,

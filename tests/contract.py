@@ -188,6 +188,29 @@ MASK = Family(
     member=lambda params, seed: params,
 )
 CLIP = MASK._replace(promise=_clip_promise)
+# First masks of the largest weights: a member is told by its weights.
+HIDDEN = MASK._replace(member=GATE.member)
+
+
+def _scheduled(is_sparse: Callable[[int], bool]) -> Family:
+    """At its budget where ``is_sparse(finished updates)``, elsewhere dense."""
+
+    def is_state(node):
+        return isinstance(node, regrowth.RegrowState)
+
+    def promise(step: Step, budget: int, exact: bool) -> None:
+        nodes = jax.tree.leaves(step.state, is_leaf=is_state)
+        (state,) = filter(is_state, nodes)
+        size = sum(w.size for w in sparse(step.params))
+        now = budget if is_sparse(int(state.count)) else size
+        _mask_promise(step, now, exact)
+
+    return HIDDEN._replace(promise=promise)
+
+
+FALLING = _scheduled(lambda count: count >= PERIOD)
+# Sparse and dense by turns; the last cycle below STOP leaves it sparse.
+TURNS = _scheduled(lambda count: count >= STOP - PERIOD or count // PERIOD % 2 == 1)
 
 
 # --- places in a chain ----------------------------------------------------------------
@@ -350,6 +373,31 @@ def _cycle_row(name, factory, *, optimizer=SGD, exempt=None, fails=None, **kwarg
     )
 
 
+_DENSE_AT_FIRST = {
+    name: "dense until its first cycle; the promise says when it is not"
+    for name in ("never_above_the_budget", "all_scores_equal", "nan_gradient")
+} | {"vmap_over_densities": "the density of the end is a static number"}
+
+
+def _towards_row(factory, family, *, exempt=None, **kwargs):
+    """A method that becomes sparse, or hides weights: it takes no random key."""
+    return Row(
+        name=factory.__name__,
+        factory=factory,
+        settings=lambda optimizer, cycles: dict(
+            inner=optimizer, density=cycles["density"], **kwargs
+        ),
+        injected=(),
+        scheduled=(),
+        place=AROUND,
+        family=family,
+        exempt=_NEVER_EMPTY
+        | {"constant_schedule": "none of its numbers may be a schedule"}
+        | (exempt or {}),
+        fails={"wrong_position": "rescaled updates leave pruned weights over"},
+    )
+
+
 _MOMENTUM = sparse_optax.sparse_momentum_regrow
 
 ROWS = (
@@ -393,6 +441,41 @@ ROWS = (
     _cycle_row("rigl", sparse_optax.rigl, optimizer=ADAM),
     _cycle_row("sparse_momentum_last", _MOMENTUM)._replace(
         settings=lambda optimizer, cycles: cycles, place=LAST
+    ),
+    _towards_row(
+        sparse_optax.gradual_magnitude,
+        FALLING,
+        exempt=_DENSE_AT_FIRST,
+        update_period=PERIOD,
+        update_stop=PERIOD + 1,
+    ),
+    _towards_row(
+        sparse_optax.iterative_magnitude,
+        FALLING,
+        exempt=_DENSE_AT_FIRST,
+        update_period=PERIOD,
+        prunes=1,
+    ),
+    _towards_row(
+        sparse_optax.one_shot_magnitude, FALLING, exempt=_DENSE_AT_FIRST, at=PERIOD
+    ),
+    _towards_row(
+        sparse_optax.ac_dc,
+        TURNS,
+        exempt=_DENSE_AT_FIRST,
+        update_period=PERIOD,
+        update_stop=STOP,
+    ),
+    # Without an end a weight that is missed grows behind its zero and takes a turn.
+    _towards_row(sparse_optax.network_surgery, HIDDEN, update_stop=STOP),
+    _towards_row(sparse_optax.straight_through_magnitude, HIDDEN, update_stop=STOP),
+    _towards_row(
+        sparse_optax.top_kast,
+        HIDDEN,
+        exempt={"full_density": "the row's backward density is less than 1"},
+        backward_density=0.9,
+        penalty=0.0,
+        update_stop=STOP,
     ),
     Row(
         name="clip_by_active_norm",

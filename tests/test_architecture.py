@@ -32,7 +32,7 @@ ORDER = (
     "sparse_files.py",
     "clipping.py",
     "regularizers.py",
-    "schedules.py",
+    "schedules/",
     "gating.py",
     "gsm.py",
     "gsm_analysis.py",

@@ -61,12 +61,13 @@ FIFTH = Fraction(1, 5)
 def counts_at(d, end, final, sizes):
     """``c + floor(x (n - c))``, x = (d - D) / (1 - D) cut to [0, 1], in rationals.
 
-    d is a float32, D a rational; both are rounded down to units of 2**-30.
+    d is a float32, D a rational; both are rounded down to units of 2**-30. As d is
+    known to a few places of a float32, 2**-22 is added to it.
     """
     if np.float32(d) <= np.float32(float(end)):
         return list(final)
     d, end = (int(y * 2**30) for y in (Fraction(float(np.float32(d))), end))
-    x = Fraction(min(max(d - end, 0), 2**30 - end), max(2**30 - end, 1))
+    x = Fraction(min(d + 2**8, 2**30) - end, max(2**30 - end, 1))
     return [c + int(x * (n - c)) for c, n in zip(final, sizes, strict=True)]
 
 
@@ -150,10 +151,32 @@ def test_a_schedule_may_end_at_the_density_that_a_budget_was_made_of(size):
         assert int(goal.excess) == 0
 
 
+@pytest.mark.parametrize(
+    "density", [0.2, budgets.erdos_renyi(0.23), budgets.nonzeros(11), 1.0]
+)
+def test_a_schedule_towards_whatever_the_density_comes_to(density):
+    """It ends at the exact counts, and is told the fraction that they are."""
+    ends = []
+
+    def make(end):
+        ends.append(end)
+        return schedules.cubic_density(1.0, end, 0, 3)
+
+    params = network(SHAPES)
+    final = jax.tree.leaves(budgets.resolve(density, params))
+    tx = engine(density=density, budget=schedules.Towards(make))
+    runs = list(run(tx, params, random_gradients(1, params, 5)))
+    got = [[m.sum() for m in kept(s)] for _, s in runs]
+    assert got[0] == [30, 20]
+    assert got[4] == got[5] == final
+    wanted = density if isinstance(density, float) else sum(final) / 50
+    assert set(ends) == {float(np.float32(wanted))}
+
+
 def test_first_masks_are_random_and_follow_the_key():
-    tx = [engine(budget=table([0.5]), key=k) for k in (0, 0, 1)]
+    tx = [engine(budget=table([0.7]), key=k) for k in (0, 0, 1)]
     a, b, c = (kept(t.init(network(SHAPES))) for t in tx)
-    assert [m.sum() for m in a] == [6 + 24 * 3 // 8, 4 + 16 * 3 // 8]
+    assert [m.sum() for m in a] == [21, 14]
     assert all((x == y).all() for x, y in zip(a, b, strict=True))
     assert any((x != y).any() for x, y in zip(a, c, strict=True))
 
@@ -483,6 +506,17 @@ def test_hidden_weights_of_weak_parameters_have_a_type():
     assert after.hidden["w"].weak_type == state.hidden["w"].weak_type
 
 
+def test_init_of_shapes_and_under_jit():
+    params = network(SHAPES)
+    for hidden in (False, True):
+        tx = engine(**{**MOVING, "hidden": hidden, "budget": table([0.7])})
+        state = tx.init(params)
+        same(jax.jit(tx.init)(params), state)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        abstract = jax.eval_shape(tx.init, params)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == shapes
+
+
 def test_reset_moments_of_weights_that_come_back():
     params = network(((6, 5),))
     tx = engine(**{**MOVING, "budget": table([0.2, 0.2, 1.0])}, reset_moments="grown")
@@ -519,7 +553,12 @@ def test_reset_moments_of_weights_that_come_back():
             dict(inner=None, hidden=True),
         ),
         ("hidden", "'yes'", "True or False", dict(hidden="yes")),
-        ("budget", "nan", "a schedule of the density", dict(budget=table([np.nan]))),
+        (
+            "budget",
+            "not finite",
+            "a schedule of the density",
+            dict(budget=table([np.nan])),
+        ),
     ],
 )
 def test_wrong_input(argument, value, allowed, change):

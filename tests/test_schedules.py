@@ -32,6 +32,13 @@ def cubic(t, initial, final, start, stop):
     return 1 - (s_f + (s_i - s_f) * (1 - (t - start) / (stop - start)) ** 3)
 
 
+def geometric(t, initial, final, start, stop):
+    """The same fraction of what is left goes with each update."""
+    t = min(max(t, start), stop)
+    keep = (final / initial) ** (1 / (stop - start))
+    return initial * keep ** (t - start)
+
+
 MADE = {
     "cosine": (
         schedules.cosine_prune_rate(0.5, stop=100, floor=0.005),
@@ -45,6 +52,10 @@ MADE = {
     "cubic": (
         schedules.cubic_density(0.9, 0.1, start=20, stop=80),
         lambda t: cubic(t, 0.9, 0.1, 20, 80),
+    ),
+    "geometric": (
+        schedules.geometric_density(0.9, 0.01, start=20, stop=80),
+        lambda t: geometric(t, 0.9, 0.01, 20, 80),
     ),
 }
 
@@ -80,9 +91,10 @@ def test_ends_are_exact(a, b, start, length):
     """Bit for bit: a target of 0.1 is the float32 nearest to 0.1."""
     low, high = sorted((a, b))
     stop = start + length
-    density = schedules.cubic_density(high, low, start, stop)
-    for t, end in ((0, high), (start, high), (stop, low), (2**31 - 1, low)):
-        assert np.asarray(density(t)) == np.float32(end)
+    for ramp in (schedules.cubic_density, schedules.geometric_density):
+        density = ramp(high, low, start, stop)
+        for t, end in ((0, high), (start, high), (stop, low), (2**31 - 1, low)):
+            assert np.asarray(density(t)) == np.float32(end)
     for factory in (schedules.cosine_prune_rate, schedules.linear_prune_rate):
         rate = factory(high, stop=length, floor=low)
         assert np.asarray(rate(0)) == np.float32(high)
@@ -98,9 +110,29 @@ def test_between_the_ends_a_schedule_stays_between_them(a, b, stop, count):
         schedules.cosine_prune_rate(high, stop=stop, floor=low),
         schedules.linear_prune_rate(high, stop=stop, floor=low),
         schedules.cubic_density(high, low, 0, stop),
+        schedules.geometric_density(high, low, 0, stop),
     ):
         value = np.float64(made(count))
         assert np.float32(low) * (1 - 1e-6) <= value <= np.float32(high) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_geometric_prunes_the_same_fraction_each_time(n):
+    """1 - (1 - s)^(1/n) of what is left, n times."""
+    density = schedules.geometric_density(1.0, 0.02, 0, 7 * n)
+    values = np.float64([density(7 * k) for k in range(n + 1)])
+    np.testing.assert_allclose(1 - values[1:] / values[:-1], 1 - 0.02 ** (1 / n), 1e-5)
+
+
+def test_alternating_by_hand():
+    """Dense, sparse from 3 on, phases of 2, sparse for good from 10 on."""
+    density = schedules.alternating_density(0.1, phase=2, start=3, stop=10, dense=0.8)
+    want = [0.8] * 3 + [0.1, 0.1, 0.8, 0.8, 0.1, 0.1, 0.8] + [0.1] * 4
+    got = [np.asarray(density(t)) for t in range(14)]
+    assert got == list(np.float32(want))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(density))(jnp.arange(14)), got)
+    assert got[0].dtype == np.float32
+    assert density(2**31 - 1) == np.float32(0.1)
 
 
 def test_an_end_beyond_the_integers_of_float32():
@@ -280,6 +312,32 @@ def test_a_density_that_ends_at_the_last_cycle_is_reached():
         (
             lambda: schedules.cubic_density(1.0, 0.1, 9, 9),
             "`stop`=9 must be above `start`=9",
+        ),
+        (
+            lambda: schedules.geometric_density(0.1, 0.9, 0, 9),
+            r"^geometric_density: `final`=0.9 must be at most `initial`=0.1",
+        ),
+        (
+            lambda: schedules.geometric_density(1.0, 0.1, 9, 9),
+            "^geometric_density: `stop`=9 must be above `start`=9",
+        ),
+        (
+            lambda: schedules.alternating_density(0.5, phase=2, stop=9, dense=0.2),
+            r"^alternating_density: `final`=0.5 must be at most `dense`=0.2",
+        ),
+        (
+            lambda: schedules.alternating_density(0.5, phase=0, stop=9),
+            "^alternating_density: `phase` must be an integer of at least 1; got 0",
+        ),
+        (
+            lambda: schedules.alternating_density(0.5, phase=2, start=9, stop=8),
+            "`stop`=8 must be at least `start`=9",
+        ),
+        (lambda: schedules.first_due(0), "^first_due: `period` must be an integer"),
+        (lambda: schedules.first_due(1, -1), "^first_due: `start` must be an integer"),
+        (
+            lambda: schedules.last_due(9, stop=9, caller="me"),
+            "^me: with `period`=9, .* no count is due",
         ),
         (
             lambda: schedules.is_due(3, 0),

@@ -1,11 +1,22 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
+from sparse_optax.methods.ac_dc import ac_dc as ac_dc
 from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
+from sparse_optax.methods.gradual_magnitude import (
+    gradual_magnitude as gradual_magnitude,
+)
 from sparse_optax.methods.granet import granet as granet
 from sparse_optax.methods.hyperbolic_aware import HamState as HamState
 from sparse_optax.methods.hyperbolic_aware import ham as ham
+from sparse_optax.methods.iterative_magnitude import (
+    iterative_magnitude as iterative_magnitude,
+)
+from sparse_optax.methods.iterative_magnitude import (
+    one_shot_magnitude as one_shot_magnitude,
+)
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
+from sparse_optax.methods.network_surgery import network_surgery as network_surgery
 from sparse_optax.methods.optimal_brain_damage import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
 )
@@ -21,4 +32,8 @@ from sparse_optax.methods.sparse_momentum import (
     sparse_momentum_regrow as sparse_momentum_regrow,
 )
 from sparse_optax.methods.static import static_sparse as static_sparse
+from sparse_optax.methods.straight_through import (
+    straight_through_magnitude as straight_through_magnitude,
+)
 from sparse_optax.methods.synaptic_flow import synflow_masks as synflow_masks
+from sparse_optax.methods.top_kast import top_kast as top_kast

@@ -154,7 +154,8 @@ def check_arguments(
             '"none" or "grown"',
             'Use "grown" for RigL, else "none".',
         )
-    if budget is not None and not callable(budget):
+    moves = callable(budget) or isinstance(budget, schedules.Towards)
+    if budget is not None and not moves:
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("budget", budget, "a schedule of the density", cure)
     if budget is not None and density is None:

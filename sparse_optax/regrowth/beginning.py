@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from sparse_optax import masks as mask_trees
-from sparse_optax import patterns
+from sparse_optax import patterns, schedules
 from sparse_optax.leaves import (
     Layout,
     PyTree,
@@ -39,7 +39,7 @@ def first_masks(
     seed: jax.Array,
     where: Where | None,
     stacked: Mapping[str, int] | None,
-    budget: optax.Schedule | None = None,
+    budget: optax.Schedule | schedules.Towards | None = None,
     hidden: bool = False,
     pattern: Pattern | None = None,
     *,

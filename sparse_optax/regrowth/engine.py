@@ -92,7 +92,7 @@ def regrow(
     momentum: str | float = "auto",
     reset_moments: str = "none",
     packed: bool = False,
-    budget: optax.Schedule | None = None,
+    budget: optax.Schedule | schedules.Towards | None = None,
     hidden: bool = False,
     pattern: Pattern | None = None,
     regrown: str = "zero",
@@ -157,6 +157,7 @@ def regrow(
         ``c_i + floor(x (n_i - c_i))`` of its n_i weights, x = (d - D) / (1 - D) cut
         to [0, 1], where c_i is its final count: all at d = 1, exactly the counts of
         ``density`` at d <= D. The first masks follow it at 0. None keeps the number.
+        ``schedules.Towards`` makes one that ends at D, whatever ``density`` is.
       hidden: Keeps a weight behind each missing one, which the inner optimizer goes
         on training with the dense gradient and the rules see: where its weight
         comes back it brings that value. First masks that are not given are of the

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from sparse_optax import budgets, patterns
+from sparse_optax import budgets, patterns, schedules
 from sparse_optax import masks as mask_trees
 from sparse_optax.leaves import (
     Layout,
@@ -22,8 +22,11 @@ from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import redistribute
 from sparse_optax.regrowth.rules import Rule, layer_sizes, split_layers
 
-# Densities are whole numbers of 2^-30.
+# Densities are whole numbers of 2^-30. A schedule knows its value to a few units in
+# the last place of a float32: what it misses by so little is meant, as 21 of 30 weights
+# is by 0.7.
 DENSE = 2**30
+SLACK = np.uint32(2**8)
 BROKEN = np.uint32(2**32 - 1)
 
 
@@ -218,7 +221,7 @@ class Goal(NamedTuple):
 
 
 def targets(
-    budget: optax.Schedule,
+    budget: optax.Schedule | schedules.Towards,
     density: Any,
     step: Any,
     params: PyTree,
@@ -257,7 +260,8 @@ def targets(
     final = np.concatenate([np.reshape(np.asarray(n), -1) for n in counts])
     size = int(layer_sizes(units, axes).sum())
     total = int(final.sum())
-    if isinstance(density, float | np.floating):
+    is_float = isinstance(density, float | np.floating)
+    if is_float:
         # The end of its schedule, and not what its floors add up to.
         end = Fraction(float(density)).limit_denominator(10**9)
         met = Fraction(float(np.float32(density)))
@@ -266,16 +270,19 @@ def targets(
         end = Fraction(total, max(size, 1))
         met = Fraction(float(np.float32((total + 1) / max(size, 1))))
     end, met = (min(int(x * DENSE), DENSE) for x in (end, met))
+    if isinstance(budget, schedules.Towards):
+        exact = density if is_float else total / max(size, 1)
+        budget = budget.make(float(np.float32(exact)))
     now = jnp.asarray(budget(step), jnp.float32)
     steps = (jnp.clip(now, 0.0, 1.0) * DENSE).astype(jnp.uint32)  # exact: a shift
-    excess = jnp.where(steps > met, steps - np.uint32(end), jnp.uint32(0))
-    excess = jnp.where(steps == DENSE, np.uint32(DENSE - end), excess)
+    above = jnp.minimum(steps + SLACK, np.uint32(DENSE)) - np.uint32(end)
+    excess = jnp.where(steps > met, above, jnp.uint32(0))
     excess = jnp.where(jnp.isfinite(now), excess, BROKEN)
     return Goal(final.astype(np.int32), excess, np.uint32(max(DENSE - end, 1)))
 
 
 def first_counts(
-    budget: optax.Schedule,
+    budget: optax.Schedule | schedules.Towards,
     density: Any,
     params: PyTree,
     plan: Layout,
@@ -316,13 +323,14 @@ def first_counts(
             f"{caller}: the first value of `budget` is traced; the first masks need a "
             "number. Name it in `static_args` of optax.inject_hyperparams."
         )
-    if goal.excess == BROKEN:
+    excess = int(np.asarray(goal.excess))
+    if excess == BROKEN:
         raise ValueError(
             f"{caller}: `budget` must be a schedule of the density, in (0, 1]; its "
-            f"first value is {budget(0)}. Pass schedules.cubic_density(...)."
+            "first value is not finite. Pass schedules.cubic_density(...)."
         )
     flat = jax.tree.leaves(params, is_leaf=is_hole)
     units, axes = views(tuple(flat[i] for i in plan.index), plan, pattern)
     sizes, final = layer_sizes(units, axes), goal.final.astype(np.int64)
-    more = [int(goal.excess) * int(room) // int(goal.whole) for room in sizes - final]
+    more = [excess * int(room) // int(goal.whole) for room in sizes - final]
     return list(split_layers(final + more, units, axes))

@@ -1,5 +1,6 @@
 """Growth rules: which missing weights come back."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 
 from sparse_optax import masks, selection
 from sparse_optax.regrowth import allocate, units
+from sparse_optax.regrowth.prune import thresholds
 from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
     Rule,
     axes_of,
+    coin,
     layer_counts,
     layer_vector,
     require,
@@ -248,3 +251,41 @@ global_gradient = stateless(_global_gradient, needs=("gradient",))
 #: mean absolute momentum of a unit's weights, within each one's room, and grows in each
 #: unit those of largest absolute momentum.
 momentum_per_neuron = stateless(_momentum_per_neuron, needs=("momentum",), exact=True)
+
+
+def above_spread(
+    c: float, factor: float = 1.1, *, gamma: float = 0.0, power: float = 1.0
+) -> Rule:
+    """Grows every missing weight at or above a threshold, see ``prune.below_spread``.
+
+    Args:
+      c: Standard deviations above the mean.
+      factor: At least that of ``prune.below_spread``.
+      gamma: Of the coin, at least 0; 0 is every cycle.
+      power: Of the coin, at least 0.
+
+    Returns:
+      A rule that remembers one number a leaf. It grows as many as there are.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> rule = regrowth.grow.above_spread(0.0, 1.0)
+      >>> params, masks = (jnp.array([3.0, 1.0]),), (jnp.zeros(2, bool),)
+      >>> state = rule.init(params, masks)
+      >>> (new,), _ = rule.apply(regrowth.Evidence(params, masks), state)
+      >>> new.tolist()
+      [True, False]
+    """
+    return _above_spread(c, factor, gamma, power)
+
+
+@functools.lru_cache
+def _above_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
+    def apply(evidence, state):
+        heads = coin(evidence.step, gamma, power)
+        columns = zip(evidence.params, evidence.masks, state, strict=True)
+        new = (heads & (jnp.abs(w) >= t) & jnp.logical_not(m) for w, m, t in columns)
+        return tuple(new), state
+
+    return Rule(lambda params, masks: thresholds(params, c, factor), apply)

@@ -346,3 +346,28 @@ def layer_vector(parts: tuple[jax.Array, ...]) -> jax.Array:
     """
     flat = [jnp.reshape(part, -1) for part in parts]
     return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
+
+
+def coin(step: jax.Array | int, gamma: float, power: float) -> jax.Array:
+    r"""True with probability :math:`(1 + \gamma t)^{-power}`, by the step alone.
+
+    Rules of one cycle, and runs of all seeds, see the same coin.
+
+    Args:
+      step: t, the number of finished updates.
+      gamma: At least 0; 0 is always True.
+      power: At least 0.
+
+    Returns:
+      bool scalar.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> sum(bool(regrowth.rules.coin(t, 0.1, 1.0)) for t in range(90, 110)) < 9
+      True
+    """
+    if not gamma or not power:
+        return jnp.ones([], bool)
+    key = jax.random.fold_in(jax.random.key(0), step)
+    chance = (1.0 + gamma * jnp.asarray(step, jnp.float32)) ** -power
+    return jax.random.uniform(key) < chance

@@ -1,0 +1,156 @@
+"""Top-KAST: top-k always sparse training (Jayakumar et al, 2020)."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_optax import budgets, mask_trees, masks
+from sparse_optax.leaves import Where, is_hole
+from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth.engine import regrow
+
+
+def top_kast(
+    inner: optax.GradientTransformation,
+    *,
+    density: Any,
+    backward_density: Any,
+    penalty: float = 1e-4,
+    update_period: int = 1,
+    update_stop: int | None = None,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Forward with the largest weights, backward with some more, the rest at rest.
+
+    In each layer, A are the weights of largest |w|, a fraction D, chosen every period,
+    and B are A and the next largest, a fraction D + M, chosen at each update. With g
+    the gradient at the weights of A and :math:`\lambda` the penalty,
+
+    .. math::
+        g_i + \lambda w_i \text{ in } A, \quad g_i + \tfrac{\lambda}{D} w_i
+        \text{ in } B \setminus A, \quad 0 \text{ elsewhere}
+
+    goes to the optimizer, and its step moves the weights in B alone. So a weight of A
+    that shrinks meets one of B that has grown; the larger penalty outside of A keeps
+    the order from changing by noise.
+
+    .. note::
+      Last in the chain, around the whole optimizer. The dense gradient is computed
+      and masked: it is the method that is simulated, not its saving. Memory: one
+      more copy of the weights, and a byte or, with ``packed``, a bit each. Cost: one
+      selection an update, another each period.
+
+      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+
+    Args:
+      inner: The optimizer that is wrapped.
+      density: D, the fraction of weights kept, in (0, 1], in every layer, or a budget.
+      backward_density: D + M, the fraction that trains, at least D in every layer.
+      penalty: The coefficient of the exploration loss
+        :math:`\frac{\lambda}{2} (\sum_A w^2 + \frac{1}{D} \sum_{B \setminus A} w^2)`.
+      update_period: Updates between two choices of A.
+      update_stop: A stays from this many updates on; None never stops.
+      where: Which leaves become sparse, see ``leaves.resolve_where``.
+      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
+      packed: Stores one bit a weight.
+
+    Returns:
+      A transformation with a ``RegrowState``.
+
+    Raises:
+      ValueError: If an argument is out of its range or does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.top_kast(
+      ...     optax.sgd(0.5), density=0.25, backward_density=0.5, penalty=0.0)
+      >>> params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     grads = {"w": jnp.array([[1.0, -1.0, -9.0, -9.0]])}
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params["w"].tolist(), state.hidden["w"].tolist()
+      ([[0.0, 5.0, 0.0, 0.0]], [[2.0, 5.0, 2.0, 1.0]])
+
+    References:
+      Jayakumar et al, `Top-KAST: Top-K Always Sparse Training
+      <https://arxiv.org/abs/2106.03517>`_, 2020.
+
+    Differences from the paper: counts are exact in each layer. The weights of the
+    exploration loss, 1 on A and 1/D on the rest of B, are from memory of the paper and
+    not confirmed.
+    """
+    if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
+        raise ValueError(
+            "top_kast: `penalty` must be a number of at least 0; got "
+            f"{penalty!r}. Give 1e-4, as for weight decay."
+        )
+    return regrow(
+        _backward(inner, density, backward_density, penalty, stacked),
+        density=density,
+        prune=prune.outranked(1.0),
+        redistribute=redistribute.none,
+        grow=grow.magnitude,
+        update_period=update_period,
+        update_stop=update_stop,
+        prune_rate=0.0,
+        key=0,
+        where=where,
+        stacked=stacked,
+        packed=packed,
+        hidden=True,
+        caller="top_kast",
+    )
+
+
+def _backward(inner, density, backward_density, penalty, stacked):
+    """The inner optimizer on B alone, with the gradient of the exploration loss."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra_args):
+        regrow_masks = extra_args["regrow_masks"]
+        over = functools.partial(jax.tree.map, is_leaf=mask_trees.is_mask)
+        where = over(lambda m: not is_hole(m), regrow_masks)
+        layers: Any = {"where": where, "stacked": stacked, "caller": "top_kast"}
+        kept, moving, every = (
+            budgets.resolve(d, params, **layers)
+            for d in (density, backward_density, 1.0)
+        )
+        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(moving), strict=True)
+        if any(np.any(np.greater(a, b)) for a, b in pairs):
+            raise ValueError(
+                f"top_kast: `backward_density` must be at least `density`={density!r} "
+                f"in every layer; got {backward_density!r}. Give 0.5, for instance."
+            )
+        share = budgets.total(kept) / max(budgets.total(every), 1)
+
+        def ahead(m, w):
+            return w if is_hole(m) else jnp.where(masks.unpack(m), jnp.inf, w)
+
+        def penalised(m, g, w):
+            if is_hole(m):
+                return g
+            factor = jnp.where(masks.unpack(m), penalty, penalty / share)
+            return g + (factor * w).astype(g.dtype)
+
+        within = masks.magnitude_masks(
+            over(ahead, regrow_masks, params),
+            moving,
+            scope="leaf",
+            where=where,
+            stacked=stacked,
+        )
+        updates = masks.apply(within, over(penalised, regrow_masks, updates, params))
+        steps, state = inner.update(updates, state, params, **extra_args)
+        return masks.apply(within, steps), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
