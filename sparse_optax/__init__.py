@@ -40,6 +40,7 @@ from sparse_optax.gsm_analysis import GsmGap as GsmGap
 from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
+from sparse_optax.methods import deep_rewiring as deep_rewiring
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods import granet as granet
 from sparse_optax.methods import (

@@ -1,5 +1,6 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
+from sparse_optax.methods.deep_rewiring import deep_rewiring as deep_rewiring
 from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods.granet import granet as granet
 from sparse_optax.methods.over_parameterization import (
