@@ -48,6 +48,7 @@ from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
 from sparse_optax.methods import HamState as HamState
 from sparse_optax.methods import ac_dc as ac_dc
+from sparse_optax.methods import deep_rewiring as deep_rewiring
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods import fisher_masks as fisher_masks
 from sparse_optax.methods import gradual_magnitude as gradual_magnitude

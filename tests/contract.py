@@ -428,12 +428,40 @@ ROWS = (
         reset_moments="grown",
     ),
     _cycle_row("sparse_evolutionary", sparse_optax.sparse_evolutionary),
+    _cycle_row(
+        "deep_rewiring",
+        sparse_optax.deep_rewiring,
+        optimizer=PLAIN_SGD,
+        exempt={
+            "full_density": "signs are fixed: it is not the dense optimizer",
+            "quadratic_converges_on_the_kept_weights": "a target may have another sign",
+            "ema": "weights come and go by zero: five steps mix too few of them",
+        },
+    )._replace(
+        settings=lambda optimizer, cycles: dict(
+            inner=optimizer,
+            density=cycles["density"],
+            key=cycles["key"],
+            learning_rate=LR,
+            l1=1e-3,
+            temperature=1e-4,
+        ),
+        injected=("learning_rate", "l1", "temperature"),
+        scheduled=("learning_rate", "l1", "temperature"),
+    ),
     _cycle_row("dynamic_sparse", sparse_optax.dynamic_sparse, threshold=0.2),
     _cycle_row(
         "in_time_over_parameterization",
         sparse_optax.in_time_over_parameterization,
     ),
-    _cycle_row("granet", sparse_optax.granet)._replace(
+    _cycle_row(
+        "granet",
+        sparse_optax.granet,
+        exempt={
+            "vmap_over_densities": "a density that moves is no part of the state: "
+            "the members would share it"
+        },
+    )._replace(
         settings=lambda optimizer, cycles: dict(
             inner=optimizer, initial_density=cycles["density"], **cycles
         )

@@ -1,6 +1,7 @@
 """One short file per paper: what it does, where it differs, one composition."""
 
 from sparse_optax.methods.ac_dc import ac_dc as ac_dc
+from sparse_optax.methods.deep_rewiring import deep_rewiring as deep_rewiring
 from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
 from sparse_optax.methods.gradual_magnitude import (

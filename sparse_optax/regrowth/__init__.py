@@ -12,6 +12,7 @@ from sparse_optax.regrowth import momentum as momentum
 from sparse_optax.regrowth import prune as prune
 from sparse_optax.regrowth import redistribute as redistribute
 from sparse_optax.regrowth import rules as rules
+from sparse_optax.regrowth import signed as signed
 from sparse_optax.regrowth import units as units
 from sparse_optax.regrowth.cycle import Cycle as Cycle
 from sparse_optax.regrowth.cycle import cycle as cycle

@@ -18,6 +18,7 @@ from sparse_optax.regrowth.rules import (
     coin,
     layer_counts,
     layer_vector,
+    random_bits,
     require,
     split_layers,
     stateless,
@@ -104,17 +105,8 @@ def _global_gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
     return _pooled(evidence, pairs, _missing_magnitude, "grow.global_gradient")
 
 
-def _bits(evidence: Evidence, rule: str) -> list[jax.Array]:
-    key = require(evidence, "key", rule=rule)
-    names = evidence.names or tuple(str(i) for i in range(len(evidence.masks)))
-    return [
-        masks.random_scores(key, name, mask)
-        for name, mask in zip(names, evidence.masks, strict=True)
-    ]
-
-
 def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
-    bits = _bits(evidence, "grow.random")
+    bits = random_bits(evidence, "grow.random")
     return tuple(
         masks.select(
             list(zip(bits, evidence.masks, strict=True)),
@@ -126,16 +118,25 @@ def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
 
 
 def _random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
-    bits = _bits(evidence, "grow.random_elsewhere")
-    before = require(evidence, "before", rule="grow.random_elsewhere")
     return tuple(
         masks.select(
-            list(zip(bits, evidence.masks, before, strict=True)),
+            _by_chance(evidence, "grow.random_elsewhere"),
             list(require(evidence, "counts", rule="grow.random_elsewhere")),
             axes_of(evidence),
             _elsewhere,
         )
     )
+
+
+def _global_random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
+    rule = "grow.global_random_elsewhere"
+    return _pooled(evidence, _by_chance(evidence, rule), _elsewhere, rule)
+
+
+def _by_chance(evidence: Evidence, rule: str) -> list[tuple[jax.Array, ...]]:
+    before = require(evidence, "before", rule=rule)
+    bits = random_bits(evidence, rule)
+    return list(zip(bits, evidence.masks, before, strict=True))
 
 
 class Explored(NamedTuple):
@@ -239,6 +240,9 @@ def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
 magnitude = stateless(_magnitude, exact=True)
 #: The same, but what was just pruned only where a layer has no other room.
 random_elsewhere = stateless(_random_elsewhere, exact=True)
+
+#: The same for all layers as one pool, uniform over the missing weights of all.
+global_random_elsewhere = stateless(_global_random_elsewhere)
 
 #: Grows the ``sum(counts)`` missing weights of largest absolute momentum of the
 #: network: how many come in each layer follows from them.

@@ -324,6 +324,8 @@ def reset_grown(inner_tx, inner_state, params, due, before, after, plan):
         # Factored or stacked statistics have no entry of their own for a weight.
         if is_hole(moment) or is_hole(box.mask) or moment.shape != box.mask.shape:
             return moment
+        if not jnp.issubdtype(moment.dtype, jnp.inexact):
+            return moment  # signs, masks and counters are no moments
         return jnp.where(box.mask, jnp.zeros((), moment.dtype), moment)
 
     return optax.tree.map_params(inner_tx, zero, inner_state, grown, is_leaf=is_hole)

@@ -17,10 +17,13 @@ from sparse_optax.regrowth.rules import (
     axes_of,
     coin,
     layer_counts,
+    layer_sizes,
     layer_vector,
+    random_bits,
     require,
     split_layers,
     stateless,
+    tally_layers,
 )
 
 # A threshold that left these bounds could neither be doubled nor halved back.
@@ -85,6 +88,37 @@ def _global_magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
     stay = wide.sub64(whole, wide.min64(lost, wide.sub64(whole, least)))
     columns = zip(evidence.params, evidence.masks, saved, strict=True)
     return tuple(selection.top_k_mask(list(columns), stay, score=_saved_magnitude))
+
+
+def _zero_last(weight: jax.Array, mask: jax.Array, bits: jax.Array) -> jax.Array:
+    # Zeros in random order, below all other active weights and above missing ones.
+    active = jnp.where(weight != 0, jnp.uint32(2**32 - 1), bits >> 1 | 1)
+    return jnp.where(mask, active, jnp.uint32(0))
+
+
+def _is_zero(weight: jax.Array, mask: jax.Array) -> tuple[jax.Array]:
+    return (jnp.logical_and(mask, weight == 0),)
+
+
+def _zeros(evidence: Evidence, *, pool: bool) -> tuple[jax.Array, ...]:
+    if not evidence.masks:
+        return ()
+    active = layer_vector(require(evidence, "active", rule="prune.zeros"))
+    bits = random_bits(evidence, "prune.zeros")
+    axes, pairs = (
+        axes_of(evidence),
+        list(zip(evidence.params, evidence.masks, strict=True)),
+    )
+    (zeros,) = tally_layers(pairs, axes, _is_zero)
+    room = jnp.asarray(layer_sizes(evidence.masks, axes).astype(np.int32)) - active
+    columns = [(w, m, b) for (w, m), b in zip(pairs, bits, strict=True)]
+    if pool:
+        lost = wide.min64(wide.sum64(zeros), allocate.signed_sum(room))
+        stay = wide.sub64(allocate.signed_sum(active), lost)
+        return tuple(selection.top_k_mask(columns, stay, score=_zero_last))
+    stay = active - jnp.minimum(zeros.astype(jnp.int32), room)
+    split = split_layers(stay, evidence.masks, axes)
+    return tuple(masks.select(columns, split, axes, _zero_last))
 
 
 def adaptive_threshold(
@@ -344,3 +378,11 @@ def thresholds(
         spread = jnp.std(size, where=there)
         found.append(factor * jnp.maximum(jnp.nan_to_num(mean + c * spread), 0.0))
     return tuple(found)
+
+
+#: Removes active weights that are exactly zero, in each layer at most as many as it has
+#: missing ones: so growth elsewhere always has room. Which of more go is random.
+zeros = stateless(functools.partial(_zeros, pool=False))
+
+#: The same for all layers as one pool.
+global_zeros = stateless(functools.partial(_zeros, pool=True))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_optax import masks
 from sparse_optax.selection.tally import all_true, tally
 
 
@@ -190,6 +191,32 @@ def require(evidence: Evidence, field: str, *, rule: str) -> Any:
             f"{cure.get(field, 'Use another rule.')}"
         )
     return value
+
+
+def random_bits(evidence: Evidence, rule: str) -> list[jax.Array]:
+    """Uniform uint32 bits for every leaf, of a key of its own.
+
+    Args:
+      evidence: The evidence, with a key.
+      rule: The name of the rule that asks.
+
+    Returns:
+      An array a leaf.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from sparse_optax import regrowth
+      >>> evidence = regrowth.Evidence(
+      ...     (jnp.ones(2),), (jnp.ones(2, bool),), key=jax.random.key(0))
+      >>> regrowth.rules.random_bits(evidence, "doc")[0].dtype
+      dtype('uint32')
+    """
+    key = require(evidence, "key", rule=rule)
+    names = evidence.names or tuple(str(i) for i in range(len(evidence.masks)))
+    return [
+        masks.random_scores(key, name, mask)
+        for name, mask in zip(names, evidence.masks, strict=True)
+    ]
 
 
 def axes_of(evidence: Evidence) -> tuple[int | None, ...]:
