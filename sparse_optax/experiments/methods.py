@@ -138,7 +138,7 @@ def layerwise_obs(setup: Setup) -> Plan:
         )
         masks[name]["kernel"], pruned[name]["kernel"] = mask, weights
         # Later layers see what the dense layers before them give, as in the paper.
-        inputs = jax.nn.relu(inputs @ kernel + setup.params[name]["bias"])
+        inputs = jax.nn.relu(inputs @ kernel + setup.params[name]["bias"][None])
     plan = plans.static(setup, masks)
     return plan._replace(start=lambda params, opt_state: pruned)
 
