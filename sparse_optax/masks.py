@@ -271,6 +271,7 @@ def random_masks(
     *,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    keep: PyTree | None = None,
     caller: str = "random_masks",
 ) -> PyTree:
     """Masks of exactly the budget's counts, uniformly at random within each layer.
@@ -281,6 +282,8 @@ def random_masks(
       budget: A density in (0, 1] for every layer, or a budget.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      keep: Masks whose weights come first: where the budget has more, all of them stay
+        and random ones join; where it has fewer, a random part of them stays.
       caller: The name that an error starts with.
 
     Returns:
@@ -295,6 +298,9 @@ def random_masks(
       >>> kept = masks.random_masks(0, {"w": jnp.zeros((20, 10))}, 0.05)
       >>> masks.count(kept)
       10
+      >>> more = masks.random_masks(1, {"w": jnp.zeros((20, 10))}, 0.1, keep=kept)
+      >>> masks.count(more), masks.count(masks.combine(jnp.logical_and, kept, more))
+      (20, 10)
     """
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     chosen = resolve_where(params, where, caller=caller)
@@ -303,17 +309,32 @@ def random_masks(
         budgets.resolve(budget, params, where=where, stacked=stacked, caller=caller)
     )[0]
     typed = as_key(key, caller=caller)
+    scores = [
+        (random_scores(typed, name, flat[i]),)
+        for i, name in zip(plan.index, plan.names, strict=True)
+    ]
+    if keep is not None:
+        given, names = flatten(keep)
+        check_names(names, leaf_names(params), caller=caller)
+        check_shapes(given, flat, leaf_names(params), caller=caller)
+        first = [
+            jnp.zeros((), bool) if is_hole(given[i]) else unpack(given[i])
+            for i in plan.index
+        ]
+        scores = [(x, m) for (x,), m in zip(scores, first, strict=True)]
     kept = select(
-        [
-            (random_scores(typed, name, flat[i]),)
-            for i, name in zip(plan.index, plan.names, strict=True)
-        ],
+        [(x, jnp.broadcast_to(m[0], x.shape)) if m else (x,) for x, *m in scores],
         [counts[i] for i in plan.index],
         plan.axes,
-        _identity,
+        _identity if keep is None else _first,
     )
     kept = [place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
     return rebuild(structure, len(flat), plan.index, kept)
+
+
+def _first(chance: jax.Array, mask: jax.Array) -> jax.Array:
+    # The top bit sets those apart that come first; 31 random bits order the rest.
+    return (chance >> 1) | (mask.astype(jnp.uint32) << 31)
 
 
 def magnitude_masks(

@@ -22,7 +22,7 @@ pytest.importorskip("orbax.checkpoint")
 import checkpoints
 
 import sparse_optax
-from sparse_optax import budgets, leaves, masks, selection
+from sparse_optax import leaves, masks
 
 SAVED, RESUMED, ON_MESH = 35, 85, 45
 
@@ -142,25 +142,6 @@ def test_packed_masks(tmp_path):
 
 
 # --- another density ------------------------------------------------------------------
-def random_additions(key, kept, params, density):
-    """Masks of ``density`` in each layer: those kept, and others at random.
-
-    A kept weight ranks above every missing one, and missing ones rank by chance.
-    """
-    counts = masks.flatten(budgets.resolve(density, params))[0]
-    flat, structure = masks.flatten(kept)
-    names, weights = leaves.leaf_names(params), jax.tree.leaves(params)
-    more = []
-    for mask, name, weight, count in zip(flat, names, weights, counts, strict=True):
-        if leaves.is_hole(mask):
-            more.append(mask)
-            continue
-        chance = masks.random_scores(key, name, weight) >> 1
-        score = jnp.where(mask, jnp.uint32(2**31), chance)
-        more.append(selection.top_k_mask(score, int(count)))
-    return jax.tree.unflatten(structure, more)
-
-
 @pytest.mark.parametrize("density", [0.1, 0.4])
 @pytest.mark.parametrize("method", ["sparse_momentum", "random_growth"])
 def test_regrow_goes_on_at_another_density(method, density, folder):
@@ -177,7 +158,7 @@ def test_regrow_goes_on_at_another_density(method, density, folder):
     if density < 0.25:
         new = masks.magnitude_masks(params, density, where=lambda n, x: x.ndim == 2)
     else:
-        new = random_additions(jax.random.key(5), old, params, density)
+        new = masks.random_masks(5, params, density, keep=old)
     state = sparse_optax.set_masks(state, new)
     params = sparse_optax.sparsify(params, state)
     run = {"params": params, "opt_state": state}

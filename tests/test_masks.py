@@ -330,3 +330,26 @@ def test_none_leaves_and_empty_trees():
     assert masks.random_masks(0, {}, 0.2) == {}
     assert masks.magnitude_masks({}, 0.2) == {}
     assert masks.apply({}, {}) == {}
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_random_masks_keep_what_they_are_told_to(density):
+    """The larger of two sets of weights holds the smaller one, at exact counts."""
+    params = {"b": jnp.zeros(8), "v": jnp.zeros((6, 50)), "w": jnp.zeros((3, 20, 10))}
+    old = masks.random_masks(3, params, 0.2)
+    new = masks.random_masks(4, params, density, keep=old)
+    for name, size in (("v", 300), ("w", 600)):
+        was, now = np.asarray(old[name]), np.asarray(new[name])
+        assert now.sum() == int(density * size)
+        assert (was & now).sum() == min(was.sum(), now.sum())
+    other = masks.random_masks(5, params, density, keep=old)
+    same = all(bool((new[n] == other[n]).all()) for n in ("v", "w"))
+    assert same == (density in (0.2, 1.0))
+
+
+def test_random_masks_refuse_masks_of_other_parameters():
+    kept = masks.random_masks(0, {"w": jnp.zeros((4, 5))}, 0.5)
+    with pytest.raises(ValueError, match="resize_me"):
+        masks.random_masks(
+            0, {"w": jnp.zeros((5, 4))}, 0.5, keep=kept, caller="resize_me"
+        )
