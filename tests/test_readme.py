@@ -86,9 +86,21 @@ def test_files_named_in_the_text_exist():
 
 
 def test_methods_of_the_table_are_public():
-    rows = re.findall(r"^\| `(\w+)` \|", section("Methods"), re.MULTILINE)
+    cells = re.findall(r"^\| (`[^|]+) \|", section("Methods"), re.MULTILINE)
+    rows = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert {"sparse_momentum_regrow", "gsm_mask"} <= set(rows)
     missing = [name for name in rows if not hasattr(sparse_optax, name)]
+    assert not missing
+
+
+def test_methods_that_are_public_are_named():
+    public = [
+        name
+        for name, value in vars(sparse_optax.methods).items()
+        if callable(value) and not isinstance(value, type) and name[0] != "_"
+    ]
+    missing = [name for name in public if f"`{name}`" not in section("Methods")]
+    assert public
     assert not missing
 
 
@@ -179,7 +191,7 @@ def kept(density):
 
 def test_every_python_snippet_is_run_here():
     marks = ("sparse_momentum_regrow(", "gsm_mask(", "gsm_gap(", "get_masks(")
-    marks += ("save_sparse(",)
+    marks += ("save_sparse(", "keep=masks")
     assert sorted(map(snippet, marks)) == sorted(blocks(README, "python"))
 
 
@@ -231,6 +243,19 @@ def test_mask_snippet_reads_and_writes_the_state(trained, capsys):
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_average_snippet_gives_masks_of_now_and_another_density(trained):
+    names = dict(trained)
+    run("import sparse_optax\n" + snippet("get_masks("), names)
+    names["average"] = jax.tree.map(jnp.ones_like, names["params"])
+    run(snippet("keep=masks"), names)
+    assert nonzeros(names["average"]) == kept(0.05)
+    count = sparse_optax.masks.count
+    assert count(names["fewer"]) == int(0.02 * WEIGHTS)
+    assert count(sparse_optax.get_masks(names["opt_state"])) == kept(0.1)
+    assert nonzeros(names["params"]) <= kept(0.05)
+    train(names, 1)
 
 
 def test_report_snippet_tells_and_keeps_the_run(trained, tmp_path, monkeypatch, capsys):
