@@ -146,7 +146,10 @@ def passing_units(
     units = [patterns.view(pattern, x, axis) for x, axis in columns]
     if pattern.m:
         kept = [
-            jnp.logical_and(selection.top_of_rows([x], pattern.n), x != 0)
+            jnp.logical_and(
+                selection.top_of_rows([x], pattern.n),
+                True if pattern.n == pattern.m else x != 0,
+            )
             for x in units
         ]
         threshold = guess

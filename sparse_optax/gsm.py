@@ -351,6 +351,14 @@ def gsm(
                 "0.99 and weight decay 5e-4 for the paper's LeNets."
             )
     gating.check_groups(groups, density, "exact", "gsm")
+    settled = density
+    if groups is not None and groups.m:
+        settled = groups.n / groups.m
+        if gate is not None:
+            raise ValueError(
+                f"gsm: `gate` must be left out with {groups.name}, which is the "
+                f"density; got {gate!r}. Leave out one of the two."
+            )
     if gate is not None:
         budgets.check_static(gate, "gsm", "gate")
     passing = _gate(
@@ -359,7 +367,7 @@ def gsm(
         stacked=None,
         ties="exact",
         freeze_at=settle_start,
-        freeze_density=density,
+        freeze_density=settled,
         track=False,
         groups=groups,
         caller="gsm",

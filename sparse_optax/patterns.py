@@ -188,8 +188,12 @@ def check(
       >>> patterns.check(patterns.n_m(2, 4), (8, 3), "w", caller="doc")
     """
     rank = len(shape)
+    taken: set[int] = set()
     for axis, size in pattern.sizes:
-        there = -rank <= axis < rank and (axis % rank != stacked or size == 1)
+        there = -rank <= axis < rank and axis % rank not in taken
+        if there:
+            taken.add(axis % rank)
+            there = axis % rank != stacked or size == 1
         if not there or shape[axis] % size:
             what = f"axis {axis}" if there else f"an axis {axis} of its own"
             raise ValueError(
@@ -316,12 +320,34 @@ def layer_sums(
       >>> patterns.layer_sums(pattern, jnp.ones(6, int), (3, 8, 1), 0).tolist()
       [2, 2, 2]
     """
+    whole, own = grid(pattern, shape, stacked)
+    others = tuple(i for i in range(len(whole)) if i != own)
+    cut = (*whole[:-1], whole[-1] // pattern.m)
+    return jnp.sum(groups.reshape(cut), axis=others, dtype=groups.dtype)
+
+
+def grid(
+    pattern: Pattern, shape: Sequence[int], stacked: int | None = None
+) -> tuple[tuple[int, ...], int | None]:
+    """The shape of a leaf with the axis of the groups of N:M last, as ``view`` has it.
+
+    Args:
+      pattern: an N:M pattern.
+      shape: the shape of the leaf.
+      stacked: the axis whose slices are layers, or None.
+
+    Returns:
+      The shape, and the axis in it whose slices are layers, or None.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.grid(patterns.n_m(2, 4), (3, 8, 5), 0)
+      ((3, 5, 8), 0)
+    """
     ((axis, _),) = pattern.sizes
     axis %= len(shape)
-    grid = [*shape[:axis], *shape[axis + 1 :], shape[axis] // pattern.m]
-    own = None if stacked is None else stacked - (stacked > axis)
-    others = tuple(i for i in range(len(grid)) if i != own)
-    return jnp.sum(groups.reshape(grid), axis=others, dtype=groups.dtype)
+    moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+    return moved, None if stacked is None else stacked - (stacked > axis)
 
 
 def view_shape(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from sparse_optax import budgets, patterns, selection
@@ -106,7 +107,8 @@ class Ranking(NamedTuple):
       plan: The leaves that take part.
       like: These leaves, concrete or abstract; masks lie where they do.
       limit: How many weights the one pool keeps, or with ``costs`` what they may cost
-        together; a list with the count of each leaf where each layer is ranked alone.
+        together; a list with the count of each leaf where each layer is ranked alone;
+        with N:M how many each group keeps.
       costs: None, or what one weight of each leaf costs.
       pattern: Which weights stand and fall together, or None.
     """
@@ -182,7 +184,10 @@ def ranking(
         limits = [counts[i] for i in plan.index]
         if pattern is not None:
             sizes = [patterns.unit_size(pattern, *column) for column in columns]
-            limits = [n // size for n, size in zip(limits, sizes, strict=True)]
+            limits = [
+                np.maximum(n // size, np.minimum(n, 1))  # at least one
+                for n, size in zip(limits, sizes, strict=True)
+            ]
         return Ranking(structure, len(flat), plan, like, limits, None, pattern)
     k, costs = budgets.pool(density, params, **layers)
     if costs is not None:
@@ -198,6 +203,7 @@ def highest(
     wanted: Ranking,
     operands: Sequence[tuple[jax.Array, ...]],
     score: Callable[..., jax.Array] | None = None,
+    within: Sequence[jax.Array] | None = None,
 ) -> PyTree:
     """The masks of a ranking, once there are scores.
 
@@ -206,6 +212,8 @@ def highest(
       operands: For each leaf that takes part a tuple of arrays of its shape.
       score: An element-wise, module-level function of such a tuple; None takes its
         only array.
+      within: For each leaf a mask of what comes first, whatever its score; it follows
+        the pattern. With it there is one array of scores a leaf, none negative.
 
     Returns:
       A mask tree.
@@ -225,10 +233,16 @@ def highest(
         columns = zip(scores, plan.axes, strict=True)
         operands = [(patterns.view(pattern, x, axis),) for x, axis in columns]
         score = _identity
+        if within is not None:
+            columns = zip(within, plan.axes, strict=True)
+            within = [patterns.view(pattern, m, axis) for m, axis in columns]
+    if within is not None:
+        operands = [(*xs, m) for xs, m in zip(operands, within, strict=True)]
+        score = _first
     if not plan.index:
         kept = []
     elif pattern is not None and pattern.m:
-        kept = [selection.top_of_rows(xs, pattern.n) for xs in operands]
+        kept = [selection.top_of_rows(xs, wanted.limit, score=score) for xs in operands]
     elif isinstance(wanted.limit, list):
         kept = select(operands, wanted.limit, plan.axes, score)
     else:
@@ -246,6 +260,11 @@ def highest(
 
 def _identity(x: jax.Array) -> jax.Array:
     return x
+
+
+def _first(score: jax.Array, within: jax.Array) -> jax.Array:
+    # Outside it is below every score, so that it does not tie with a score of zero.
+    return jnp.where(within, score, -1)
 
 
 def score_masks(
@@ -278,7 +297,8 @@ def score_masks(
       stacked: ``{name: axis}`` of leaves that stack several layers.
       embeddings: Whether the default choice takes embedding tables.
       pattern: Which weights stand and fall together, see ``patterns``: a unit is
-        ranked by the sum of its scores' magnitudes. With N:M the density is not read.
+        ranked by the sum of its scores' magnitudes. Ranked alone, a layer keeps at
+        least one. With N:M the density is not read.
       caller: The name that an error starts with.
 
     Returns:

@@ -8,6 +8,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
 from sparse_optax.regrowth.engine import regrow
@@ -27,6 +28,7 @@ def ac_dc(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains sparse and dense in turn, and ends sparse.
 
@@ -62,6 +64,7 @@ def ac_dc(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -112,6 +115,7 @@ def ac_dc(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         budget=schedules.Towards(
             lambda end: schedules.alternating_density(
                 end, phase=update_period, start=first, stop=last

@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -27,6 +28,7 @@ def dynamic_sparse(
     stacked: Mapping[str, int] | None = None,
     reset_moments: str = "none",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""One adaptive threshold prunes; weights move to the layers that keep theirs.
 
@@ -68,6 +70,7 @@ def dynamic_sparse(
       reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
         of weights just grown.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -115,5 +118,6 @@ def dynamic_sparse(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="dynamic_sparse",
     )

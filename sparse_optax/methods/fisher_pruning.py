@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sparse_optax import scored_masks
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.methods import batches as over
+from sparse_optax.patterns import Pattern
 
 
 def quadratic_saliency(curvature: jax.Array, weight: jax.Array) -> jax.Array:
@@ -39,6 +40,7 @@ def fisher_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> PyTree:
     r"""Keeps the weights whose removal would raise the loss most, by the Fisher matrix.
 
@@ -63,6 +65,7 @@ def fisher_masks(
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      pattern: Which weights stand and fall together, see ``masks.score_masks``.
 
     Returns:
       A mask tree.
@@ -90,7 +93,13 @@ def fisher_masks(
     """
     caller = "fisher_masks"
     wanted = scored_masks.ranking(
-        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+        params,
+        density,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        pattern=pattern,
+        caller=caller,
     )
     parts = over.split(params, wanted.plan.index)
 

@@ -9,6 +9,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
 from sparse_optax.regrowth.engine import regrow
@@ -28,6 +29,7 @@ def gradual_magnitude(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes a dense network while it trains, fast at first and gently at the end.
 
@@ -60,6 +62,7 @@ def gradual_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -114,6 +117,7 @@ def gradual_magnitude(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         budget=schedules.Towards(make),
         caller=name,
     )

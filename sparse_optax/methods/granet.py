@@ -9,6 +9,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -30,6 +31,7 @@ def granet(
     stacked: Mapping[str, int] | None = None,
     reset_moments: str = "grown",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradual magnitude pruning whose cycles also exchange weights.
 
@@ -73,6 +75,7 @@ def granet(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         grown, whatever the optimizer; ``"none"`` leaves them.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -134,6 +137,7 @@ def granet(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         # In the end exactly what `density` asks for, below its rounded fraction.
         budget=lambda count: jnp.where(jnp.asarray(count) >= end, 0.0, ramp(count)),
         regrown="value",

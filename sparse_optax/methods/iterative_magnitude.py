@@ -8,6 +8,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
 from sparse_optax.regrowth.engine import regrow
@@ -27,6 +28,7 @@ def iterative_magnitude(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
     caller: str = "iterative_magnitude",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes the same fraction of what is left n times, and trains in between.
@@ -57,6 +59,7 @@ def iterative_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
       caller: The name that errors start with.
 
     Returns:
@@ -107,6 +110,7 @@ def iterative_magnitude(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         budget=schedules.Towards(
             lambda end: schedules.geometric_density(
                 1.0, end, first - update_period, last
@@ -126,6 +130,7 @@ def one_shot_magnitude(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes once, the smallest weights of each layer, and trains on.
 
@@ -141,6 +146,7 @@ def one_shot_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -172,5 +178,6 @@ def one_shot_magnitude(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         caller="one_shot_magnitude",
     )

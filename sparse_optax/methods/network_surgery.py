@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax import schedules
 from sparse_optax.leaves import Where
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -14,7 +15,7 @@ from sparse_optax.regrowth.engine import regrow
 def network_surgery(
     inner: optax.GradientTransformation,
     *,
-    density: Any,
+    density: Any = None,
     budget: optax.Schedule | schedules.Towards | None = None,
     ratio: float = 0.9 / 1.1,
     gamma: float = 1e-4,
@@ -23,6 +24,7 @@ def network_surgery(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes and splices: what was cut trains on, and returns when it has grown.
 
@@ -45,7 +47,8 @@ def network_surgery(
 
     Args:
       inner: The optimizer that is wrapped.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget.
+      density: Fraction of weights kept, in (0, 1], in every layer, or a budget. Left
+        out with ``patterns.n_m``.
       budget: A schedule of the density that ends at ``density``, or None: the weights
         kept are as many from the start, first the largest.
       ratio: a / b, in (0, 1], how much a missing weight counts.
@@ -56,6 +59,7 @@ def network_surgery(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -100,6 +104,7 @@ def network_surgery(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         budget=budget,
         hidden=True,
         caller="network_surgery",

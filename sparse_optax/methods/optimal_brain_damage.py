@@ -11,6 +11,7 @@ from sparse_optax import scored_masks
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.methods import batches as over
 from sparse_optax.methods.fisher_pruning import quadratic_saliency
+from sparse_optax.patterns import Pattern
 
 
 def optimal_brain_damage_masks(
@@ -23,6 +24,7 @@ def optimal_brain_damage_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> PyTree:
     r"""Keeps the weights of largest saliency :math:`h_{kk} w_k^2 / 2`.
 
@@ -61,6 +63,7 @@ def optimal_brain_damage_masks(
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      pattern: Which weights stand and fall together, see ``masks.score_masks``.
 
     Returns:
       A mask tree.
@@ -90,7 +93,13 @@ def optimal_brain_damage_masks(
     """
     caller = "optimal_brain_damage_masks"
     wanted = scored_masks.ranking(
-        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+        params,
+        density,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        pattern=pattern,
+        caller=caller,
     )
     parts = over.split(params, wanted.plan.index)
 

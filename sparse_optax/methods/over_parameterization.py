@@ -8,6 +8,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow as growth
 from sparse_optax.regrowth import prune, redistribute
 from sparse_optax.regrowth.engine import regrow
@@ -30,6 +31,7 @@ def in_time_over_parameterization(
     momentum: str | float = "auto",
     reset_moments: str = "none",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rare, large exchanges that visit as many weights as possible while training.
 
@@ -73,6 +75,7 @@ def in_time_over_parameterization(
       reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
         of weights just grown, as RigL does.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -118,5 +121,6 @@ def in_time_over_parameterization(
         momentum=momentum,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="in_time_over_parameterization",
     )

@@ -8,6 +8,7 @@ import optax
 from sparse_optax import schedules
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -25,6 +26,7 @@ def rigl(
     stacked: Mapping[str, int] | None = None,
     reset_moments: str = "grown",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rewiring by the dense gradient at constant sparsity, layer by layer.
 
@@ -66,6 +68,7 @@ def rigl(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         grown, whatever the optimizer; ``"none"`` leaves them.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -110,5 +113,6 @@ def rigl(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="rigl",
     )

@@ -9,6 +9,7 @@ from sparse_optax import scored_masks
 from sparse_optax.gating import saliency
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.methods import batches as over
+from sparse_optax.patterns import Pattern
 
 
 def snip_masks(
@@ -20,6 +21,7 @@ def snip_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> PyTree:
     r"""Keeps the weights whose removal would change the loss most, before training.
 
@@ -45,6 +47,7 @@ def snip_masks(
       scope: ``"global"``, as in the paper, or ``"leaf"`` to rank each layer alone.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      pattern: Which weights stand and fall together, see ``masks.score_masks``.
 
     Returns:
       A mask tree.
@@ -73,7 +76,13 @@ def snip_masks(
     """
     caller = "snip_masks"
     wanted = scored_masks.ranking(
-        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+        params,
+        density,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        pattern=pattern,
+        caller=caller,
     )
     parts = over.split(params, wanted.plan.index)
 

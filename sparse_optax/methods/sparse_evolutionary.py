@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -24,6 +25,7 @@ def sparse_evolutionary(
     stacked: Mapping[str, int] | None = None,
     reset_moments: str = "none",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Random rewiring at constant sparsity, layer by layer.
 
@@ -60,6 +62,7 @@ def sparse_evolutionary(
       reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
         of weights just grown.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -105,5 +108,6 @@ def sparse_evolutionary(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="sparse_evolutionary",
     )

@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow as growth
 from sparse_optax.regrowth import prune
 from sparse_optax.regrowth import redistribute as sharing
@@ -30,6 +31,7 @@ def sparse_momentum_regrow(
     momentum: str | float = "auto",
     reset_moments: str = "none",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains a sparse network from scratch at constant sparsity.
 
@@ -78,6 +80,7 @@ def sparse_momentum_regrow(
       reset_moments: ``"none"``, as in the paper: the momentum of a missing weight is
         the criterion of growth; or ``"grown"``.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -126,5 +129,6 @@ def sparse_momentum_regrow(
         momentum=momentum,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="sparse_momentum_regrow",
     )

@@ -8,6 +8,7 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import stateless
@@ -26,6 +27,7 @@ def static_sparse(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains a sparse network whose mask never changes.
 
@@ -51,6 +53,7 @@ def static_sparse(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -91,5 +94,6 @@ def static_sparse(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         caller="static_sparse",
     )

@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax import schedules
 from sparse_optax.leaves import Where
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -14,12 +15,13 @@ from sparse_optax.regrowth.engine import regrow
 def straight_through_magnitude(
     inner: optax.GradientTransformation,
     *,
-    density: Any,
+    density: Any = None,
     budget: optax.Schedule | schedules.Towards | None = None,
     update_stop: int | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains all weights and shows the largest, chosen anew before each update.
 
@@ -41,7 +43,8 @@ def straight_through_magnitude(
 
     Args:
       inner: The optimizer that is wrapped.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget.
+      density: Fraction of weights kept, in (0, 1], in every layer, or a budget. Left
+        out with ``patterns.n_m``.
       budget: A schedule of the density that ends at ``density``, or None: the weights
         kept are as many from the start.
       update_stop: The mask stays from this many updates on; None never stops. A
@@ -49,6 +52,7 @@ def straight_through_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -89,6 +93,7 @@ def straight_through_magnitude(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         budget=budget,
         hidden=True,
         caller="straight_through_magnitude",

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sparse_optax import mask_trees, scored_masks
+from sparse_optax import mask_trees, patterns, scored_masks
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.methods import batches as over
+from sparse_optax.patterns import Pattern
 
 
 def synflow_masks(
@@ -25,6 +26,7 @@ def synflow_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> PyTree:
     r"""Keeps the weights through which the most synaptic strength flows.
 
@@ -59,6 +61,7 @@ def synflow_masks(
         where each layer falls to its own count by the same rule.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
+      pattern: Which weights stand and fall together, see ``masks.score_masks``.
 
     Returns:
       A mask tree.
@@ -90,7 +93,13 @@ def synflow_masks(
             "100, as in the paper."
         )
     wanted = scored_masks.ranking(
-        params, density, scope=scope, where=where, stacked=stacked, caller=caller
+        params,
+        density,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        pattern=pattern,
+        caller=caller,
     )
     ones = _ones(inputs, caller)
     parts = over.split(jax.tree.map(_strength, params), wanted.plan.index)
@@ -112,7 +121,7 @@ def synflow_masks(
         _check_flow(total, r, caller)
         over.check_finite(scores, wanted.plan.names, caller=caller, cure=_CURE)
         now = wanted._replace(limit=_limit(wanted, parts.chosen, r, rounds))
-        masks = scored_masks.highest(now, list(zip(scores, kept, strict=True)), _alive)
+        masks = scored_masks.highest(now, [(s,) for s in scores], within=kept)
         flat = mask_trees.flatten(masks)[0]
         kept = [flat[i] for i in wanted.plan.index]
     return masks
@@ -122,11 +131,6 @@ _CURE = (
     "Use float64: call it within `with jax.enable_x64(True):` on parameters cast to "
     "float64, or scale the parameters."
 )
-
-
-def _alive(score: jax.Array, kept: jax.Array) -> jax.Array:
-    # Below every score, so that what is pruned does not tie with a score of zero.
-    return jnp.where(kept, score, -1)
 
 
 def _strength(x: Any) -> Any:
@@ -165,6 +169,11 @@ def _limit(wanted: scored_masks.Ranking, weights: Any, r: int, rounds: int) -> A
     if r == rounds:
         return wanted.limit
     sizes = [math.prod(w.shape) for w in weights]
+    if (pattern := wanted.pattern) is not None:
+        columns = zip(weights, wanted.plan.axes, strict=True)
+        sizes = [
+            math.prod(patterns.view_shape(pattern, w.shape, a)) for w, a in columns
+        ]
 
     def between(whole, final):
         # Never below the end, whatever the power rounds to.
@@ -175,6 +184,8 @@ def _limit(wanted: scored_masks.Ranking, weights: Any, r: int, rounds: int) -> A
         # A count may be one number for each of several layers.
         pairs = zip(sizes, map(np.asarray, wanted.limit), strict=True)
         return [between(n // max(k.size, 1), k) for n, k in pairs]
+    if pattern is not None and pattern.m:
+        return int(between(pattern.m, np.asarray(wanted.limit)))
     if wanted.costs is None:
         return int(between(sum(sizes), np.asarray(wanted.limit)))
     whole = sum(n * Fraction(c) for n, c in zip(sizes, wanted.costs, strict=True))

@@ -12,6 +12,7 @@ import optax
 
 from sparse_optax import budgets, mask_trees, masks
 from sparse_optax.leaves import Where, is_hole
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
@@ -19,7 +20,7 @@ from sparse_optax.regrowth.engine import regrow
 def top_kast(
     inner: optax.GradientTransformation,
     *,
-    density: Any,
+    density: Any = None,
     backward_density: Any,
     penalty: float = 1e-4,
     update_period: int = 1,
@@ -27,6 +28,7 @@ def top_kast(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Forward with the largest weights, backward with some more, the rest at rest.
 
@@ -53,7 +55,9 @@ def top_kast(
     Args:
       inner: The optimizer that is wrapped.
       density: D, the fraction of weights kept, in (0, 1], in every layer, or a budget.
-      backward_density: D + M, the fraction that trains, at least D in every layer.
+        Left out with ``patterns.n_m``.
+      backward_density: D + M, the fraction that trains, at least D in every layer; of
+        each group of N:M, rounded down.
       penalty: The coefficient of the exploration loss
         :math:`\frac{\lambda}{2} (\sum_A w^2 + \frac{1}{D} \sum_{B \setminus A} w^2)`.
       update_period: Updates between two choices of A.
@@ -61,6 +65,7 @@ def top_kast(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -95,7 +100,7 @@ def top_kast(
             f"{penalty!r}. Give 1e-4, as for weight decay."
         )
     return regrow(
-        _backward(inner, density, backward_density, penalty, stacked),
+        _backward(inner, density, backward_density, penalty, stacked, pattern),
         density=density,
         prune=prune.outranked(1.0),
         redistribute=redistribute.none,
@@ -107,30 +112,39 @@ def top_kast(
         where=where,
         stacked=stacked,
         packed=packed,
+        pattern=pattern,
         hidden=True,
         caller="top_kast",
     )
 
 
-def _backward(inner, density, backward_density, penalty, stacked):
+def _backward(inner, density, backward_density, penalty, stacked, pattern):
     """The inner optimizer on B alone, with the gradient of the exploration loss."""
     inner = optax.with_extra_args_support(inner)
+
+    def fail(least):
+        raise ValueError(
+            f"top_kast: `backward_density` must be at least `density`={least!r} "
+            f"in every layer; got {backward_density!r}. Give 0.5, for instance."
+        )
+
+    wider, fraction = pattern, density
+    if pattern is not None and pattern.m:
+        fraction = least = pattern.n / pattern.m
+        if not isinstance(backward_density, float | int) or backward_density < least:
+            fail(least)
+        wider = pattern._replace(n=math.floor(min(backward_density, 1) * pattern.m))
 
     def update(updates, state, params=None, **extra_args):
         regrow_masks = extra_args["regrow_masks"]
         over = functools.partial(jax.tree.map, is_leaf=mask_trees.is_mask)
         where = over(lambda m: not is_hole(m), regrow_masks)
         layers: Any = {"where": where, "stacked": stacked, "caller": "top_kast"}
-        kept, moving, every = (
-            budgets.resolve(d, params, **layers)
-            for d in (density, backward_density, 1.0)
-        )
+        fractions = fraction, backward_density, 1.0
+        kept, moving, every = (budgets.resolve(d, params, **layers) for d in fractions)
         pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(moving), strict=True)
         if any(np.any(np.greater(a, b)) for a, b in pairs):
-            raise ValueError(
-                f"top_kast: `backward_density` must be at least `density`={density!r} "
-                f"in every layer; got {backward_density!r}. Give 0.5, for instance."
-            )
+            fail(density)
         share = budgets.total(kept) / max(budgets.total(every), 1)
 
         def ahead(m, w):
@@ -148,6 +162,7 @@ def _backward(inner, density, backward_density, penalty, stacked):
             scope="leaf",
             where=where,
             stacked=stacked,
+            pattern=wider,
         )
         updates = masks.apply(within, over(penalised, regrow_masks, updates, params))
         steps, state = inner.update(updates, state, params, **extra_args)

@@ -93,8 +93,8 @@ def first_masks(
         _check_layers(plan, flat, pattern, caller)
         # Copied: the caller may donate the state and keep the masks.
         kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
-        if budget is None:
-            _check_given(density, kept, params, plan, pattern, caller)
+        agree = None if budget is not None else density
+        _check_given(agree, kept, params, plan, pattern, caller)
     else:
         chosen = resolve_where(params, where, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)

@@ -165,7 +165,8 @@ def regrow(
       pattern: Which weights stand and fall together, see ``patterns``: rules then see
         the sum of magnitudes of each unit in the place of weights. Where units of
         different layers differ in size, and with N:M, nothing is redistributed: the
-        number of weights would change. With N:M ``density`` is left out.
+        number of weights would change. With N:M ``density`` is left out; a cycle
+        prunes its share of a whole layer, and each group gets back what it lost.
       regrown: What a weight that is pruned and grown back in one cycle goes on with:
         ``"zero"``, or its ``"value"``, so that only the growth's choice counts.
       caller: The name that errors start with.

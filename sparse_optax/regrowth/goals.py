@@ -1,5 +1,6 @@
 """How many units each layer is to have: at the end, and at a step on the way there."""
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -19,8 +20,14 @@ from sparse_optax.leaves import (
     leaf_names,
 )
 from sparse_optax.patterns import Pattern
-from sparse_optax.regrowth import redistribute
-from sparse_optax.regrowth.rules import Rule, layer_sizes, split_layers
+from sparse_optax.regrowth import allocate, redistribute
+from sparse_optax.regrowth import prune as prune_rules
+from sparse_optax.regrowth.rules import (
+    Rule,
+    layer_counts,
+    layer_sizes,
+    split_layers,
+)
 
 # Densities are whole numbers of 2^-30. A schedule knows its value to a few units in
 # the last place of a float32: what it misses by so little is meant, as 21 of 30 weights
@@ -105,6 +112,11 @@ def rules_under(
     if len(sizes) < 2 and not pattern.m:
         return rules
     prune, _, grow = rules
+    if pattern.m and (prune.exact or prune is prune_rules.two_sided):
+        shapes = tuple(
+            (tuple(x.shape), a) for x, a in zip(leaves, plan.axes, strict=True)
+        )
+        prune = _of_whole_layers(prune, pattern, shapes)
     if not grow.exact:
         raise ValueError(
             f"{caller}: `grow` must place exactly `counts` weights in each layer with "
@@ -112,6 +124,53 @@ def rules_under(
             "the rule: stateless(f, exact=True)."
         )
     return prune, redistribute.none, grow
+
+
+# Cached: a rule is a static argument of the compiled cycle.
+@functools.lru_cache
+def _of_whole_layers(
+    prune: Rule, pattern: Pattern, leaves: tuple[tuple[tuple[int, ...], Any], ...]
+) -> Rule:
+    """A prune rule that takes its share of whole layers and not of each group of N:M.
+
+    The share of a group would be rounded down, mostly to nothing.
+    """
+    grids = [patterns.grid(pattern, shape, axis) for shape, axis in leaves]
+    axes = tuple(axis for _, axis in grids)
+
+    def fold(arrays: Any) -> Any:
+        if arrays is None:
+            return None
+        return tuple(x.reshape(s) for x, (s, _) in zip(arrays, grids, strict=True))
+
+    def init(params, masks):
+        return prune.init(fold(params), fold(masks))
+
+    def apply(evidence, state):
+        masks = fold(evidence.masks)
+        active = layer_counts(masks, axes)
+        counts = split_layers(
+            allocate.floor_fraction(evidence.rate, active), masks, axes
+        )
+        number = split_layers(active, masks, axes)
+        stay, state = prune.apply(
+            evidence._replace(
+                params=fold(evidence.params),
+                masks=masks,
+                before=masks,
+                gradient=fold(evidence.gradient),
+                momentum=fold(evidence.momentum),
+                counts=counts,
+                active=number,
+                target=number,
+                axes=axes,
+            ),
+            state,
+        )
+        pairs = zip(stay, evidence.masks, strict=True)
+        return tuple(m.reshape(x.shape) for m, x in pairs), state
+
+    return Rule(init, apply, needs=prune.needs)
 
 
 def unit_counts(
