@@ -132,6 +132,13 @@ def _mask_broken(step: Step, name: str, index) -> None:
     assert int(optax.tree.get(step.new_state, "skipped")) == 1
 
 
+def _shown(step: Step, name: str, index) -> None:
+    """NaN shows in its weight; there is no cycle to leave out."""
+    assert np.isnan(np.asarray(step.params[name]["kernel"])[index])
+    for before, after in zip(kept(step.state), kept(step.new_state), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
 def _clip_promise(step: Step, budget: int, exact: bool) -> None:
     """Besides: active and dense updates have at most the norm asked for.
 
@@ -398,6 +405,21 @@ def _towards_row(factory, family, *, exempt=None, **kwargs):
     )
 
 
+def _inside_row(name, factory, settings, *, injected, place, exempt):
+    """What changes updates and not masks, inside sparse momentum."""
+    return Row(
+        name=name,
+        factory=factory,
+        settings=settings,
+        injected=injected,
+        scheduled=injected[:1],
+        place=place,
+        family=MASK,
+        exempt=_NEVER_EMPTY | exempt,
+        fails={"wrong_position": "outside the engine nothing keeps the zeros"},
+    )
+
+
 _MOMENTUM = sparse_optax.sparse_momentum_regrow
 
 ROWS = (
@@ -504,6 +526,48 @@ ROWS = (
         backward_density=0.9,
         penalty=0.0,
         update_stop=STOP,
+    ),
+    _cycle_row("static_sparse", sparse_optax.static_sparse)._replace(
+        settings=lambda optimizer, cycles: dict(
+            inner=optimizer, density=cycles["density"], key=cycles["key"]
+        ),
+        injected=(),
+        scheduled=(),
+        family=MASK._replace(broken=_shown),
+        exempt=_NEVER_EMPTY
+        | {
+            "constant_schedule": "none of its numbers may be a schedule",
+            "ema": "an average under masks that stay is as sparse as they are",
+        },
+    ),
+    _inside_row(
+        "add_l1_decay",
+        sparse_optax.add_l1_decay,
+        lambda optimizer, cycles: dict(strength=1e-4, mask=sparse_optax.eligible),
+        injected=("strength",),
+        place=INSIDE,
+        exempt={
+            "missing_params": "inside the engine, which asks for them itself",
+            "full_density": "its penalty moves a dense network too",
+        },
+    ),
+    _inside_row(
+        "ham",
+        sparse_optax.ham,
+        lambda optimizer, cycles: dict(
+            inner=optimizer, learning_rate=LR, alpha=1.0, beta=1e-3
+        ),
+        injected=("learning_rate", "alpha", "beta"),
+        place=INSIDE._replace(
+            right=lambda tx, optimizer, cycles: sparse_optax.sparse_momentum_regrow(
+                tx, **cycles
+            ),
+            wrong=lambda tx, optimizer, cycles: optax.chain(
+                sparse_optax.sparse_momentum_regrow(optimizer, **cycles),
+                optax.scale(0.9),
+            ),
+        ),
+        exempt={"full_density": "it moves a dense network too"},
     ),
     Row(
         name="clip_by_active_norm",
