@@ -713,6 +713,19 @@ def test_the_noise_has_its_temperature():
     assert abs(np.corrcoef(seen[0].ravel(), seen[1].ravel())[0, 1]) < 0.1
 
 
+def test_signs_are_random_where_nothing_tells_them():
+    """Missing weights, and weights that start at zero."""
+    zero, one = jnp.zeros(400), jnp.ones(400)
+    params = {"missing": zero, "zero": zero, "negative": -one}
+    exist = {"missing": zero > 0, "zero": zero == 0, "negative": zero == 0}
+    tx = regrowth.signed.signed_step(0.1, l1=0.0, temperature=0.0, key=0)
+    _, state = tx.update(params, tx.init(params), params, regrow_masks=exist)
+    positive = jax.tree.map(lambda s: int(s.sum()), state.positive)
+    assert 160 < positive["missing"] < 240
+    assert 160 < positive["zero"] < 240
+    assert positive["negative"] == 0
+
+
 def test_a_full_network_of_deep_rewiring_goes_on_from_zero():
     """Nothing is missing, so no weight leaves; one that was clamped moves again."""
     waited = moved = 0

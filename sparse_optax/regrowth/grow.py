@@ -79,8 +79,8 @@ def _momentum_per_neuron(evidence: Evidence) -> tuple[jax.Array, ...]:
         _missing_magnitude,
     )
     return tuple(
-        units.unfold(m, v.shape, axis)
-        for m, v, axis in zip(chosen, values, axes, strict=True)
+        units.unfold(new, m, axis)
+        for new, m, axis in zip(chosen, evidence.masks, axes, strict=True)
     )
 
 

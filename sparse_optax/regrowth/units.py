@@ -4,9 +4,12 @@ The units of a layer are the slices along its last axis, as the kernels of flax 
 haiku have them. Where a leaf stacks layers, that is the last axis of each slice.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.redistribute import mean_magnitudes
@@ -19,6 +22,18 @@ def _layers_first(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
         return (1, *(shape or (1,)))
     rest = shape[:axis] + shape[axis + 1 :]
     return (shape[axis], *(rest or (1,)))
+
+
+def _sharding(x: jax.Array) -> Any:
+    return jax.typeof(x).sharding
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """A leaf on an Explicit mesh, gathered: merged axes have no sharding to name."""
+    sharding = _sharding(x)
+    if sharding.mesh.empty:
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def fold(x: jax.Array, axis: int | None) -> jax.Array:
@@ -42,16 +57,16 @@ def fold(x: jax.Array, axis: int | None) -> jax.Array:
     if axis is None:
         return jnp.moveaxis(x, -1, 0) if x.ndim else x[None]
     layers, *_, number = shape = _layers_first(x.shape, axis)
-    front = jnp.moveaxis(jnp.moveaxis(x, axis, 0).reshape(shape), -1, 1)
+    front = jnp.moveaxis(jnp.moveaxis(_whole(x), axis, 0).reshape(shape), -1, 1)
     return front.reshape(layers * number, *shape[1:-1])
 
 
-def unfold(x: jax.Array, shape: tuple[int, ...], axis: int | None) -> jax.Array:
+def unfold(x: jax.Array, like: jax.Array, axis: int | None) -> jax.Array:
     """The inverse of ``fold``.
 
     Args:
       x: What ``fold`` made.
-      shape: The leaf's shape.
+      like: An array of the leaf's shape and sharding.
       axis: The axis whose slices are layers, or None.
 
     Returns:
@@ -61,15 +76,17 @@ def unfold(x: jax.Array, shape: tuple[int, ...], axis: int | None) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from sparse_optax.regrowth import units
       >>> x = jnp.arange(24).reshape(2, 3, 4)
-      >>> bool((units.unfold(units.fold(x, 1), x.shape, 1) == x).all())
+      >>> bool((units.unfold(units.fold(x, 1), x, 1) == x).all())
       True
     """
+    shape = like.shape
     if axis is None:
         return jnp.moveaxis(x, 0, -1) if shape else x[0]
     layers, *rest, number = _layers_first(shape, axis)
     front = jnp.moveaxis(x.reshape(layers, number, *rest), 1, -1)
     plain = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-    return jnp.moveaxis(front.reshape(plain), 0, axis)
+    leaf, sharding = jnp.moveaxis(front.reshape(plain), 0, axis), _sharding(like)
+    return leaf if sharding.mesh.empty else jax.reshard(leaf, sharding)
 
 
 def split_counts(
