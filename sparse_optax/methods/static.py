@@ -15,7 +15,9 @@ from sparse_optax.regrowth.rules import stateless
 
 # No cycle is ever due; rules that do nothing leave little to compile for it.
 _KEEP = stateless(lambda evidence: evidence.masks)
-_NONE = stateless(lambda evidence: tuple(jnp.zeros_like(m) for m in evidence.masks))
+_NONE = stateless(
+    lambda evidence: tuple(jnp.zeros_like(m) for m in evidence.masks), exact=True
+)
 
 
 def static_sparse(

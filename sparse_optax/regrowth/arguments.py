@@ -100,7 +100,7 @@ def check_arguments(
         groups = True
         if density is not None and density != pattern.n / pattern.m:
             share = f"{pattern.n / pattern.m:g}, or left out, with {pattern.name}"
-            fail("density", density, share, "The pattern is the density.")
+            fail("density", density, share, "Leave it out: the pattern says it.")
         if budget is not None:
             cure = "Leave the budget out, or the pattern."
             fail("budget", budget, f"left out with {pattern.name}", cure)

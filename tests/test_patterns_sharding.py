@@ -1,0 +1,38 @@
+"""Patterns on eight devices: the same masks, leaves where they were."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import kept
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from mesh_helpers import mesh_of, not_on_eight, on_eight, placed, run_on_eight_devices
+from test_patterns import BLOCKS, N_M, engine, normal, run
+
+import sparse_optax
+
+
+@not_on_eight
+def test_on_eight_devices():
+    run_on_eight_devices(__file__, 2)
+
+
+@on_eight
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M], ids=lambda p: p.name)
+def test_a_mesh_changes_nothing(pattern):
+    params, specs = {"w": normal((16, 8))}, {"w": P("x", "y")}
+    mesh = mesh_of(AxisType.Auto)
+    on_mesh = placed(params, mesh, specs)
+    right = list(run(engine(pattern), params, 3))
+    found = list(run(engine(pattern), on_mesh, 3))
+    for (w, state, _), (v, other, _) in zip(right, found, strict=True):
+        np.testing.assert_array_equal(kept(state)[0], kept(other)[0])
+        np.testing.assert_allclose(w["w"], v["w"], rtol=1e-5)
+    assert int(other.removed["w"]) > 0
+    mask = other.regrow_masks["w"]
+    assert mask.sharding.is_equivalent_to(on_mesh["w"].sharding, 2)
+    tx = sparse_optax.gsm_mask(None if pattern.m else 0.5, groups=pattern)
+    grads = {"w": normal((16, 8), 2)}
+    plain, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    far, _ = jax.jit(tx.update)(placed(grads, mesh, specs), tx.init(on_mesh), on_mesh)
+    np.testing.assert_array_equal(plain["w"], far["w"])
