@@ -885,3 +885,47 @@ def test_zero_evidence_still_grows(rules):
     zero = [np.zeros_like(w) for w in net.params]
     did = cycle(net._replace(momentum=zero, gradient=zero), *rules)
     assert sum(did.grown) == sum(did.removed) > 10
+
+
+# --- one budget over several methods --------------------------------------------------
+def test_one_budget_over_layers_of_different_methods():
+    """The counts of one budget are cut up; each method keeps those of its layers."""
+    params = {
+        name: {"kernel": jnp.ones(shape), "bias": jnp.zeros(shape[1])}
+        for name, shape in (("a", (20, 30)), ("b", (30, 40)), ("c", (40, 10)))
+    }
+    counts = sparse_optax.budgets.erdos_renyi(0.1).counts(params)
+    labels = {"a": "momentum", "b": "rigl", "c": "momentum"}
+    labels = {n: dict.fromkeys(layer, labels[n]) for n, layer in params.items()}
+
+    def part(method):
+        return jax.tree.map(
+            lambda n, label: n if label == method else optax.MaskedNode(),
+            counts,
+            labels,
+            is_leaf=lambda x: isinstance(x, (int, optax.MaskedNode)),
+        )
+
+    options = dict(update_period=2, update_stop=9, key=0)
+    tx = optax.partition(
+        {
+            "momentum": sparse_optax.sparse_momentum_regrow(
+                optax.sgd(0.1, momentum=0.9), density=part("momentum"), **options
+            ),
+            "rigl": sparse_optax.rigl(optax.adam(0.1), density=part("rigl"), **options),
+        },
+        labels,
+    )
+    state = tx.init(params)
+    total = sum(n for n in jax.tree.leaves(counts) if isinstance(n, int))
+    assert total == int(0.1 * (600 + 1200 + 400))
+    for _ in range(9):
+        grads = jax.tree.map(lambda p: jnp.sin(3 * p), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        masks = sparse_optax.get_masks(state)
+        assert sparse_optax.masks.count(masks) == total
+        assert int(masks["b"]["kernel"].sum()) == counts["b"]["kernel"]
+    for name, layer in params.items():
+        kernel, mask = np.asarray(layer["kernel"]), np.asarray(masks[name]["kernel"])
+        assert not kernel[~mask].any()

@@ -274,3 +274,27 @@ def test_report_snippet_tells_and_keeps_the_run(trained, tmp_path, monkeypatch, 
     np.testing.assert_array_equal(
         names["kernel"].toarray(), before["Dense_0"]["kernel"]
     )
+
+
+# --- the page of the engine -----------------------------------------------------------
+ALGEBRA = (ROOT / "sparse_optax" / "regrowth" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_rule_of_the_page_trains_and_has_fifteen_lines():
+    (rule,) = blocks(ALGEBRA, "python")
+    lines = rule.split("tx = ")[0].splitlines()
+    code = [x for x in lines if x.strip() and not x.startswith(("import", "from"))]
+    assert len(code) <= 15
+    names = run(rule, network())
+    params, tx = names["params"], names["tx"]
+    state = tx.init(params)
+    before = sparse_optax.get_masks(state)
+    step = jax.jit(tx.update)
+    for _ in range(101):
+        grads = jax.grad(names["loss"])(params, names["batch"])
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    after = sparse_optax.get_masks(state)
+    assert nonzeros(params) <= sparse_optax.masks.count(after) == kept(0.05)
+    moved = sparse_optax.masks.combine(jnp.logical_xor, before, after)
+    assert sparse_optax.masks.count(moved) > 0

@@ -81,6 +81,9 @@ class TrainConfig:
       budget: how the density is shared among the layers; None is the method's own.
       update_epochs: epochs between two cycles of methods that have cycles.
       l1: strength of the L1 penalty of method l1.
+      ticket: method ticket: the mask that sparse momentum found, trained from its own
+        initial weights; or a control: the mask shuffled within each layer, spread at
+        random over the network, or trained from other initial weights.
       gate: GSM: share of the weights whose gradient passes each step.
       settle_epoch: GSM: epoch from which only the largest weights are trained, the
         rest decays.
@@ -118,6 +121,7 @@ class TrainConfig:
     ] = None
     update_epochs: int = 1
     l1: float = 1e-5
+    ticket: Literal["own", "shuffled", "random", "reinitialised"] = "own"
     gate: Annotated[float | None, _flag("FLOAT", "the density")] = None
     settle_epoch: Annotated[int | None, _flag("INT", "never, as in the paper")] = None
     base: Base = Base()
@@ -373,24 +377,32 @@ def _check(config):
     )
 
 
-def base_of(config: Resolved) -> Resolved:
-    """The dense run that comes before ``config``, as a run of its own.
+def base_of(config: Resolved) -> Resolved | None:
+    """The run that comes before ``config``, as a run of its own.
 
     Runs that differ only in what follows share it.
 
     Args:
-      config: a resolved run with ``base.epochs`` above 0.
+      config: a resolved run.
 
     Returns:
-      A resolved run of method ``"dense"``.
+      A resolved run: of sparse momentum for method ticket, else of ``"dense"``; None
+      where nothing comes before.
 
     Examples:
       >>> from sparse_optax.experiments import config
       >>> run = config.resolve(config.TrainConfig(dataset="mnist", method="gsm"))
-      >>> config.base_of(run).epochs, config.base_of(run).momentum
-      (100, 0.9)
+      >>> base = config.base_of(run)
+      >>> base.method, base.epochs, base.momentum
+      ('dense', 100, 0.9)
     """
     plain = TrainConfig()
+    if config.method == "ticket":
+        return dataclasses.replace(
+            config, method="sparse_momentum", ticket=plain.ticket
+        )
+    if not config.base.epochs:
+        return None
     # What only the later stage reads goes back to its default.
     return dataclasses.replace(
         config,
@@ -402,6 +414,7 @@ def base_of(config: Resolved) -> Resolved:
         grow=plain.grow,
         budget="uniform",
         l1=plain.l1,
+        ticket=plain.ticket,
         update_epochs=plain.update_epochs,
         gate=None,
         settle_epoch=None,

@@ -84,6 +84,24 @@ def snip(setup: Setup) -> Plan:
     return plans.static(setup, masks)
 
 
+def ticket(setup: Setup) -> Plan:
+    """The weights that sparse momentum ended with, from the start, or a control."""
+    chosen = sparse_optax.eligible(setup.params)
+    masks = jax.tree.map(
+        lambda w, sparse: w != 0 if sparse else optax.MaskedNode(), setup.params, chosen
+    )
+    control, key = setup.config.ticket, setup.init_key
+    if control == "shuffled":
+        masks = sparse_optax.shuffle_masks(setup.key, masks)
+    elif control == "random":
+        masks = sparse_optax.random_masks_like(setup.key, masks)
+    elif control == "reinitialised":
+        key = jax.random.fold_in(key, 1)
+    plan = plans.static(setup, masks)
+    fresh = sparse_optax.sparsify(setup.draw(key), masks)
+    return plan._replace(start=lambda params, opt_state: fresh)
+
+
 def synflow(setup: Setup) -> Plan:
     """SynFlow: what flows through the network, without data."""
     inputs = jnp.ones((1, *setup.images[0].shape[1:]))
@@ -331,6 +349,7 @@ METHODS: dict[str, Method] = {
     "static": Method(static),
     "snip": Method(snip),
     "synflow": Method(synflow),
+    "ticket": Method(ticket),
     "gradual_magnitude": Method(gradual_magnitude),
     "granet": Method(granet, budget="erdos_renyi_kernel"),
     "iterative_magnitude": Method(iterative_magnitude),

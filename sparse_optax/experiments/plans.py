@@ -56,6 +56,8 @@ class Setup(NamedTuple):
       forward: ``forward(params, images)`` gives the logits.
       params: the parameters that the run starts from.
       images: training images and labels, for criteria that look at data.
+      draw: ``draw(key)`` gives fresh initial parameters.
+      init_key: the key with which this run's were drawn.
     """
 
     config: "Resolved"
@@ -64,6 +66,8 @@ class Setup(NamedTuple):
     forward: Callable[[Params, jax.Array], jax.Array]
     params: Params
     images: tuple[Any, Any]
+    draw: Callable[[jax.Array], Params]
+    init_key: jax.Array
 
     @property
     def total(self) -> int:

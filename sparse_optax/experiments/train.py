@@ -7,6 +7,7 @@ times slower than the same step outside.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,16 +151,17 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     """One stage in its folder, after the dense stage that it may start from."""
     dataset = setting.dataset
     init_key, order_key, method_key = jax.random.split(jax.random.key(config.seed), 3)
-    apply, params, stats = models.create_stateful(
+    draw = functools.partial(
+        models.create_stateful,
         config.model,
         dataset.train_x.shape[1:],
         dataset.classes,
         init=config.init,
-        key=init_key,
     )
-    base = None
-    if config.base.epochs:
-        base = _train(configs.base_of(config), setting, stage="base")
+    apply, params, stats = draw(key=init_key)
+    base, earlier = None, configs.base_of(config)
+    if earlier is not None:
+        base = _train(earlier, setting, stage="base")
         params, stats = base.params, base.stats
     setup = methods.Setup(
         config,
@@ -168,6 +170,8 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         lambda params, images: apply(params, stats, images)[0],
         params,
         (dataset.train_x, dataset.train_y),
+        lambda key: draw(key=key)[1],
+        init_key,
     )
     plan = methods.METHODS[config.method].build(setup)
     run = _Run(config, setting, stage, apply, plan, order_key, base)

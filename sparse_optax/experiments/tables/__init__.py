@@ -11,6 +11,7 @@ from sparse_optax.experiments.tables import (
     gsm_lenet300,
     methods_lenet300,
     mnist_lenet300,
+    ticket_lenet300,
 )
 from sparse_optax.experiments.tables.common import Table
 
@@ -21,6 +22,7 @@ TABLES: dict[str, Table] = {
         gsm_lenet300,
         methods_lenet300,
         ablation_lenet300,
+        ticket_lenet300,
         digits_lenet300,
     )
 }

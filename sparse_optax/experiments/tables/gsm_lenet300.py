@@ -47,6 +47,7 @@ def _rows():
     for seed in SEEDS:
         base = f"base_s{seed}"
         dense = configs.base_of(configs.resolve(_config(seed)))
+        assert dense is not None  # GSM starts from a trained network
         yield common.Row(base, dense, "base")
         for name, options in VARIANTS.items():
             yield common.Row(f"{name}_s{seed}", _config(seed, **options), name, (base,))
