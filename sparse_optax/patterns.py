@@ -15,6 +15,9 @@ Axes are those of flax and haiku: a dense kernel is (in, out), a convolution ker
 (height, width, in, out). In both the contraction axis, along which products are summed,
 is the last but one. For other layouts give the axes.
 
+Units should not reach over devices; on a mesh with Explicit axes an axis that is cut
+into units must not be sharded, since JAX splits no sharded axis there.
+
 A pattern is a tuple and not a function, since ``optax.inject_hyperparams`` takes
 everything callable for a schedule.
 """

@@ -107,7 +107,8 @@ def get_explored(opt_state: PyTree) -> PyTree:
     Returns:
       A mask tree with the structure of the parameters, for
       ``report.summary(params, opt_state, explored=...)``; its ``masks.density`` is
-      the explored share R_s. It is brought up to date by each cycle.
+      the explored share R_s. It is brought up to date by each cycle. With a
+      ``pattern`` it has an entry a unit, and its density is a share of units.
 
     Raises:
       ValueError: If no rule remembers, or two of them do for one leaf.
@@ -150,7 +151,9 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
         hole, it is not read.
 
     Returns:
-      The state with the new masks; the next cycle keeps their count.
+      The state with the new masks. The next cycle keeps their count, unless the
+      method's budget moves; under a pattern they must follow it, which is not checked.
+      A hidden weight that is switched on starts at zero.
 
     Raises:
       ValueError: If there is no engine state, or the masks do not fit.

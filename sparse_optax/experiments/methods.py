@@ -114,7 +114,7 @@ def synflow(setup: Setup) -> Plan:
 def fisher(setup: Setup) -> Plan:
     """Fisher pruning of the trained network, then training of what is left."""
     masks = sparse_optax.fisher_masks(
-        setup.example_loss, setup.params, [setup.batch(SCORED)], setup.config.density
+        setup.example_loss, setup.params, setup.batches(SCORED), setup.config.density
     )
     return plans.static(setup, masks)
 
@@ -122,7 +122,7 @@ def fisher(setup: Setup) -> Plan:
 def optimal_brain_damage(setup: Setup) -> Plan:
     """Optimal brain damage of the trained network, then training of what is left."""
     masks = sparse_optax.optimal_brain_damage_masks(
-        setup.forward, setup.params, [setup.batch(SCORED)], setup.config.density
+        setup.forward, setup.params, setup.batches(SCORED), setup.config.density
     )
     return plans.static(setup, masks)
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sparse_optax.experiments.config import Resolved
 
 Params = Any
+# Images whose gradients are held at a time.
+SLICE = 50
 DECAYS = {
     "cosine": schedules.cosine_prune_rate,
     "linear": schedules.linear_prune_rate,
@@ -95,6 +97,12 @@ class Setup(NamedTuple):
         """Cross-entropy of one image."""
         image, label = example
         return self.loss(params, (image[None], label[None]))
+
+    def batches(self, size: int) -> list[tuple[jax.Array, jax.Array]]:
+        """The same in slices: a gradient for each image takes memory."""
+        x, y = self.batch(size)
+        cuts = range(0, len(x) - len(x) % SLICE or len(x), SLICE)
+        return [(x[i : i + SLICE], y[i : i + SLICE]) for i in cuts]
 
     def batch(self, size: int) -> tuple[jax.Array, jax.Array]:
         """Images of a random batch that the key draws, and their labels."""

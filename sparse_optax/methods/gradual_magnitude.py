@@ -62,7 +62,8 @@ def gradual_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
+        number is fixed.
 
     Returns:
       A transformation with a ``RegrowState``.

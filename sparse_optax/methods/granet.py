@@ -75,7 +75,8 @@ def granet(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         grown, whatever the optimizer; ``"none"`` leaves them.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
+        number is fixed.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -113,7 +114,9 @@ def granet(
     if not isinstance(final, float | int) or isinstance(final, bool):
         cure = "For another budget call regrow with budget=."
         fail("density", density, "in (0, 1] or a budget with a density", cure)
-    last = schedules.last_due(update_period, density_start, stop=update_stop)
+    last = schedules.last_due(
+        update_period, density_start, stop=update_stop, caller="granet"
+    )
     end = last if density_stop is None else density_stop
     if end > last:
         cure = f"No cycle comes after {last}: lower it or raise update_stop."

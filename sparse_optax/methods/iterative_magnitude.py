@@ -59,7 +59,8 @@ def iterative_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
+        number is fixed.
       caller: The name that errors start with.
 
     Returns:
@@ -146,7 +147,8 @@ def one_shot_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
+        number is fixed.
 
     Returns:
       A transformation with a ``RegrowState``.

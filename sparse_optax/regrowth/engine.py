@@ -262,8 +262,7 @@ def regrow(
             skipped=jnp.zeros([], jnp.int32),
             removed=zeros(),
             grown=zeros(),
-            # Copied: the state may be donated, and the parameters beside it.
-            hidden=tree([jnp.array(x, x.dtype) for x in sparse]) if hidden else (),
+            hidden=tree([_copy(x) for x in sparse]) if hidden else (),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -384,6 +383,13 @@ def _as_stored(mask: Any) -> Any:
     if isinstance(mask, mask_trees.PackedMask):
         return mask_trees.PackedMask(*(x.astype(jnp.uint8) for x in mask))
     return mask_trees.unpack(mask)
+
+
+def _copy(leaf: Any) -> jax.Array:
+    """A copy, since the state may be donated with the parameters beside it."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros_like(leaf)
+    return jnp.array(leaf, leaf.dtype, copy=True)
 
 
 def _layer_zeros(leaf: Any, axis: int | None) -> jax.Array:

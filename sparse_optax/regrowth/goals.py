@@ -90,7 +90,8 @@ def rules_under(
       The rules; where units differ in size, and with N:M, without redistribution.
 
     Raises:
-      ValueError: If the growth rule then moves weights between layers all the same.
+      ValueError: If the prune or the growth rule then moves weights between layers
+        all the same.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,6 +113,12 @@ def rules_under(
     if len(sizes) < 2 and not pattern.m:
         return rules
     prune, _, grow = rules
+    if prune.pooled:
+        raise ValueError(
+            f"{caller}: `prune` ranks all layers as one pool, and with {pattern.name} "
+            "the number of weights would not stay: units of its layers differ in size, "
+            "or each group has its own number. Use prune.magnitude."
+        )
     if pattern.m and (prune.exact or prune is prune_rules.two_sided):
         shapes = tuple(
             (tuple(x.shape), a) for x, a in zip(leaves, plan.axes, strict=True)

@@ -105,6 +105,10 @@ def _global_gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
     return _pooled(evidence, pairs, _missing_magnitude, "grow.global_gradient")
 
 
+def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
+    return _largest(evidence, evidence.params, "grow.magnitude")
+
+
 def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
     bits = random_bits(evidence, "grow.random")
     return tuple(
@@ -190,7 +194,12 @@ def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
             f"unexplored: `rule` must be a growth rule that keeps to its counts; got "
             f"{rule!r}. Use grow.random, grow.gradient or grow.momentum."
         )
+    return _unexplored(rule, bool(prefer))
 
+
+# Cached: a rule is a static argument of the compiled cycle.
+@functools.lru_cache
+def _unexplored(rule: Rule, prefer: bool) -> Rule:
     def init(params, masks):
         # Copied: the masks are in the state as well, and it may be donated.
         seen = tuple(jnp.array(m, copy=True) for m in masks)
@@ -227,17 +236,13 @@ momentum = stateless(_momentum, needs=("momentum",), exact=True)
 #: Grows, in each layer, the missing weights of largest absolute gradient.
 gradient = stateless(_gradient, needs=("gradient",), exact=True)
 
-#: Grows, in each layer, missing weights uniformly at random, an exact number.
-random = stateless(_random, exact=True)
-
-
-def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
-    return _largest(evidence, evidence.params, "grow.magnitude")
-
-
 #: Grows, in each layer, the missing weights of largest |w|, which ``hidden=True``
 #: keeps; without it all are zero and the lowest indices grow.
 magnitude = stateless(_magnitude, exact=True)
+
+#: Grows, in each layer, missing weights uniformly at random, an exact number.
+random = stateless(_random, exact=True)
+
 #: The same, but what was just pruned only where a layer has no other room.
 random_elsewhere = stateless(_random_elsewhere, exact=True)
 
@@ -288,8 +293,8 @@ def above_spread(
 def _above_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
     def apply(evidence, state):
         heads = coin(evidence.step, gamma, power)
-        columns = zip(evidence.params, evidence.masks, state, strict=True)
+        columns = zip(evidence.params, evidence.masks, state.values, strict=True)
         new = (heads & (jnp.abs(w) >= t) & jnp.logical_not(m) for w, m, t in columns)
         return tuple(new), state
 
-    return Rule(lambda params, masks: thresholds(params, c, factor), apply)
+    return Rule(lambda params, _: PerWeight(thresholds(params, c, factor)), apply)

@@ -13,6 +13,7 @@ from sparse_optax import masks, selection, wide
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import (
     Evidence,
+    PerWeight,
     Rule,
     axes_of,
     coin,
@@ -177,7 +178,14 @@ def adaptive_threshold(
         if not whole or not 1 <= number < 2**31:
             allowed = "an integer in [1, 2**31) or None"
             fail("number", number, allowed, "Leave it out to follow prune_rate.")
+    if any(isinstance(x, jax.Array) for x in (initial, tolerance, number)):
+        return _adaptive_threshold.__wrapped__(initial, tolerance, number)
+    return _adaptive_threshold(initial, tolerance, number)
 
+
+# Cached: a rule is a static argument of the compiled cycle.
+@functools.lru_cache
+def _adaptive_threshold(initial: Any, tolerance: Any, number: Any) -> Rule:
     def init(params, masks):
         del params, masks
         return jnp.asarray(initial, jnp.float32)
@@ -226,7 +234,7 @@ two_sided = stateless(_two_sided)
 #: Removes the ``sum(counts)`` active weights of smallest magnitude of the network; of
 #: equal magnitudes the first leaf's lowest index stays. Each layer keeps its largest
 #: weight, so that fewer go where nothing else is left.
-global_magnitude = stateless(_global_magnitude)
+global_magnitude = stateless(_global_magnitude, pooled=True)
 
 
 def outranked(ratio: float = 1.0, *, gamma: float = 0.0, power: float = 1.0) -> Rule:
@@ -345,11 +353,11 @@ def below_spread(
 def _below_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
     def apply(evidence: Evidence, state: Any) -> tuple[tuple[jax.Array, ...], Any]:
         heads = coin(evidence.step, gamma, power)
-        columns = zip(evidence.params, evidence.masks, state, strict=True)
+        columns = zip(evidence.params, evidence.masks, state.values, strict=True)
         stay = (m & ((jnp.abs(w) >= t) | jnp.logical_not(heads)) for w, m, t in columns)
         return tuple(stay), state
 
-    return Rule(lambda params, masks: thresholds(params, c, factor), apply)
+    return Rule(lambda params, _: PerWeight(thresholds(params, c, factor)), apply)
 
 
 def thresholds(
@@ -385,4 +393,4 @@ def thresholds(
 zeros = stateless(functools.partial(_zeros, pool=False))
 
 #: The same for all layers as one pool.
-global_zeros = stateless(functools.partial(_zeros, pool=True))
+global_zeros = stateless(functools.partial(_zeros, pool=True), pooled=True)

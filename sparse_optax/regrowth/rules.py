@@ -76,6 +76,8 @@ class Rule(NamedTuple):
       after_prune: Whether a redistribution rule sees the masks after the prune.
       exact: Whether a prune rule removes, or a growth rule adds, exactly ``counts``
         weights of each layer. Then they are not counted again.
+      pooled: Whether a prune rule ranks all layers as one pool, so that the layers'
+        own counts follow from the weights.
     """
 
     init: Callable[..., Any]
@@ -83,6 +85,7 @@ class Rule(NamedTuple):
     needs: tuple[str, ...] = ()
     after_prune: bool = False
     exact: bool = False
+    pooled: bool = False
 
 
 class PerWeight(NamedTuple):
@@ -130,6 +133,7 @@ def stateless(
     needs: tuple[str, ...] = (),
     after_prune: bool = False,
     exact: bool = False,
+    pooled: bool = False,
 ) -> Rule:
     """Lifts a plain function of the evidence to a rule.
 
@@ -138,6 +142,7 @@ def stateless(
       needs: See ``Rule``.
       after_prune: See ``Rule``.
       exact: See ``Rule``.
+      pooled: See ``Rule``.
 
     Returns:
       A rule without memory.
@@ -154,6 +159,7 @@ def stateless(
         needs=needs,
         after_prune=after_prune,
         exact=exact,
+        pooled=pooled,
     )
 
 
