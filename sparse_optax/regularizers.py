@@ -38,8 +38,8 @@ def add_l1_decay(
     Args:
       strength: lambda, at least 0, or a schedule of the number of finished updates.
       mask: Which leaves are penalised: a tree or prefix tree of bools, or a callable of
-        the parameters that gives one, such as ``sparse_optax.eligible``. None is all. Name it in ``static_args`` of
-        ``optax.inject_hyperparams``.
+        the parameters that gives one, such as ``sparse_optax.eligible``. None is all.
+        Name it in ``static_args`` of ``optax.inject_hyperparams``.
 
     Returns:
       A transformation.
