@@ -60,7 +60,7 @@ def select(
     ]
     chosen: list[Any] = [None] * len(front)
     for i, (xs, axis) in enumerate(zip(front, axes, strict=True)):
-        if axis is not None and xs[0].ndim == 2 and xs[0].shape[1] <= LONGEST:
+        if axis is not None and _has_short_rows(xs[0]):
             chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
     rest = [i for i, m in enumerate(chosen) if m is None]
     if rest:
@@ -96,6 +96,14 @@ def place(mask: jax.Array, like: Any) -> jax.Array:
     if isinstance(mask, Tracer) or not concrete or not like.committed:
         return mask
     return jax.device_put(mask, like.sharding)
+
+
+def _has_short_rows(x: jax.Array) -> bool:
+    """Whether pairs of a row may be compared: few, and whole on each device."""
+    if x.ndim != 2 or x.shape[1] > LONGEST:
+        return False
+    spec = jax.typeof(x).sharding.spec
+    return len(spec) < 2 or spec[1] is None
 
 
 class Ranking(NamedTuple):

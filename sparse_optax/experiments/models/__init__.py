@@ -46,6 +46,7 @@ MODELS: dict[str, Entry] = {
         ),
         convolutional=False,
     ),
+    "lenet-5-caffe": Entry(lenet.LeNet5Caffe, convolutional=True),
     # The densities of Mostafa and Wang's tables, and 20%.
     **{
         f"thin-lenet-{density}": Entry(
@@ -53,7 +54,6 @@ MODELS: dict[str, Entry] = {
         )
         for density in (0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2)
     },
-    "lenet-5-caffe": Entry(lenet.LeNet5Caffe, convolutional=True),
     "vgg16-c": Entry(functools.partial(vgg.VGG16, variant="C"), convolutional=True),
     "vgg16-d": Entry(functools.partial(vgg.VGG16, variant="D"), convolutional=True),
     **{
