@@ -101,7 +101,8 @@ def test_main_job_is_sparse_momentum_on_digits():
             [
                 "--density",
                 "share of the weights that is kept",
-                "{dense,sparse_momentum,gsm,",
+                "sparse_momentum",
+                "network_surgery",
                 "recipe of the data set",
                 "--base.epochs",
             ],

@@ -78,7 +78,7 @@ class TrainConfig:
       prune_decay: sparse momentum: how that share goes on; cosine and linear end in 0.
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
-      budget: how the density is shared among the layers; None is the method's own.
+      budget: how the density is shared among the layers.
       update_epochs: epochs between two cycles of methods that have cycles.
       l1: strength of the L1 penalty of method l1.
       ticket: method ticket: the mask that sparse momentum found, trained from its own
