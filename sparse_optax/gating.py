@@ -155,14 +155,10 @@ def passing_units(
         threshold = guess
     else:
         k, costs = quota
-        prices = [1] * len(pairs) if costs is None else costs
         chosen = selection.select(
             units,
             k,
-            costs=[
-                price * patterns.unit_size(pattern, shape, axis)
-                for price, shape, axis in zip(prices, shapes, axes, strict=True)
-            ],
+            costs=patterns.unit_costs(pattern, shapes, axes, costs),
             guess=guess,
             exact_threshold=False,
             skip_zeros=True,

@@ -260,10 +260,6 @@ def as_key(key: Key, *, caller: str) -> jax.Array:
     )
 
 
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
 def random_masks(
     key: Key,
     params: PyTree,
@@ -309,25 +305,22 @@ def random_masks(
         budgets.resolve(budget, params, where=where, stacked=stacked, caller=caller)
     )[0]
     typed = as_key(key, caller=caller)
-    scores = [
+    operands = [
         (random_scores(typed, name, flat[i]),)
         for i, name in zip(plan.index, plan.names, strict=True)
     ]
     if keep is not None:
-        given, names = flatten(keep)
-        check_names(names, leaf_names(params), caller=caller)
+        given, structure_given = flatten(keep)
+        check_names(structure_given, leaf_names(params), caller=caller)
         check_shapes(given, flat, leaf_names(params), caller=caller)
-        first = [
-            jnp.zeros((), bool) if is_hole(given[i]) else unpack(given[i])
-            for i in plan.index
+        nothing = jnp.zeros((), bool)
+        first = [nothing if is_hole(given[i]) else unpack(given[i]) for i in plan.index]
+        operands = [
+            (x, jnp.broadcast_to(m, x.shape))
+            for (x,), m in zip(operands, first, strict=True)
         ]
-        scores = [(x, m) for (x,), m in zip(scores, first, strict=True)]
-    kept = select(
-        [(x, jnp.broadcast_to(m[0], x.shape)) if m else (x,) for x, *m in scores],
-        [counts[i] for i in plan.index],
-        plan.axes,
-        _identity if keep is None else _first,
-    )
+    counts = [counts[i] for i in plan.index]
+    kept = select(operands, counts, plan.axes, None if keep is None else _first)
     kept = [place(m, flat[i]) for m, i in zip(kept, plan.index, strict=True)]
     return rebuild(structure, len(flat), plan.index, kept)
 

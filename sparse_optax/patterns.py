@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_optax.selection.rows import LONGEST
 
@@ -227,6 +228,53 @@ def unit_size(
       1
     """
     return 1 if pattern.m else math.prod(_unit(pattern, shape, stacked))
+
+
+def whole_units(counts: Any, size: int) -> Any:
+    """Counts of weights as counts of units: rounded down, but one where there is any.
+
+    Args:
+      counts: weights, an integer or an array of integers.
+      size: weights of a unit.
+
+    Returns:
+      A NumPy array, or scalar.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> [int(patterns.whole_units(n, 4)) for n in (0, 3, 11)]
+      [0, 1, 2]
+    """
+    return np.maximum(np.asarray(counts) // size, np.minimum(counts, 1))
+
+
+def unit_costs(
+    pattern: Pattern,
+    shapes: Sequence[Sequence[int]],
+    axes: Sequence[int | None],
+    costs: Sequence[Any] | None = None,
+) -> list[Any]:
+    """What a unit of each leaf costs: the sum over its weights.
+
+    Args:
+      pattern: the pattern.
+      shapes: the shapes of the leaves.
+      axes: for each the axis whose slices are layers, or None.
+      costs: what a weight of each leaf costs; None is 1.
+
+    Returns:
+      One number a leaf.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.unit_costs(patterns.output_units(), [(8, 3), (5, 2)], [None, None])
+      [8, 5]
+    """
+    prices = [1] * len(shapes) if costs is None else costs
+    return [
+        price * unit_size(pattern, shape, axis)
+        for price, shape, axis in zip(prices, shapes, axes, strict=True)
+    ]
 
 
 def view(pattern: Pattern, x: jax.Array, stacked: int | None = None) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from sparse_optax import budgets, patterns, selection
@@ -33,7 +32,7 @@ def select(
     operands: Sequence[tuple[jax.Array, ...]],
     counts: Sequence[Any],
     axes: Sequence[int | None],
-    score: Callable[..., jax.Array],
+    score: Callable[..., jax.Array] | None = None,
 ) -> list[jax.Array]:
     """Masks of the highest-scored weights, a pool for every layer.
 
@@ -41,7 +40,7 @@ def select(
       operands: For each leaf a tuple of arrays of its shape.
       counts: For each leaf how many to keep: an integer, or one a slice, shape (L,).
       axes: For each leaf the axis whose slices are layers, or None.
-      score: A module-level function of a leaf's arrays.
+      score: A module-level function of a leaf's arrays; None takes the only one.
 
     Returns:
       A boolean array a leaf.
@@ -64,9 +63,8 @@ def select(
             chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
     rest = [i for i, m in enumerate(chosen) if m is None]
     if rest:
-        found = selection.top_k_mask(
-            [front[i] for i in rest], [counts[i] for i in rest], score=score
-        )
+        leaves = [front[i] if score else front[i][0] for i in rest]
+        found = selection.top_k_mask(leaves, [counts[i] for i in rest], score=score)
         for i, m in zip(rest, found, strict=True):
             chosen[i] = m
     return [
@@ -192,18 +190,15 @@ def ranking(
         limits = [counts[i] for i in plan.index]
         if pattern is not None:
             sizes = [patterns.unit_size(pattern, *column) for column in columns]
-            limits = [
-                np.maximum(n // size, np.minimum(n, 1))  # at least one
-                for n, size in zip(limits, sizes, strict=True)
-            ]
+            pairs = zip(limits, sizes, strict=True)
+            limits = [patterns.whole_units(n, size) for n, size in pairs]
         return Ranking(structure, len(flat), plan, like, limits, None, pattern)
     k, costs = budgets.pool(density, params, **layers)
     if costs is not None:
         costs = [c for c in flatten(costs)[0] if not is_hole(c)]
     if pattern is not None:
-        sizes = [patterns.unit_size(pattern, *column) for column in columns]
-        prices = [1] * len(sizes) if costs is None else costs
-        costs = [size * c for size, c in zip(sizes, prices, strict=True)]
+        shapes = [shape for shape, _ in columns]
+        costs = patterns.unit_costs(pattern, shapes, plan.axes, costs)
     return Ranking(structure, len(flat), plan, like, k, costs, pattern)
 
 
@@ -234,13 +229,13 @@ def highest(
       >>> scored_masks.highest(wanted, [(scores,)])["w"].tolist()
       [[False, True, False]]
     """
-    plan, score = wanted.plan, _identity if score is None else score
+    plan = wanted.plan
     pattern, shapes = wanted.pattern, [xs[0].shape for xs in operands]
     if pattern is not None:
         scores = [passes.scores(score, xs) for xs in operands]
         columns = zip(scores, plan.axes, strict=True)
         operands = [(patterns.view(pattern, x, axis),) for x, axis in columns]
-        score = _identity
+        score = None
         if within is not None:
             columns = zip(within, plan.axes, strict=True)
             within = [patterns.view(pattern, m, axis) for m, axis in columns]
@@ -254,9 +249,8 @@ def highest(
     elif isinstance(wanted.limit, list):
         kept = select(operands, wanted.limit, plan.axes, score)
     else:
-        kept = selection.top_k_mask(
-            list(operands), wanted.limit, score=score, costs=wanted.costs
-        )
+        pool = list(operands) if score else [x for (x,) in operands]
+        kept = selection.top_k_mask(pool, wanted.limit, score=score, costs=wanted.costs)
     if pattern is not None:
         kept = [
             patterns.spread(pattern, m, shape, axis)
@@ -264,10 +258,6 @@ def highest(
         ]
     kept = [place(m, x) for m, x in zip(kept, wanted.like, strict=True)]
     return rebuild(wanted.structure, wanted.size, plan.index, kept)
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
 
 
 def _first(score: jax.Array, within: jax.Array) -> jax.Array:

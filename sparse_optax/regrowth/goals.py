@@ -225,8 +225,7 @@ def unit_counts(
         for x, axis in zip(sparse, plan.axes, strict=True)
     ]
     whole = [
-        np.maximum(np.asarray(n) // size, np.minimum(n, 1))
-        for n, size in zip(counts, sizes, strict=True)
+        patterns.whole_units(n, size) for n, size in zip(counts, sizes, strict=True)
     ]
     return [n if n.ndim else int(n) for n in whole]
 

@@ -301,15 +301,11 @@ def _outranked(ratio: float, gamma: float, power: float) -> Rule:
             size = jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
             ranked.append((jnp.where(m, size, jnp.where(heads, ratio * size, -1.0)),))
         counts = require(evidence, "target", rule="prune.outranked")
-        chosen = masks.select(ranked, list(counts), axes_of(evidence), _itself)
+        chosen = masks.select(ranked, list(counts), axes_of(evidence))
         pairs = zip(chosen, evidence.masks, strict=True)
         return tuple(jnp.logical_and(c, m) for c, m in pairs)
 
     return stateless(stay)
-
-
-def _itself(score: jax.Array) -> jax.Array:
-    return score
 
 
 def below_spread(
