@@ -20,7 +20,7 @@ PACKAGE = pathlib.Path(sparse_optax.__file__).parent
 ORDER = (
     "wide.py",
     "selection/",
-    "patterns.py",
+    "patterns/",
     "leaves.py",
     "budgets/",
     "mask_trees.py",
