@@ -101,8 +101,16 @@ class RunFolder:
         """Deletes the checkpoints."""
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
-    def finish(self, params: Any, record: records.Record) -> None:
-        """Writes the final weights and the record, then deletes the checkpoints."""
+    def finish(
+        self, params: Any, record: records.Record, *, keep: bool = False
+    ) -> None:
+        """Writes the final weights and the record.
+
+        Args:
+          params: the weights.
+          record: the record.
+          keep: keep the checkpoints; otherwise they are deleted now.
+        """
         flat: dict[str, Any] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -111,7 +119,8 @@ class RunFolder:
         np.savez(buffer, **flat)
         records.write_atomically(self.path / "weights.npz", buffer.getvalue())
         records.write(self.path / "record.json", record)
-        self.clear()
+        if not keep:
+            self.clear()
 
     def finished(self, params: Any) -> tuple[Any, records.Record] | None:
         """Final weights and record of a finished run, or None.

@@ -21,6 +21,10 @@ from sparse_optax.experiments.plans import sgd as sgd
 
 # Images that a criterion is measured on, beyond the batch that SNIP takes.
 SCORED = 1000
+# Updates between two cycles of RigL, in the paper and in its code.
+RIGL_PERIOD = 100
+# Weights that DSR replaces in a cycle, by the code of its authors; elsewhere a tenth.
+DSR_NUMBER = {"mnist": 600, "fashion-mnist": 600, "cifar10": 20_000}
 REDISTRIBUTE = ("momentum", "magnitude", "nonzeros", "none")
 GROW = ("momentum", "gradient", "random", "momentum_per_neuron")
 
@@ -192,15 +196,23 @@ def sparse_evolutionary(setup: Setup) -> Plan:
 
 
 def dynamic_sparse(setup: Setup) -> Plan:
-    """DSR."""
-    return plans.masked(
-        sparse_optax.dynamic_sparse(plans.inner(setup), **_dynamic(setup))
+    """DSR, which stops moving weights shortly before the end."""
+    optimizer = sparse_optax.dynamic_sparse(
+        plans.inner(setup),
+        **{**_dynamic(setup), "update_stop": max(1, 19 * setup.total // 20)},
+        prune_number=DSR_NUMBER.get(setup.config.dataset),
     )
+    return plans.masked(optimizer)
 
 
 def rigl(setup: Setup) -> Plan:
-    """RigL."""
-    return plans.masked(sparse_optax.rigl(plans.inner(setup), **_dynamic(setup)))
+    """RigL: short periods, in the first three quarters of the run."""
+    timing = {
+        "update_period": min(RIGL_PERIOD, setup.period),
+        "update_stop": setup.settled,
+    }
+    optimizer = sparse_optax.rigl(plans.inner(setup), **{**_dynamic(setup), **timing})
+    return plans.masked(optimizer)
 
 
 def in_time_over_parameterization(setup: Setup) -> Plan:
@@ -212,12 +224,21 @@ def in_time_over_parameterization(setup: Setup) -> Plan:
 
 
 def deep_rewiring(setup: Setup) -> Plan:
-    """DEEP-R, which rewires at every step."""
+    """DEEP-R, which rewires at every step and cools down in the run."""
+    # The temperatures that Mostafa and Wang lowered it by, and where in the run.
+    temperature = optax.piecewise_constant_schedule(
+        1e-5,
+        {
+            int(share * setup.total): factor
+            for share, factor in ((1 / 8, 1e-3), (2 / 5, 1e-4), (7 / 10, 1e-3))
+        },
+    )
     shared = _dynamic(setup)
     optimizer = sparse_optax.deep_rewiring(
         plans.inner(setup),
         density=shared["density"],
         learning_rate=learning_rate(setup.config, setup.steps_per_epoch),
+        temperature=temperature,
         update_stop=setup.total,
         key=setup.key,
     )
@@ -327,11 +348,14 @@ class Method(NamedTuple):
       build: the builder.
       recipe: ``"scratch"``, ``"trained"`` (a dense network first) or ``"gsm"``.
       budget: how its density is shared among the layers, unless the run says.
+      cut_only: it reads the density after training only, so that runs at several
+        densities share theirs.
     """
 
     build: Callable[[Setup], Plan]
     recipe: str = "scratch"
     budget: str = "uniform"
+    cut_only: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -362,6 +386,6 @@ METHODS: dict[str, Method] = {
     "fisher": Method(fisher, recipe="trained"),
     "optimal_brain_damage": Method(optimal_brain_damage, recipe="trained"),
     "layerwise_obs": Method(layerwise_obs, recipe="trained"),
-    "l1": Method(l1),
-    "l2": Method(l2),
+    "l1": Method(l1, cut_only=True),
+    "l2": Method(l2, cut_only=True),
 }

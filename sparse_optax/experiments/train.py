@@ -177,8 +177,11 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     if setting.runs is None:
         return run.train(params, stats, folder=None)
-    folder = checkpoints.RunFolder(setting.runs / configs.default_name(config))
-    with folder.lock(wait=stage == "base"):
+    # Where the density is read after training only, all of them go on from one run.
+    shared = methods.METHODS[config.method].cut_only
+    training = dataclasses.replace(config, density=1.0) if shared else config
+    folder = checkpoints.RunFolder(setting.runs / configs.default_name(training))
+    with folder.lock(wait=shared or stage == "base"):
         if setting.fresh:
             folder.clear()
         elif (
@@ -265,7 +268,8 @@ class _Run(NamedTuple):
         )
         record = self._record(results, layers, history)
         if folder is not None:
-            folder.finish(_joined(params, stats), record)
+            shared = methods.METHODS[self.config.method].cut_only
+            folder.finish(_joined(params, stats), record, keep=shared)
         return Trained(record, params, stats, opt_state)
 
     def _epoch_function(self, state, images):

@@ -6,11 +6,12 @@ test error of the last epoch), for all methods the same number of steps. Methods
 start from a trained network train it for the first 46 epochs, at the learning rate of
 0.1, and prune where the others lower theirs. GSM has a momentum of 0.99 and learning
 rates of its own after those 46 epochs; L1 and L2 train a dense network that is cut
-afterwards. Dynamic methods move weights once an epoch (ITOP every third), DEEP-R at
-each step; those that become sparse while they train are there after 75 epochs. No
-method but sparse momentum was tuned: settings are the papers' defaults, but that RigL
-and DSR move weights to the last epoch, DEEP-R has no noise, and HAM a strength of 1,
-since its 200 diverges at this learning rate. 3 seeds or more.
+afterwards. Dynamic methods move weights once an epoch (ITOP every third, RigL every
+100 steps), DEEP-R at each step; those that become sparse while they train are there
+after 75 epochs. No method but sparse momentum was tuned: settings are the papers'
+defaults, but that HAM has a strength of 1, since its 200 diverges at this learning
+rate. DSR replaces 600 weights a cycle and stops after 95 epochs, RigL stops after 75,
+DEEP-R has the temperatures that the authors of DSR gave it. 3 seeds or more.
 """
 
 from typing import Any
