@@ -19,7 +19,14 @@ import numpy as np
 import optax
 
 import sparse_optax
-from sparse_optax.experiments import checkpoints, data, methods, models, records
+from sparse_optax.experiments import (
+    checkpoints,
+    data,
+    methods,
+    models,
+    records,
+    units,
+)
 from sparse_optax.experiments import config as configs
 
 # Shares of |w| under these are recorded every epoch: what GSM drives to zero.
@@ -406,6 +413,9 @@ class _Run(NamedTuple):
         layers = records.layers(params, masks)
         for column, name in _TOTALS.items():
             results[name] = sum(layer[column] for layer in layers)
+        dead = units.dead_units(params, self.setting.dataset.train_x)
+        if dead is not None:
+            results["dead_units"] = dead
         skipped = optax.tree.get(opt_state, "skipped", None)
         if skipped is not None:
             results["skipped_cycles"] = int(skipped)
