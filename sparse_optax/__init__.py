@@ -11,7 +11,8 @@ From top to bottom, each module uses only those above it:
   data, of the highest scores, making and counting them, random ones to compare with,
   and the masks in an optimizer state.
 - ``sparse_models``, ``sparse_files``: a finished model by name, and its compact file.
-- ``clipping``, ``regularizers``: by the norm of active weights; L1 decay.
+- ``clipping``, ``regularizers``, ``following``: by the norm of active weights; L1
+  decay; a step of its own after that of an optimizer.
 - ``schedules``: prune rates, density ramps, when to act.
 - ``gating``, ``gsm``, ``gsm_analysis``: which weights pass, ``gsm_mask``, the
   ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
@@ -39,6 +40,7 @@ from sparse_optax import state as state
 from sparse_optax.clipping import clip_by_active_norm as clip_by_active_norm
 from sparse_optax.control_masks import random_masks_like as random_masks_like
 from sparse_optax.control_masks import shuffle_masks as shuffle_masks
+from sparse_optax.following import FollowState as FollowState
 from sparse_optax.gsm import GsmState as GsmState
 from sparse_optax.gsm import gsm as gsm
 from sparse_optax.gsm import gsm_mask as gsm_mask
@@ -46,7 +48,6 @@ from sparse_optax.gsm_analysis import GsmGap as GsmGap
 from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
 from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
 from sparse_optax.leaves import eligible as eligible
-from sparse_optax.methods import HamState as HamState
 from sparse_optax.methods import ac_dc as ac_dc
 from sparse_optax.methods import deep_rewiring as deep_rewiring
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse

@@ -32,6 +32,7 @@ ORDER = (
     "sparse_files.py",
     "clipping.py",
     "regularizers.py",
+    "following.py",
     "schedules/",
     "gating.py",
     "gsm.py",
@@ -305,7 +306,7 @@ PROMISED = (
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "
     "selection masks budgets schedules regrowth methods save_sparse load_sparse report "
     "sparse_files control_masks shuffle_masks random_masks_like add_l1_decay ham "
-    "HamState snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
+    "FollowState snip_masks synflow_masks fisher_masks optimal_brain_damage_masks "
     "layerwise_obs static_sparse"
 ).split()
 

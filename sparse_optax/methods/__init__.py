@@ -8,7 +8,6 @@ from sparse_optax.methods.gradual_magnitude import (
     gradual_magnitude as gradual_magnitude,
 )
 from sparse_optax.methods.granet import granet as granet
-from sparse_optax.methods.hyperbolic_aware import HamState as HamState
 from sparse_optax.methods.hyperbolic_aware import ham as ham
 from sparse_optax.methods.iterative_magnitude import (
     iterative_magnitude as iterative_magnitude,

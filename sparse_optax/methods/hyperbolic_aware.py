@@ -1,36 +1,10 @@
 """Hyperbolic aware minimization, HAM: an exponential step after any optimizer."""
 
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_optax import mask_trees
-from sparse_optax.leaves import (
-    PyTree,
-    Where,
-    is_hole,
-    layout,
-    leaf_names,
-    require_some,
-    resolve_where,
-)
-
-
-class HamState(NamedTuple):
-    """State of ``ham``.
-
-    Attributes:
-      count: Finished updates.  # shape=(), int32
-      inner_state: State of the wrapped optimizer.
-      ham_leaves: The parameters' structure: a scalar True for each leaf that takes the
-        exponential step, holes for the others.
-    """
-
-    count: jax.Array
-    inner_state: Any
-    ham_leaves: PyTree
+from sparse_optax.following import follow
+from sparse_optax.leaves import Where
 
 
 def ham(
@@ -77,7 +51,7 @@ def ham(
         kernels; biases and norms get the inner update unchanged.
 
     Returns:
-      A transformation with a ``HamState``.
+      A transformation with a ``FollowState``.
 
     Raises:
       ValueError: If an argument is out of its range or ``params`` is missing.
@@ -100,72 +74,17 @@ def ham(
     gradient was, before the inner step; after it the sign differs only where the step
     crosses zero. Biases and norms are left out by default.
     """
-    if not hasattr(inner, "update"):
-        raise ValueError(
-            f"ham: `inner` must be an optax.GradientTransformation; got {inner!r}. "
-            "Pass optax.sgd(0.1), for instance."
-        )
     for name, value in (("alpha", alpha), ("beta", beta)):
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(
                 f"ham: `{name}` must be at least 0; got {value!r}. Use alpha=200 and "
                 "beta=1e-3 as on ImageNet."
             )
-    inner_tx = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
-        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-        chosen = resolve_where(params, where, caller="ham")
-        plan = layout(params, chosen, caller="ham")
-        require_some(params, plan, caller="ham")
-        touched = [jnp.ones([], bool) for _ in plan.index]
-        return HamState(
-            count=jnp.zeros([], jnp.int32),
-            inner_state=inner_tx.init(params),
-            ham_leaves=mask_trees.rebuild(structure, len(flat), plan.index, touched),
-        )
+    def step(count, weight, gradient, update):
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        exponent = -rate * (alpha * jnp.sign(weight) * gradient + beta)
+        # (w + u) exp(x) - w, without the cancellation where x is small.
+        return update + (weight + update) * jnp.expm1(exponent)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "ham: `params` is None; the step is multiplicative in the weights. "
-                "Call tx.update(grads, state, params)."
-            )
-        touched = jax.tree.leaves(state.ham_leaves, is_leaf=is_hole)
-        weights = jax.tree.leaves(params, is_leaf=is_hole)
-        gradient = jax.tree.leaves(updates, is_leaf=is_hole)
-        if not len(touched) == len(weights) == len(gradient):
-            raise ValueError(
-                f"ham: init saw {len(touched)} leaves; `params` has {len(weights)} and "
-                f"the gradient {len(gradient)} ({leaf_names(params)}). The structures "
-                "must be equal: pass the tree that init was called with."
-            )
-        new_updates, inner_state = inner_tx.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        emitted, structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
-        for i, leaf in enumerate(touched):
-            if not is_hole(leaf):
-                emitted[i] = _step(
-                    weights[i], gradient[i], emitted[i], rate, alpha, beta
-                )
-        return jax.tree.unflatten(structure, emitted), HamState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            inner_state=inner_state,
-            ham_leaves=state.ham_leaves,
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _step(weight, gradient, update, rate, alpha, beta):
-    """The update of one leaf, in the weight's dtype."""
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
-    w, g, u = (x.astype(wide) for x in (weight, gradient, update))
-    exponent = -rate * (alpha * jnp.sign(w) * g + beta)
-    after = w + u
-    # (w + u) exp(x) - w, without the cancellation where x is small.
-    step = (u + after * jnp.expm1(exponent)).astype(weight.dtype)
-    # A weight that the inner optimizer puts to zero gets there, whatever the factor.
-    return jnp.where(after == 0, -weight, step)
+    return follow(inner, step, where=where, caller="ham")

@@ -1,19 +1,15 @@
 """Top-KAST: top-k always sparse training (Jayakumar et al, 2020)."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sparse_optax import budgets, mask_trees, masks
-from sparse_optax.leaves import Where, is_hole
+from sparse_optax.leaves import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth.backward import backward_set
 from sparse_optax.regrowth.engine import regrow
 
 
@@ -99,8 +95,17 @@ def top_kast(
             "top_kast: `penalty` must be a number of at least 0; got "
             f"{penalty!r}. Give 1e-4, as for weight decay."
         )
+    within = backward_set(
+        inner,
+        density,
+        backward_density,
+        penalty=penalty,
+        stacked=stacked,
+        pattern=pattern,
+        caller="top_kast",
+    )
     return regrow(
-        _backward(inner, density, backward_density, penalty, stacked, pattern),
+        within,
         density=density,
         prune=prune.outranked(1.0),
         redistribute=redistribute.none,
@@ -116,56 +121,3 @@ def top_kast(
         hidden=True,
         caller="top_kast",
     )
-
-
-def _backward(inner, density, backward_density, penalty, stacked, pattern):
-    """The inner optimizer on B alone, with the gradient of the exploration loss."""
-    inner = optax.with_extra_args_support(inner)
-
-    def fail(least):
-        raise ValueError(
-            f"top_kast: `backward_density` must be at least `density`={least!r} "
-            f"in every layer; got {backward_density!r}. Give 0.5, for instance."
-        )
-
-    wider, fraction = pattern, density
-    if pattern is not None and pattern.m:
-        fraction = least = pattern.n / pattern.m
-        if not isinstance(backward_density, float | int) or backward_density < least:
-            fail(least)
-        wider = pattern._replace(n=math.floor(min(backward_density, 1) * pattern.m))
-
-    def update(updates, state, params=None, **extra_args):
-        regrow_masks = extra_args["regrow_masks"]
-        over = functools.partial(jax.tree.map, is_leaf=mask_trees.is_mask)
-        where = over(lambda m: not is_hole(m), regrow_masks)
-        layers: Any = {"where": where, "stacked": stacked, "caller": "top_kast"}
-        fractions = fraction, backward_density, 1.0
-        kept, moving, every = (budgets.resolve(d, params, **layers) for d in fractions)
-        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(moving), strict=True)
-        if any(np.any(np.greater(a, b)) for a, b in pairs):
-            fail(density)
-        share = budgets.total(kept) / max(budgets.total(every), 1)
-
-        def ahead(m, w):
-            return w if is_hole(m) else jnp.where(masks.unpack(m), jnp.inf, w)
-
-        def penalised(m, g, w):
-            if is_hole(m):
-                return g
-            factor = jnp.where(masks.unpack(m), penalty, penalty / share)
-            return g + (factor * w).astype(g.dtype)
-
-        within = masks.magnitude_masks(
-            over(ahead, regrow_masks, params),
-            moving,
-            scope="leaf",
-            where=where,
-            stacked=stacked,
-            pattern=wider,
-        )
-        updates = masks.apply(within, over(penalised, regrow_masks, updates, params))
-        steps, state = inner.update(updates, state, params, **extra_args)
-        return masks.apply(within, steps), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
