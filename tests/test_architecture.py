@@ -301,6 +301,42 @@ def test_public_names_have_docs_with_examples(name, thing):
         assert f"{parameter}:" in doc, f"{name} does not describe {parameter}"
 
 
+def _checks(node):
+    """Whether a statement only raises where something is wrong."""
+    if isinstance(node, ast.If | ast.For):
+        return all(map(_checks, node.body)) and not node.orelse
+    return isinstance(node, ast.Raise)
+
+
+def _own_code(path):
+    """Lines of functions that neither check, nor document, nor hand a call back."""
+    text, numbers = path.read_text(), set()
+
+    def visit(body):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                visit(node.body)
+            elif not (
+                _checks(node)
+                or isinstance(node, ast.Import | ast.ImportFrom)
+                or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+                or (isinstance(node, ast.Return) and isinstance(node.value, ast.Call))
+            ):
+                numbers.update(range(node.lineno, node.end_lineno + 1))
+
+    visit(ast.parse(text).body)
+    lines = [
+        line.strip() for i, line in enumerate(text.splitlines(), 1) if i in numbers
+    ]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("*.py")), ids=_ids)
+def test_a_method_is_a_composition(path):
+    """About 30 lines; the criteria that are computed before training take some more."""
+    assert len(_own_code(path)) <= 45
+
+
 PROMISED = (
     "gsm_mask gsm gsm_gap gsm_log_decay GsmState sparse_momentum_regrow regrow "
     "RegrowState sparsify get_masks set_masks eligible clip_by_active_norm "

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from sparse_optax import mask_trees, patterns, scored_masks
+from sparse_optax import mask_trees, scored_masks
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.methods import batches as over
 from sparse_optax.patterns import Pattern
@@ -120,7 +119,7 @@ def synflow_masks(
         total, scores = score(parts.chosen, kept)
         _check_flow(total, r, caller)
         over.check_finite(scores, wanted.plan.names, caller=caller, cure=_CURE)
-        now = wanted._replace(limit=_limit(wanted, parts.chosen, r, rounds))
+        now = scored_masks.on_the_way(wanted, parts.chosen, Fraction(r, rounds))
         masks = scored_masks.highest(now, [(s,) for s in scores], within=kept)
         flat = mask_trees.flatten(masks)[0]
         kept = [flat[i] for i in wanted.plan.index]
@@ -162,36 +161,3 @@ def _check_flow(total: jax.Array, r: int, caller: str) -> None:
             f"{caller}: in round {r} the flow R is {what}; it must be finite and, at "
             f"first, above zero, within the range of its dtype {total.dtype}. {_CURE}"
         )
-
-
-def _limit(wanted: scored_masks.Ranking, weights: Any, r: int, rounds: int) -> Any:
-    """What is kept in round r: all of it times (final share) ** (r / rounds)."""
-    if r == rounds:
-        return wanted.limit
-    sizes = [math.prod(w.shape) for w in weights]
-    if (pattern := wanted.pattern) is not None:
-        columns = zip(weights, wanted.plan.axes, strict=True)
-        sizes = [
-            math.prod(patterns.view_shape(pattern, w.shape, a)) for w, a in columns
-        ]
-
-    def between(whole, final):
-        # Never below the end, whatever the power rounds to.
-        power = np.floor(whole * (final / max(whole, 1)) ** (r / rounds))
-        return np.maximum(power.astype(np.int64), final)
-
-    if isinstance(wanted.limit, list):
-        # A count may be one number for each of several layers.
-        pairs = zip(sizes, map(np.asarray, wanted.limit), strict=True)
-        return [between(n // max(k.size, 1), k) for n, k in pairs]
-    if pattern is not None and pattern.m:
-        return int(between(pattern.m, np.asarray(wanted.limit)))
-    if wanted.costs is None:
-        return int(between(sum(sizes), np.asarray(wanted.limit)))
-    whole = sum(n * Fraction(c) for n, c in zip(sizes, wanted.costs, strict=True))
-    share = whole * Fraction(float(wanted.limit / whole) ** (r / rounds))
-    share = max(share, Fraction(wanted.limit))
-    # Whole costs are exact; a cost in seconds stays a fraction.
-    return (
-        share if any(Fraction(c).denominator > 1 for c in wanted.costs) else int(share)
-    )
