@@ -18,7 +18,7 @@ pytest.importorskip("flax")
 
 from sparse_optax.experiments import cli, readme, records, reproduce
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments.tables import TABLES, common
+from sparse_optax.experiments.tables import TABLES, common, methods_lenet300
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -133,6 +133,7 @@ def test_help_reads_well(command, words, capsys):
         (["reproduce", "mnist_lenet300", "--jobs", "999"], "jobs=999 must be between"),
         (["reproduce", "mnist_lenet300", "--rows", "x"], "rows='x' matches no row"),
         (["tables", "--readme", "nowhere.md"], "nowhere.md does not exist"),
+        (["tables", "--choices", "nowhere.md"], "does not exist"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
@@ -358,8 +359,8 @@ def test_compare_nothing():
 # -- README ------------------------------------------------------------------------
 
 
-def page(tmp_path, inside=""):
-    path = tmp_path / "README.md"
+def page(tmp_path, inside="", name="README.md"):
+    path = tmp_path / name
     path.write_text(f"# Title\n\n{readme.BEGIN}{inside}{readme.END}\n\nafter\n")
     return path
 
@@ -372,7 +373,9 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
         results,
         lambda row: paper[row.group] + 0.01 * (row.config.seed - 4.5),
     )
-    arguments = ["tables", "--readme", str(path), "--results", str(results)]
+    choices = page(tmp_path, name="choices.md")
+    arguments = ["tables", "--readme", str(path), "--choices", str(choices)]
+    arguments += ["--results", str(results)]
     assert cli.main([*arguments, "--check"]) == 1
     assert "run 'sparse-optax tables'" in capsys.readouterr().err
     assert "old" in path.read_text()
@@ -397,6 +400,69 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
     before = path.stat().st_mtime_ns
     assert cli.main(arguments) == 0
     assert path.stat().st_mtime_ns == before
+
+
+def test_no_page_is_written_where_one_is_missing(tmp_path):
+    path = page(tmp_path, "\nold\n")
+    arguments = ["tables", "--readme", str(path), "--choices", str(tmp_path / "no.md")]
+    assert cli.main([*arguments, "--results", str(tmp_path)]) == 1
+    assert "old" in path.read_text()
+
+
+def of_methods(errors):
+    """Records of the table of all methods: ``{group: errors, one a seed}``."""
+    return {
+        row.name: record(row.name, errors[row.group][row.config.seed])
+        for row in TABLES["methods_lenet300"].rows
+        if row.config.seed < len(errors.get(row.group, ()))
+    }
+
+
+def test_reduction_is_against_the_best_other_method():
+    made = of_methods(
+        {
+            "sparse_momentum 0.05": [1.4, 1.5, 1.6],
+            "ham 0.05": [1.0, 1.0, 1.0],  # holds sparse momentum: no other method
+            "rigl 0.05": [1.9, 2.0, 2.1],
+            "static 0.05": [3.0, 3.0, 3.0],
+        }
+    )
+    best, share, spread = methods_lenet300.reduction(made, ["static", "rigl"], 0.05)
+    assert best == "rigl"
+    assert share == pytest.approx(1 - 1.5 / 2.0)
+    # Both have a standard error of 0.1 / sqrt(3).
+    se = 0.1 / 3**0.5
+    assert spread == pytest.approx(0.75 * ((se / 1.5) ** 2 + (se / 2) ** 2) ** 0.5)
+    assert methods_lenet300.reduction(made, ["ham"], 0.05) is None
+    text = methods_lenet300.render(made)
+    assert "| masks that move | - | - | +25.0 ± 3.6 (RigL) | - |" in text
+
+
+def test_choices_name_what_cannot_be_told_from_the_best():
+    made = of_methods(
+        {
+            "rigl 0.05": [1.4, 1.5, 1.6],
+            "sparse_momentum 0.05": [1.45, 1.55, 1.65],
+            "dynamic_sparse 0.05": [2.4, 2.5, 2.6],
+            "sparse_evolutionary 0.05": [1.0],  # one run says nothing
+        }
+    )
+    line = methods_lenet300.choices(made).splitlines()[2]
+    assert line.endswith("| - | - | **RigL** 1.50; sparse momentum | - |")
+
+
+def test_dead_units_are_shown_by_the_rule_of_growth():
+    made = {}
+    for seed, dead in enumerate((10, 20)):
+        one = record(f"momentum_random_s{seed}", 1.5)
+        one.results.update(
+            dead_units={"fc1": dead, "fc2": 3}, kept=100, nonzeros=100 - dead
+        )
+        made[one.name] = one
+    made["d0.05_s0"] = record("d0.05_s0", 1.5)  # of a time when they were not counted
+    text = TABLES["ablation_lenet300"].render(made)
+    assert "| random | 15.0 ± 5.00 (2) | 3.0 ± 0.00 (2) | 15.0 ± 5.00 (2) |" in text
+    assert "| momentum | - | - | - |" in text
 
 
 def test_half_a_table_says_what_is_missing(tmp_path):

@@ -20,6 +20,7 @@ from sparse_optax.experiments import (
     models,
     records,
     train,
+    units,
 )
 from sparse_optax.experiments import config as configs
 
@@ -483,6 +484,56 @@ def test_file_that_is_no_record(tmp_path):
 
 
 # Test errors of 20 epochs at 10% of the weights; 10% of the test images are one digit.
+def test_densities_of_a_cut_share_one_training(tmp_path):
+    """The errors are those of runs that trained alone, the epochs are not run again."""
+    config = dataclasses.replace(SMALL, method="l1", l1=1e-3, density=0.3)
+    other = dataclasses.replace(config, density=0.1)
+    alone = [train.train(run, runs=None) for run in (config, other)]
+    epochs = []
+    shared = [
+        train.train(run, runs=tmp_path, on_epoch=epochs.append)
+        for run in (config, other)
+    ]
+    assert [progress.epoch for progress in epochs] == [1, 2, 3, 4]
+    for a, b in zip(alone, shared, strict=True):
+        same(a.params, b.params)
+        assert a.record.results == b.record.results
+    kept = [trained.record.results["nonzeros"] for trained in shared]
+    assert kept == [15_060, 5_020]
+
+
+def test_dead_units_are_constant_or_unheard():
+    rng = np.random.default_rng(0)
+    shapes = {"fc1": (6, 5), "fc2": (5, 4), "fc3": (4, 3)}
+    params = {
+        name: {"kernel": rng.normal(size=shape), "bias": rng.normal(size=shape[1])}
+        for name, shape in shapes.items()
+    }
+    images = rng.normal(size=(50, 2, 3))
+    params["fc1"]["kernel"][:, 0] = 0  # says what its bias says
+    params["fc1"]["bias"][0] = 1.0
+    params["fc1"]["bias"][1] = -100.0  # never on
+    params["fc2"]["kernel"][2] = 0  # not heard
+    params["fc2"]["bias"][3] = -100.0
+    x, counts = images.reshape(50, 6), {}
+    for name, following in (("fc1", "fc2"), ("fc2", "fc3")):
+        x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
+        varies = np.ptp(x, axis=0) > 0
+        heard = (params[following]["kernel"] != 0).any(axis=1)
+        counts[name] = int((~(varies & heard)).sum())
+    assert counts["fc1"] >= 3
+    assert counts["fc2"] >= 1
+    float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, images))
+    assert units.dead_units(*float32) == counts
+
+
+def test_dead_units_are_those_of_dense_chains_only():
+    images = np.zeros((2, 28, 28, 1), np.float32)
+    params = models.create("lenet-5-caffe", (28, 28, 1), 10, key=jax.random.key(0))[1]
+    assert units.dead_units(params, images) is None
+    assert units.dead_units({"fc": {"kernel": np.ones((3, 2))}}, images) is None
+
+
 WORST = {"gsm": 20.0, "sparse_evolutionary": 15.0, "l1": 15.0, "deep_rewiring": 15.0}
 
 

@@ -54,7 +54,7 @@ def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
         axes.fill_between(
             density, means - halves, means + halves, color=line.get_color(), alpha=0.15
         )
-    axes.set(xscale="log", yscale="log", xlabel="weights kept (%)")
+    axes.set(xscale="log", yscale="log")
     axes.set_xticks([1, 2, 5, 20], ["1", "2", "5", "20"], minor=False)
     axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
     axes.minorticks_off()
@@ -65,13 +65,16 @@ def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
 def main() -> None:
     """Draws what there are records of."""
     records = readme.read_table(table.TABLE, RESULTS)
-    figure = Figure(figsize=(4.5 * len(table.FAMILIES), 5), layout="constrained")
-    axes = figure.subplots(1, len(table.FAMILIES), sharey=True)
-    for ax, (family, methods) in zip(axes, table.FAMILIES.items(), strict=True):
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for ax, (family, methods) in zip(axes.flat, table.FAMILIES.items(), strict=True):
         extra = () if REFERENCE in methods else (REFERENCE,)
         panel(ax, records, (*extra, *methods))
         ax.set_title(family, fontsize="medium")
-    axes[0].set_ylabel("test error (%)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test error (%)")
+    for ax in axes[1]:
+        ax.set_xlabel("weights kept (%)")
     plots.save(figure, HERE / "methods.png")
 
 

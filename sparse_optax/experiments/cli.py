@@ -132,24 +132,29 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Write the tables into the README, between its results markers.
+    """Write the tables into the README and the page that helps choose a method.
 
     Attributes:
-      readme: the file, which holds the two marker lines.
+      readme: the README; like the page, it holds two marker lines.
+      choices: the page.
       results: folder of the records.
-      check: change nothing; fail where the file is not up to date.
+      check: change nothing; fail where a file is not up to date.
     """
 
     readme: Path = Path("README.md")
+    choices: Path = Path("docs/choosing-a-method.md")
     results: Path = Path("results")
     check: bool = False
 
     def run(self) -> None:
         """Renders every table that has a record."""
-        if readme.update(self.readme, self.results, check=self.check):
-            _console.print(f"{self.readme} updated", soft_wrap=True)
-        else:
-            _console.print(f"{self.readme} is up to date", soft_wrap=True)
+        files = {self.readme: readme.render, self.choices: readme.choices}
+        for path in files:  # both, before one is changed
+            readme.read_page(path)
+        for path, render in files.items():
+            new = readme.update(path, self.results, check=self.check, render=render)
+            outcome = "updated" if new else "is up to date"
+            _console.print(f"{path} {outcome}", soft_wrap=True)
 
 
 def _progress(*, disable: bool) -> rich.progress.Progress:

@@ -1,9 +1,10 @@
-"""The results section of the README, rendered from the records."""
+"""The results in Markdown files, rendered from the records."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sparse_optax.experiments import records
-from sparse_optax.experiments.tables import TABLES
+from sparse_optax.experiments.tables import TABLES, methods_lenet300
 from sparse_optax.experiments.tables.common import Table
 
 BEGIN = "<!-- results:begin -->"
@@ -46,13 +47,55 @@ def render(results: str | Path) -> str:
     return "\n\n".join(sections)
 
 
-def update(readme: str | Path, results: str | Path, *, check: bool = False) -> bool:
+def choices(results: str | Path) -> str:
+    """The table of the page that helps choose a method.
+
+    Args:
+      results: folder of the records.
+
+    Returns:
+      Markdown.
+
+    Examples:
+      >>> from sparse_optax.experiments import readme
+      >>> readme.choices("no such folder").splitlines()[0]
+      '|  | 1% | 2% | 5% | 20% |'
+    """
+    return methods_lenet300.choices(read_table(methods_lenet300.TABLE, results))
+
+
+def read_page(path: Path) -> str:
+    """Text of a Markdown file with the two marker lines.
+
+    Raises:
+      ValueError: where there is no such file, or the markers are not there once each.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"tables: {path} does not exist; name it with --readme or --choices."
+        )
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"tables: {path} must hold the lines {BEGIN} and {END} once each."
+        )
+    return text
+
+
+def update(
+    readme: str | Path,
+    results: str | Path,
+    *,
+    check: bool = False,
+    render: Callable[[str | Path], str] = render,
+) -> bool:
     """Writes the results between the two marker lines of a Markdown file.
 
     Args:
       readme: the file.
       results: folder of the records.
       check: change nothing, raise where the file is not up to date.
+      render: what is written, from the folder.
 
     Returns:
       Whether the file was changed.
@@ -61,13 +104,7 @@ def update(readme: str | Path, results: str | Path, *, check: bool = False) -> b
       ValueError: where the file lacks the markers, or is stale under ``check``.
     """
     readme = Path(readme)
-    if not readme.is_file():
-        raise ValueError(f"tables: {readme} does not exist; name it with --readme.")
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(
-            f"tables: {readme} must hold the lines {BEGIN} and {END} once each."
-        )
+    text = read_page(readme)
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     tables = render(results)

@@ -2,7 +2,9 @@
 
 Protocol: as in ``mnist_lenet300``. Three ablations, 3 seeds or more: the rules of
 redistribution and of growth, every mixture (Table 5 of the paper); the prune rate and
-how it decays; the momentum of SGD.
+how it decays; the momentum of SGD. Beside the errors, the hidden units that are dead at
+the end by the rule of growth: that growth by momentum wastes no weights on them is an
+argument of the paper for it.
 
 References:
   Dettmers & Zettlemoyer, `Sparse networks from scratch: faster training without losing
@@ -106,9 +108,40 @@ def render(records):
             ],
         ),
     ]
-    return "\n\n".join(grids) + (
-        "\n\nTest error %, mean ± SE (runs), at 5% of the weights. The paper's numbers "
-        "are differences from momentum and momentum."
+    return (
+        "\n\n".join(grids)
+        + "\n\nTest error %, mean ± SE (runs), at 5% of the weights. The paper's "
+        "numbers are differences from momentum and momentum.\n\n" + _dead_units(records)
+    )
+
+
+def _dead_units(records):
+    """Dead hidden units and the weights of them, by the rule of growth."""
+    lines = []
+    for grow in methods.GROW:
+        name = "default" if grow == "momentum" else f"momentum_{grow}"
+        found = [r.results for r in common.group(ROWS, records, name)]
+        found = [results for results in found if "dead_units" in results]
+        idle = [results["kept"] - results["nonzeros"] for results in found]
+        lines.append(
+            [
+                grow,
+                *(
+                    common.mean_se([r["dead_units"][layer] for r in found], 1)
+                    for layer in ("fc1", "fc2")
+                ),
+                common.mean_se(idle, 1),
+            ]
+        )
+    header = [
+        "growth, redistribution by momentum",
+        "dead of 300 units",
+        "dead of 100 units",
+        "kept weights that never moved",
+    ]
+    return common.markdown(header, lines) + (
+        "\n\nA hidden unit is dead where its output is the same for every training "
+        "image, or where no weight leads on from it."
     )
 
 
