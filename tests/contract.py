@@ -640,6 +640,10 @@ def injected(row: Row) -> Callable:
 # --- pairs ----------------------------------------------------------------------------
 
 
+# A row of each family, for a second run with other versions.
+CORE = ("gsm_mask", "sparse_momentum_sgd", "rigl", "gradual_magnitude", "top_kast")
+
+
 def contract(test):
     """Makes a property of a test: it runs once for each row, with its exemptions."""
     name = test.__name__.removeprefix("test_")
@@ -650,6 +654,8 @@ def contract(test):
             marks = [pytest.mark.skip(reason=row.exempt[name])]
         elif name in row.fails:
             marks = [pytest.mark.xfail(strict=True, reason=row.fails[name])]
+        if row.name in CORE:
+            marks.append(pytest.mark.core)
         params.append(pytest.param(row, id=row.name, marks=marks))
     return pytest.mark.parametrize("row", params)(test)
 

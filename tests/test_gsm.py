@@ -16,6 +16,8 @@ from helpers import at_step, kernels, network, random_gradients, stepper
 import sparse_optax
 from sparse_optax import gsm, gsm_gap, gsm_log_decay, gsm_mask
 
+pytestmark = pytest.mark.core
+
 SHAPES = ((8, 6), (6, 5))
 N = 78
 

@@ -28,6 +28,8 @@ import haiku as hk
 from flax import linen, nnx
 from flax.training import train_state
 
+pytestmark = pytest.mark.core
+
 WORDS, WIDTH, HEADS, LAYERS = 13, 8, 2, 2
 STEPS, CYCLE = 5, 3
 DENSITY = 0.25

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from sparse_optax import selection, wide
 from sparse_optax.selection import cut, keys, passes, plan
 
+pytestmark = pytest.mark.core
+
 # --- the definition -------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ assert_small_sums_only = functools.partial(
     mesh_helpers.assert_small_sums_only, most=7 * 70
 )
 
+pytestmark = pytest.mark.core
+
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():

@@ -32,6 +32,8 @@ STRUCTURES = (
     ((2, 3), (16, 8), (1, 5), (3, 3, 2, 4)),
 )
 
+pytestmark = pytest.mark.core
+
 
 def _layer_values(rng, kind, shape):
     if kind == "zero":

@@ -34,6 +34,8 @@ from sparse_optax.gsm import saliency
 from sparse_optax.leaves import is_hole
 from sparse_optax.mask_trees import is_mask, unpack
 
+pytestmark = pytest.mark.core
+
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():
