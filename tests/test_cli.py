@@ -286,6 +286,34 @@ def test_failed_worker_is_told_with_what_it_printed(tmp_path, monkeypatch):
     assert "exit status 3" in str(caught.value)
 
 
+def test_no_worker_outlives_a_run_that_is_told_to_end(tmp_path):
+    """A SIGTERM ends the workers too; they would hold the folders of their runs."""
+    worker = tmp_path / "python"
+    worker.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 600\n")
+    worker.chmod(0o755)
+    program = (
+        "import sys; from sparse_optax.experiments import cli; "
+        f"sys.executable = {str(worker)!r}; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    folders = [f"--{name}={tmp_path / name}" for name in ("results", "runs")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "reproduce", "digits_lenet300", *folders],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_record_of_another_config_is_not_taken_for_the_row(tmp_path):
     table = TABLES["mnist_lenet300"]
     row = table.rows[0]

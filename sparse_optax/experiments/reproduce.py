@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,6 +167,15 @@ class _Worker:
 def _workers() -> Iterator[list[_Worker]]:
     """The list of running workers; whatever happens, none outlives the block."""
     active: list[_Worker] = []
+
+    def stop(number, frame):
+        del frame
+        raise SystemExit(128 + number)
+
+    # Left alone, the signal would end this process without the block's end. Handlers
+    # can be set in the main thread only.
+    handled = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if handled else None
     try:
         yield active
     finally:
@@ -172,6 +183,8 @@ def _workers() -> Iterator[list[_Worker]]:
             worker.process.terminate()
         for worker in active:
             worker.process.wait()
+        if handled:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _main() -> None:
