@@ -1,6 +1,7 @@
 """What several test files need: small trees, and one way to call a cycle."""
 
 import contextlib
+import os
 import re
 
 import jax
@@ -11,6 +12,22 @@ import pytest
 
 import sparse_optax
 from sparse_optax import regrowth
+
+
+def as_users_compile(test):
+    """Marks a test that compares the bits of two programs, one of them on a mesh.
+
+    Without XLA's optimizations and fusions a sum may be rounded differently in the two.
+    """
+    reason = "bits of two programs: run with XLA's optimizations"
+    off = pytest.mark.skipif(jax.config.jax_disable_most_optimizations, reason=reason)
+    return pytest.mark.core(off(test))
+
+
+def cpu_devices(number):
+    """Environment of a process with so many, which compiles like this one otherwise."""
+    flag = f"--xla_force_host_platform_device_count={number}"
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
 
 
 def network(shapes, values=None):

@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import cpu_devices
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +28,7 @@ def run_on_eight_devices(file, passed):
     """Runs a test file where JAX has eight CPU devices; ``passed`` tests must pass."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | cpu_devices(8),
         capture_output=True,
         text=True,
         check=False,

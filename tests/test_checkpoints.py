@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 
 import checkpoints
+from helpers import as_users_compile, cpu_devices
 
 import sparse_optax
 from sparse_optax import leaves, masks
@@ -118,6 +119,7 @@ def test_resumed_in_another_process(folder, unbroken, environment):
         assert sum("kernel" in name for name in moved) == 2, (method, moved)
 
 
+@as_users_compile
 @pytest.mark.parametrize("method", ["sparse_momentum", "random_growth", "gsm"])
 def test_restored_on_another_mesh(method, folder, unbroken, environment):
     """Saved on one device, restored on 4 x 2: ten steps with the same gradients."""
@@ -128,8 +130,7 @@ def test_restored_on_another_mesh(method, folder, unbroken, environment):
         expected |= {f"{t}{path}": x for path, x in checkpoints.flat(run).items()}
     stacked = jax.tree.map(lambda *g: np.stack(g), *gradients)
     np.savez(folder / "gradients.npz", *jax.tree.leaves(stacked))
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    succeed(["reshard", folder, method, ON_MESH], environment | eight)
+    succeed(["reshard", folder, method, ON_MESH], environment | cpu_devices(8))
     assert_same_bits(read(folder / f"{method}_on_mesh.npz"), expected)
 
 

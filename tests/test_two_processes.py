@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import two_processes as job
+from helpers import as_users_compile, cpu_devices
 
 import sparse_optax
 
@@ -28,7 +29,7 @@ def free_port():
 def run_pair(folder, task):
     """Runs both processes of a task to their end, or kills them and says why."""
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={job.DEVICES}"
+    environment = cpu_devices(job.DEVICES) | {"JAX_PLATFORMS": "cpu"}
     logs = [folder / f"{task}-{rank}.log" for rank in range(job.PROCESSES)]
     processes = []
     try:
@@ -38,7 +39,7 @@ def run_pair(folder, task):
                 processes.append(
                     subprocess.Popen(
                         command,
-                        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                        env=os.environ | environment,
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
@@ -125,6 +126,7 @@ def of(prefix, results):
     return {name: x for name, x in results.items() if name.startswith(prefix)}
 
 
+@as_users_compile
 @pytest.mark.parametrize("method", job.METHODS)
 def test_recorded_gradients_give_the_bits_of_one_process(method, recorded, trained):
     prefix = f"{method}/replay"
