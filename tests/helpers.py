@@ -20,7 +20,9 @@ def as_users_compile(test):
     Without XLA's optimizations and fusions a sum may be rounded differently in the two.
     """
     reason = "bits of two programs: run with XLA's optimizations"
-    off = pytest.mark.skipif(jax.config.jax_disable_most_optimizations, reason=reason)
+    off = pytest.mark.skipif(
+        jax.config.read("jax_disable_most_optimizations"), reason=reason
+    )
     return pytest.mark.core(off(test))
 
 
