@@ -5,13 +5,13 @@ Protocol: as in ``mnist_lenet300`` (first 54,000 training images, batch 100, Nes
 test error of the last epoch), for all methods the same number of epochs. Methods that
 start from a trained network train it for the first 46 epochs, at the learning rate of
 0.1, and prune where the others lower theirs. GSM has its paper's batches of 256,
-momentum of 0.99 and learning rates after those 46 epochs; L1 and L2 train a dense network that is cut
-afterwards. Dynamic methods move weights once an epoch (ITOP every third, RigL every
-100 steps), DEEP-R at each step; those that become sparse while they train are there
-after 75 epochs. No method but sparse momentum was tuned: settings are the papers'
-defaults, but that HAM has a strength of 1, since its 200 diverges at this learning
-rate. DSR replaces 600 weights a cycle and stops after 95 epochs, RigL stops after 75,
-DEEP-R has the temperatures that the authors of DSR gave it. 3 seeds or more.
+momentum of 0.99 and learning rates after those 46 epochs; L1 and L2 train a dense
+network that is cut afterwards. Dynamic methods move weights once an epoch (ITOP every
+third, RigL every 100 steps), DEEP-R at each step; those that become sparse while they
+train are there after 75 epochs. No method but sparse momentum was tuned: settings are
+the papers' defaults, but that HAM has a strength of 1, since its 200 diverges at this
+learning rate. DSR replaces 600 weights a cycle and stops after 95 epochs, RigL stops
+after 75, DEEP-R has the temperatures that the authors of DSR gave it. 3 seeds or more.
 """
 
 import math
