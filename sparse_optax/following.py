@@ -41,11 +41,18 @@ def follow(
     where: Where | None = None,
     caller: str,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer and changes its update of the leaves that are chosen.
+    r"""Wraps an optimizer and changes its update of the leaves that are chosen.
 
     With the gradient handed in, which the inner optimizer sees too, the update of a
     chosen leaf becomes ``step(count, weight, gradient, update)``, computed in float32
-    or wider and cast to the weight's dtype; others keep theirs.
+    or wider and cast to the weight's dtype; others keep theirs:
+
+    .. math::
+        u \leftarrow s(t, w, g, u)
+
+    .. note::
+      It stands where the optimizer stands, around it. A step costs one pass over
+      weights, gradients and updates, stores nothing and needs no collective.
 
     Args:
       inner: The optimizer.

@@ -214,7 +214,8 @@ def on_the_way(wanted: Ranking, weights: Sequence[Any], way: Fraction) -> Rankin
       way: How much of the way is behind, in (0, 1]; 1 gives ``wanted`` itself.
 
     Returns:
-      The ranking with its limit raised; whole numbers, and never below the end.
+      The ranking with its limit raised, never below the end; a whole number unless
+      costs are fractions.
 
     Examples:
       >>> from fractions import Fraction

@@ -646,6 +646,7 @@ CORE = ("gsm_mask", "sparse_momentum_sgd", "rigl", "gradual_magnitude", "top_kas
 
 def contract(test):
     """Makes a property of a test: it runs once for each row, with its exemptions."""
+    assert set(CORE) <= {row.name for row in ROWS}
     name = test.__name__.removeprefix("test_")
     params = []
     for row in ROWS:

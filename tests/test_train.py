@@ -483,7 +483,6 @@ def test_file_that_is_no_record(tmp_path):
         records.read(path)
 
 
-# Test errors of 20 epochs at 10% of the weights; 10% of the test images are one digit.
 def test_densities_of_a_cut_share_one_training(tmp_path):
     """The errors are those of runs that trained alone, the epochs are not run again."""
     config = dataclasses.replace(SMALL, method="l1", l1=1e-3, density=0.3)
@@ -500,6 +499,12 @@ def test_densities_of_a_cut_share_one_training(tmp_path):
         assert a.record.results == b.record.results
     kept = [trained.record.results["nonzeros"] for trained in shared]
     assert kept == [15_060, 5_020]
+    for run, trained in zip((config, other), shared, strict=True):
+        folder = tmp_path / configs.default_name(configs.resolve(run))
+        with np.load(folder / "weights.npz") as weights:
+            for name in trained.params:
+                kernel = trained.params[name]["kernel"]
+                np.testing.assert_array_equal(weights[f"{name}/kernel"], kernel)
 
 
 def test_dead_units_are_constant_or_unheard():
@@ -513,18 +518,36 @@ def test_dead_units_are_constant_or_unheard():
     params["fc1"]["kernel"][:, 0] = 0  # says what its bias says
     params["fc1"]["bias"][0] = 1.0
     params["fc1"]["bias"][1] = -100.0  # never on
+    params["fc1"]["kernel"][:, 4] = 0  # gone altogether
+    params["fc2"]["kernel"][4] = 0
     params["fc2"]["kernel"][2] = 0  # not heard
     params["fc2"]["bias"][3] = -100.0
-    x, counts = images.reshape(50, 6), {}
+    x, counts, removed, dead = images.reshape(50, 6), {}, {}, {}
     for name, following in (("fc1", "fc2"), ("fc2", "fc3")):
         x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
         varies = np.ptp(x, axis=0) > 0
         heard = (params[following]["kernel"] != 0).any(axis=1)
-        counts[name] = int((~(varies & heard)).sum())
-    assert counts["fc1"] >= 3
+        fed = (params[name]["kernel"] != 0).any(axis=0)
+        dead[name] = ~(varies & heard)
+        counts[name] = int(dead[name].sum())
+        removed[name] = int((~fed & ~heard).sum())
+    assert counts["fc1"] >= 4
     assert counts["fc2"] >= 1
+    assert removed == {"fc1": 1, "fc2": 0}
+    wasted = 0
+    for name, before, after in (
+        ("fc1", np.zeros(6, bool), dead["fc1"]),
+        ("fc2", dead["fc1"], dead["fc2"]),
+        ("fc3", dead["fc2"], np.zeros(3, bool)),
+    ):
+        for i, j in np.argwhere(params[name]["kernel"] != 0):
+            wasted += int(before[i] or after[j])
     float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, images))
-    assert units.dead_units(*float32) == counts
+    assert units.dead_units(*float32) == (counts, removed, wasted)
+    # A weight in the mask is kept, though it is zero.
+    kernels = {name: layer["kernel"] for name, layer in params.items()}
+    masks = {name: {"kernel": np.ones(k.shape, bool)} for name, k in kernels.items()}
+    assert units.dead_units(*float32, masks).removed == {"fc1": 0, "fc2": 0}
 
 
 def test_dead_units_are_those_of_dense_chains_only():
@@ -534,6 +557,7 @@ def test_dead_units_are_those_of_dense_chains_only():
     assert units.dead_units({"fc": {"kernel": np.ones((3, 2))}}, images) is None
 
 
+# Test errors of 20 epochs at 10% of the weights; 10% of the test images are one digit.
 WORST = {"gsm": 20.0, "sparse_evolutionary": 15.0, "l1": 15.0, "deep_rewiring": 15.0}
 
 

@@ -24,16 +24,21 @@ class RunFolder:
 
     Args:
       path: the folder, made where it is missing.
+      shared: another folder, which holds the checkpoints for several runs that train
+        alike; they stay there when one of them has finished.
 
     Raises:
-      ValueError: where it cannot be written to.
+      ValueError: where one cannot be written to.
     """
 
-    def __init__(self, path: str | Path):
-        """Makes the folder."""
+    def __init__(self, path: str | Path, shared: str | Path | None = None):
+        """Makes the folders."""
         self.path = Path(path).absolute()
-        records.check_writable(self.path)
-        self._checkpoints = self.path / "checkpoints"
+        self._shared = shared is not None
+        self._training = Path(path if shared is None else shared).absolute()
+        for folder in (self.path, self._training):
+            records.check_writable(folder)
+        self._checkpoints = self._training / "checkpoints"
 
     @contextlib.contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -50,12 +55,12 @@ class RunFolder:
         except ImportError:  # Windows: two trainings of one run are not prevented
             yield
             return
-        with open(self.path / "lock", "w") as file:
+        with open(self._training / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise ValueError(
-                    f"train: another process is training in {self.path}; wait for it, "
+                    f"train: another process is training in {self._training}; wait, "
                     "or choose another folder with --runs."
                 ) from None
             yield
@@ -101,16 +106,8 @@ class RunFolder:
         """Deletes the checkpoints."""
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
-    def finish(
-        self, params: Any, record: records.Record, *, keep: bool = False
-    ) -> None:
-        """Writes the final weights and the record.
-
-        Args:
-          params: the weights.
-          record: the record.
-          keep: keep the checkpoints; otherwise they are deleted now.
-        """
+    def finish(self, params: Any, record: records.Record) -> None:
+        """Writes the final weights and the record, then deletes its checkpoints."""
         flat: dict[str, Any] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -119,7 +116,7 @@ class RunFolder:
         np.savez(buffer, **flat)
         records.write_atomically(self.path / "weights.npz", buffer.getvalue())
         records.write(self.path / "record.json", record)
-        if not keep:
+        if not self._shared:
             self.clear()
 
     def finished(self, params: Any) -> tuple[Any, records.Record] | None:

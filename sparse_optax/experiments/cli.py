@@ -132,7 +132,7 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Write the tables into the README and the page that helps choose a method.
+    """Write the tables into the README and the page that helps choose a method, both.
 
     Attributes:
       readme: the README; like the page, it holds two marker lines.

@@ -79,7 +79,8 @@ class TrainConfig:
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
       budget: how the density is shared among the layers.
-      update_epochs: epochs between two cycles of methods that have cycles.
+      update_epochs: epochs between two cycles of methods that have cycles; RigL has
+        one every 100 steps at least.
       l1: strength of the L1 penalty of method l1.
       ticket: method ticket: the mask that sparse momentum found, trained from its own
         initial weights; or a control: the mask shuffled within each layer, spread at

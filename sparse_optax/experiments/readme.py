@@ -58,10 +58,11 @@ def choices(results: str | Path) -> str:
 
     Examples:
       >>> from sparse_optax.experiments import readme
-      >>> readme.choices("no such folder").splitlines()[0]
-      '|  | 1% | 2% | 5% | 20% |'
+      >>> readme.choices("no such folder")
+      ''
     """
-    return methods_lenet300.choices(read_table(methods_lenet300.TABLE, results))
+    found = read_table(methods_lenet300.TABLE, results)
+    return methods_lenet300.choices(found) if found else ""
 
 
 def read_page(path: Path) -> str:

@@ -114,8 +114,10 @@ def run_rows(
     records.check_writable(runs)
     waiting = list(rows)
     free = list(range(jobs))
-    with _workers() as active:
+    with _told_to_end() as told, _workers() as active:
         while waiting or active:
+            if told:
+                raise SystemExit(128 + told[0])
             pending = {row.name for row in waiting} | {
                 worker.row.name for worker in active
             }
@@ -167,15 +169,6 @@ class _Worker:
 def _workers() -> Iterator[list[_Worker]]:
     """The list of running workers; whatever happens, none outlives the block."""
     active: list[_Worker] = []
-
-    def stop(number, frame):
-        del frame
-        raise SystemExit(128 + number)
-
-    # Left alone, the signal would end this process without the block's end. Handlers
-    # can be set in the main thread only.
-    handled = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if handled else None
     try:
         yield active
     finally:
@@ -183,8 +176,21 @@ def _workers() -> Iterator[list[_Worker]]:
             worker.process.terminate()
         for worker in active:
             worker.process.wait()
-        if handled:
-            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """Collects SIGTERM, which would end this process at once and leave the workers."""
+    told: list[int] = []
+    # Handlers can be set in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _main() -> None:

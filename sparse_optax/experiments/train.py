@@ -185,10 +185,12 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     if setting.runs is None:
         return run.train(params, stats, folder=None)
     # Where the density is read after training only, all of them go on from one run.
-    shared = methods.METHODS[config.method].cut_only
-    training = dataclasses.replace(config, density=1.0) if shared else config
-    folder = checkpoints.RunFolder(setting.runs / configs.default_name(training))
-    with folder.lock(wait=shared or stage == "base"):
+    shared = None
+    if methods.METHODS[config.method].cut_only:
+        whole = dataclasses.replace(config, density=1.0)
+        shared = setting.runs / configs.default_name(whole)
+    folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
+    with folder.lock(wait=stage == "base"):
         if setting.fresh:
             folder.clear()
         elif (
@@ -232,6 +234,8 @@ class _Run(NamedTuple):
         params = self.plan.start(params, opt_state)
         params, stats, opt_state = jax.tree.map(jnp.copy, (params, stats, opt_state))
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
+        # Of the start: what trained is the code of then.
+        history["environment"] = records.environment()
         saved = (_joined(params, stats), opt_state)
         restored = None if folder is None else folder.restore(saved)
         first = 0
@@ -275,8 +279,7 @@ class _Run(NamedTuple):
         )
         record = self._record(results, layers, history)
         if folder is not None:
-            shared = methods.METHODS[self.config.method].cut_only
-            folder.finish(_joined(params, stats), record, keep=shared)
+            folder.finish(_joined(params, stats), record)
         return Trained(record, params, stats, opt_state)
 
     def _epoch_function(self, state, images):
@@ -413,9 +416,11 @@ class _Run(NamedTuple):
         layers = records.layers(params, masks)
         for column, name in _TOTALS.items():
             results[name] = sum(layer[column] for layer in layers)
-        dead = units.dead_units(params, self.setting.dataset.train_x)
-        if dead is not None:
-            results["dead_units"] = dead
+        counts = units.dead_units(params, self.setting.dataset.train_x, masks)
+        if counts is not None:
+            results["dead_units"] = counts.dead
+            results["removed_units"] = counts.removed
+            results["wasted_weights"] = counts.wasted
         skipped = optax.tree.get(opt_state, "skipped", None)
         if skipped is not None:
             results["skipped_cycles"] = int(skipped)
@@ -437,7 +442,7 @@ class _Run(NamedTuple):
             command=self.setting.command,
             config=configs.as_dict(self.config),
             seed=self.config.seed,
-            **records.environment(),
+            **history.get("environment", records.environment()),
             wall_seconds=round(history["wall_seconds"], 3),
             compile_seconds=round(history["compile_seconds"], 3),
             seconds_per_epoch=float(np.median(columns["seconds"])),

@@ -35,7 +35,10 @@ def backward_set(
 
     and of its step only what lies in B is taken. B is chosen anew at each update.
 
-    .. note:: Inside ``regrow`` with ``hidden=True``, from which it learns A.
+    .. note::
+      Inside ``regrow`` with ``hidden=True``, from which it learns A. Each update
+      makes a selection in every layer: a few passes over the weights, on a mesh with
+      small all-reduces, and a temporary mask, one byte a weight.
 
     Args:
       inner: The optimizer.

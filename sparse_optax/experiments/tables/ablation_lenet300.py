@@ -3,8 +3,8 @@
 Protocol: as in ``mnist_lenet300``. Three ablations, 3 seeds or more: the rules of
 redistribution and of growth, every mixture (Table 5 of the paper); the prune rate and
 how it decays; the momentum of SGD. Beside the errors, the hidden units that are dead at
-the end by the rule of growth: that growth by momentum wastes no weights on them is an
-argument of the paper for it.
+the end by the rule of growth, and the weights that are spent on them: that growth by
+momentum puts weights where they are used is an argument of the paper for it.
 
 References:
   Dettmers & Zettlemoyer, `Sparse networks from scratch: faster training without losing
@@ -116,32 +116,32 @@ def render(records):
 
 
 def _dead_units(records):
-    """Dead hidden units and the weights of them, by the rule of growth."""
+    """Dead hidden units and the weights spent on them, by the rule of growth."""
     lines = []
     for grow in methods.GROW:
         name = "default" if grow == "momentum" else f"momentum_{grow}"
         found = [r.results for r in common.group(ROWS, records, name)]
-        found = [results for results in found if "dead_units" in results]
-        idle = [results["kept"] - results["nonzeros"] for results in found]
-        lines.append(
-            [
-                grow,
-                *(
-                    common.mean_se([r["dead_units"][layer] for r in found], 1)
-                    for layer in ("fc1", "fc2")
-                ),
-                common.mean_se(idle, 1),
-            ]
-        )
+        # Records made before these were counted have the errors only.
+        found = [results for results in found if "wasted_weights" in results]
+        columns = [
+            [results[kind][layer] for results in found]
+            for layer in ("fc1", "fc2")
+            for kind in ("dead_units", "removed_units")
+        ]
+        columns.append([results["wasted_weights"] for results in found])
+        lines.append([grow, *(common.mean_se(column, 1) for column in columns)])
     header = [
         "growth, redistribution by momentum",
         "dead of 300 units",
+        "of them removed",
         "dead of 100 units",
-        "kept weights that never moved",
+        "of them removed",
+        "weights of dead units, of 13,310",
     ]
     return common.markdown(header, lines) + (
         "\n\nA hidden unit is dead where its output is the same for every training "
-        "image, or where no weight leads on from it."
+        "image, or where no weight leads on from it; removed where no weight is "
+        "left at it, so that it costs nothing."
     )
 
 
