@@ -22,7 +22,7 @@ class DeadUnits(NamedTuple):
     wasted: int
 
 
-def dead_units(params: Any, images: jax.Array, masks: Any = None) -> DeadUnits | None:
+def dead_units(params: Any, images: Any, masks: Any = None) -> DeadUnits | None:
     """Counts the hidden units of a chain of dense layers that carry no information.
 
     A unit is dead where its output is the same for every image, be it zero or what its

@@ -1,5 +1,7 @@
 """Hyperbolic aware minimization, HAM: an exponential step after any optimizer."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -82,7 +84,7 @@ def ham(
             )
 
     def step(count, weight, gradient, update):
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
         exponent = -rate * (alpha * jnp.sign(weight) * gradient + beta)
         # (w + u) exp(x) - w, without the cancellation where x is small.
         return update + (weight + update) * jnp.expm1(exponent)
