@@ -17,6 +17,7 @@ From top to bottom, each module uses only those above it:
 - ``gating``, ``gsm``, ``gsm_analysis``: which weights pass, ``gsm_mask``, the
   ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
 - ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
+- ``criteria``: what scores of a loss share: batches, curvature, rounds.
 - ``methods``: one short file per paper, each a composition of rules.
 - ``report``: what a run did, layer by layer: records, a dict for loggers, a table.
 - ``experiments`` (extra ``[experiments]``): models, data, training, tables.
@@ -26,6 +27,7 @@ from importlib.metadata import version as _version
 
 from sparse_optax import budgets as budgets
 from sparse_optax import control_masks as control_masks
+from sparse_optax import criteria as criteria
 from sparse_optax import leaves as leaves
 from sparse_optax import masks as masks
 from sparse_optax import methods as methods

@@ -5,14 +5,11 @@ pool over the network or within each layer. Users meet ``score_masks`` and ``sel
 in ``sparse_optax.masks``.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from sparse_optax import budgets, patterns, selection
@@ -203,60 +200,6 @@ def ranking(
         shapes = [shape for shape, _ in columns]
         costs = patterns.unit_costs(pattern, shapes, plan.axes, costs)
     return Ranking(structure, len(flat), plan, like, k, costs, pattern)
-
-
-def on_the_way(wanted: Ranking, weights: Sequence[Any], way: Fraction) -> Ranking:
-    """A ranking that keeps more: all of it times (final share) ** way.
-
-    Args:
-      wanted: What ``ranking`` gave.
-      weights: The leaves that take part, for their shapes.
-      way: How much of the way is behind, in (0, 1]; 1 gives ``wanted`` itself.
-
-    Returns:
-      The ranking with its limit raised, never below the end; a whole number unless
-      costs are fractions.
-
-    Examples:
-      >>> from fractions import Fraction
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import scored_masks
-      >>> w = jnp.zeros((10, 10))
-      >>> wanted = scored_masks.ranking({"w": w}, 0.01)
-      >>> scored_masks.on_the_way(wanted, [w], Fraction(1, 2)).limit, wanted.limit
-      (10, 1)
-    """
-    if way == 1:
-        return wanted
-    exponent = float(way)
-    sizes = [math.prod(w.shape) for w in weights]
-    if (pattern := wanted.pattern) is not None:
-        columns = zip(weights, wanted.plan.axes, strict=True)
-        sizes = [
-            math.prod(patterns.view_shape(pattern, w.shape, a)) for w, a in columns
-        ]
-
-    def between(whole, final):
-        # Never below the end, whatever the power rounds to.
-        power = np.floor(whole * (final / max(whole, 1)) ** exponent)
-        return np.maximum(power.astype(np.int64), final)
-
-    if isinstance(wanted.limit, list):
-        # A count may be one number for each of several layers.
-        pairs = zip(sizes, map(np.asarray, wanted.limit), strict=True)
-        limit = [between(n // max(k.size, 1), k) for n, k in pairs]
-    elif pattern is not None and pattern.m:
-        limit = int(between(pattern.m, np.asarray(wanted.limit)))
-    elif wanted.costs is None:
-        limit = int(between(sum(sizes), np.asarray(wanted.limit)))
-    else:
-        whole = sum(n * Fraction(c) for n, c in zip(sizes, wanted.costs, strict=True))
-        limit = whole * Fraction(float(wanted.limit / whole) ** exponent)
-        limit = max(limit, Fraction(wanted.limit))
-        # Whole costs are exact; a cost in seconds stays a fraction.
-        if all(Fraction(c).denominator == 1 for c in wanted.costs):
-            limit = int(limit)
-    return wanted._replace(limit=limit)
 
 
 def highest(

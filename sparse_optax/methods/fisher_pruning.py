@@ -7,28 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax import scored_masks
+from sparse_optax.criteria import batches as over
+from sparse_optax.criteria.curvature import quadratic_saliency
 from sparse_optax.leaves import PyTree, Where
-from sparse_optax.methods import batches as over
 from sparse_optax.patterns import Pattern
-
-
-def quadratic_saliency(curvature: jax.Array, weight: jax.Array) -> jax.Array:
-    """Loss change if a weight were removed, to second order: h w^2 / 2.
-
-    Args:
-      curvature: h, the diagonal of the curvature.
-      weight: w, of the same shape.
-
-    Returns:
-      An array of that shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax.methods.fisher_pruning import quadratic_saliency
-      >>> quadratic_saliency(jnp.array([3.0]), jnp.array([-2.0])).tolist()
-      [6.0]
-    """
-    return 0.5 * curvature * jnp.square(weight)
 
 
 def fisher_masks(

@@ -5,12 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sparse_optax import scored_masks
+from sparse_optax.criteria import batches as over
+from sparse_optax.criteria.curvature import gauss_newton_diagonal, quadratic_saliency
 from sparse_optax.leaves import PyTree, Where
-from sparse_optax.methods import batches as over
-from sparse_optax.methods.fisher_pruning import quadratic_saliency
 from sparse_optax.patterns import Pattern
 
 
@@ -122,22 +121,8 @@ def optimal_brain_damage_masks(
                 )
             return z[0].astype(jnp.promote_types(z.dtype, jnp.float32))
 
-        z, pull = jax.vjp(outputs, chosen)
-        if criterion is None:
-            sizes, vectors = _softmax_factors(z)
-        else:
-            sizes, vectors = _factors(criterion, z, target)
-
-        def add(sums, factor):
-            size, vector = factor
-            (gradient,) = pull(vector)
-            pairs = zip(sums, gradient, strict=True)
-            return [s + size * jnp.square(g.astype(s.dtype)) for s, g in pairs], None
-
-        zeros = [
-            jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)) for w in chosen
-        ]
-        return lax.scan(add, zeros, (sizes, vectors))[0]
+        loss = None if criterion is None else lambda z: criterion(z, target)
+        return gauss_newton_diagonal(outputs, chosen, loss)
 
     curvature = over.mean_over_examples(diagonal, parts.chosen, batches, caller=caller)
     over.check_finite(
@@ -148,13 +133,3 @@ def optimal_brain_damage_masks(
     )
     pairs = list(zip(curvature, parts.chosen, strict=True))
     return scored_masks.highest(wanted, pairs, quadratic_saliency)
-
-
-def _softmax_factors(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    p = jax.nn.softmax(z)
-    return p, jnp.eye(z.size, dtype=z.dtype) - p[None, :]
-
-
-def _factors(criterion, z: jax.Array, target: Any) -> tuple[jax.Array, jax.Array]:
-    sizes, columns = jnp.linalg.eigh(jax.hessian(criterion)(z, target))
-    return sizes, columns.T

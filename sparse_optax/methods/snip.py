@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from sparse_optax import scored_masks
+from sparse_optax.criteria import batches as over
 from sparse_optax.gating import saliency
 from sparse_optax.leaves import PyTree, Where
-from sparse_optax.methods import batches as over
 from sparse_optax.patterns import Pattern
 
 

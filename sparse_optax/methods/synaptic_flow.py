@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from sparse_optax import mask_trees, scored_masks
+from sparse_optax import scored_masks
+from sparse_optax.criteria import batches as over
+from sparse_optax.criteria.rounds import in_rounds
 from sparse_optax.leaves import PyTree, Where
-from sparse_optax.methods import batches as over
 from sparse_optax.patterns import Pattern
 
 
@@ -100,7 +100,7 @@ def synflow_masks(
         pattern=pattern,
         caller=caller,
     )
-    ones = _ones(inputs, caller)
+    ones = over.ones(inputs, caller=caller)
     parts = over.split(jax.tree.map(_strength, params), wanted.plan.index)
 
     def flow(strengths):
@@ -113,17 +113,13 @@ def synflow_masks(
         total, gradient = jax.value_and_grad(flow)(strengths)
         return total, [jnp.abs(g * w) for g, w in zip(gradient, strengths, strict=True)]
 
-    kept = [jnp.ones_like(w, dtype=bool) for w in parts.chosen]
-    masks = mask_trees.rebuild(wanted.structure, wanted.size, wanted.plan.index, kept)
-    for r in range(1, rounds + 1) if kept else ():
+    def checked(kept, r):
         total, scores = score(parts.chosen, kept)
         _check_flow(total, r, caller)
         over.check_finite(scores, wanted.plan.names, caller=caller, cure=_CURE)
-        now = scored_masks.on_the_way(wanted, parts.chosen, Fraction(r, rounds))
-        masks = scored_masks.highest(now, [(s,) for s in scores], within=kept)
-        flat = mask_trees.flatten(masks)[0]
-        kept = [flat[i] for i in wanted.plan.index]
-    return masks
+        return scores
+
+    return in_rounds(wanted, parts.chosen, checked, rounds)
 
 
 _CURE = (
@@ -139,25 +135,11 @@ def _strength(x: Any) -> Any:
     return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
-def _ones(inputs: Any, caller: str) -> Any:
-    if isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs):
-        return jnp.ones(inputs)
-    flat = jax.tree.leaves(inputs)
-    if not flat or not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in flat):
-        raise ValueError(
-            f"{caller}: `inputs` must be a shape, a tuple of whole numbers, or a tree "
-            f"of arrays or jax.ShapeDtypeStruct; got {inputs!r}. Pass (1, 784), for "
-            "instance."
-        )
-    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
-
-
 def _check_flow(total: jax.Array, r: int, caller: str) -> None:
     if isinstance(total, Tracer):
         return
     if not math.isfinite(total) or (r == 1 and float(total) == 0):
-        what = "zero" if float(total) == 0 else f"{float(total)}"
         raise ValueError(
-            f"{caller}: in round {r} the flow R is {what}; it must be finite and, at "
-            f"first, above zero, within the range of its dtype {total.dtype}. {_CURE}"
+            f"{caller}: in round {r} the flow R is {float(total):g}; it must be "
+            f"finite and, at first, above zero, within its dtype {total.dtype}. {_CURE}"
         )

@@ -35,7 +35,7 @@ def split(params: PyTree, index: Iterable[int]) -> Split:
       A ``Split``.
 
     Examples:
-      >>> from sparse_optax.methods import batches
+      >>> from sparse_optax.criteria import batches
       >>> parts = batches.split({"n": 3, "w": 2.0}, [1])
       >>> parts.chosen, parts.rebuild([5.0])
       ([2.0], {'n': 3, 'w': 5.0})
@@ -76,7 +76,7 @@ def total(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from sparse_optax.methods import batches
+      >>> from sparse_optax.criteria import batches
       >>> batches.total(lambda w, x: [w[0] * x.sum()], [jnp.float32(2)],
       ...               [jnp.ones(3), jnp.ones(2)], caller="doc")
       ([Array(10., dtype=float32)], [3, 2])
@@ -124,7 +124,7 @@ def mean_over_examples(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from sparse_optax.methods import batches
+      >>> from sparse_optax.criteria import batches
       >>> batches.mean_over_examples(lambda w, x: [w[0] * x], [jnp.float32(2)],
       ...                            [jnp.ones(3), jnp.zeros(1)], caller="doc")
       [Array(1.5, dtype=float32)]
@@ -149,6 +149,37 @@ def _widened(values: Leaves) -> Leaves:
     return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in values]
 
 
+def ones(inputs: Any, *, caller: str) -> Any:
+    """A batch of ones.
+
+    Args:
+      inputs: A shape with its batch axis, or a tree of arrays or
+        ``jax.ShapeDtypeStruct``, of which only shapes and dtypes are used.
+      caller: The name that an error starts with.
+
+    Returns:
+      An array, or a tree of them.
+
+    Raises:
+      ValueError: If ``inputs`` is neither.
+
+    Examples:
+      >>> from sparse_optax.criteria import batches
+      >>> batches.ones((1, 2), caller="doc").tolist()
+      [[1.0, 1.0]]
+    """
+    if isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs):
+        return jnp.ones(inputs)
+    flat = jax.tree.leaves(inputs)
+    if not flat or not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in flat):
+        raise ValueError(
+            f"{caller}: `inputs` must be a shape, a tuple of whole numbers, or a tree "
+            f"of arrays or jax.ShapeDtypeStruct; got {inputs!r}. Pass (1, 784), for "
+            "instance."
+        )
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
+
+
 def check_scalar(shape: Any, *, caller: str) -> None:
     """Raises where a loss is no scalar.
 
@@ -161,7 +192,7 @@ def check_scalar(shape: Any, *, caller: str) -> None:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from sparse_optax.methods import batches
+      >>> from sparse_optax.criteria import batches
       >>> batches.check_scalar(jnp.float32(1), caller="doc")
     """
     found = jax.tree.map(jnp.shape, shape)
@@ -188,7 +219,7 @@ def check_finite(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from sparse_optax.methods import batches
+      >>> from sparse_optax.criteria import batches
       >>> batches.check_finite([jnp.ones(2)], ["w"], caller="doc", cure="")
     """
     for x, name in zip(scores, names, strict=True):
