@@ -32,7 +32,8 @@ def quadratic_saliency(curvature: jax.Array, weight: jax.Array) -> jax.Array:
 def gauss_newton_diagonal(
     outputs: Callable[[Leaves], jax.Array],
     chosen: Leaves,
-    criterion: Callable[[jax.Array], jax.Array] | None = None,
+    criterion: Callable[[jax.Array, Any], jax.Array] | None = None,
+    target: Any = None,
 ) -> Leaves:
     r"""The exact diagonal of the Gauss-Newton matrix of one example.
 
@@ -48,9 +49,10 @@ def gauss_newton_diagonal(
     Args:
       outputs: ``outputs(chosen)`` gives the network's outputs, shape (C,).
       chosen: The leaves that are differentiated.
-      criterion: ``criterion(z)`` gives the loss; None is softmax cross-entropy on
-        logits, whose factors need no target: with probabilities p, lambda_c = p_c and
-        v_c = e_c - p.
+      criterion: ``criterion(z, target)`` gives the loss; None is softmax cross-entropy
+        on logits, whose factors need no target: with probabilities p, lambda_c = p_c
+        and v_c = e_c - p.
+      target: What the criterion compares with.
 
     Returns:
       A float32 (or wider) array a leaf.
@@ -61,14 +63,16 @@ def gauss_newton_diagonal(
       >>> x = jnp.array([2.0, 0.5])
       >>> def outputs(chosen):
       ...     return x * chosen[0]
-      >>> def criterion(z):  # its Hessian is [[2, 1], [1, 2]]
+      >>> def criterion(z, _):  # its Hessian is [[2, 1], [1, 2]]
       ...     return z[0] ** 2 + z[0] * z[1] + z[1] ** 2
       >>> (h,) = curvature.gauss_newton_diagonal(outputs, [jnp.ones(2)], criterion)
       >>> [round(float(v), 4) for v in h]
       [8.0, 0.5]
     """
     z, pull = jax.vjp(outputs, chosen)
-    factors = _softmax_factors(z) if criterion is None else _factors(criterion, z)
+    factors = (
+        _softmax_factors(z) if criterion is None else _factors(criterion, z, target)
+    )
 
     def add(sums, factor):
         size, vector = factor
@@ -87,6 +91,8 @@ def _softmax_factors(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return p, jnp.eye(z.size, dtype=z.dtype) - p[None, :]
 
 
-def _factors(criterion: Any, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sizes, columns = jnp.linalg.eigh(jax.hessian(criterion)(z))
+def _factors(
+    criterion: Callable[[jax.Array, Any], jax.Array], z: jax.Array, target: Any
+) -> tuple[jax.Array, jax.Array]:
+    sizes, columns = jnp.linalg.eigh(jax.hessian(criterion)(z, target))
     return sizes, columns.T

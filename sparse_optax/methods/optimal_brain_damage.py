@@ -121,8 +121,7 @@ def optimal_brain_damage_masks(
                 )
             return z[0].astype(jnp.promote_types(z.dtype, jnp.float32))
 
-        loss = None if criterion is None else lambda z: criterion(z, target)
-        return gauss_newton_diagonal(outputs, chosen, loss)
+        return gauss_newton_diagonal(outputs, chosen, criterion, target)
 
     curvature = over.mean_over_examples(diagonal, parts.chosen, batches, caller=caller)
     over.check_finite(
