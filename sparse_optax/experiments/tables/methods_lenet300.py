@@ -236,8 +236,8 @@ def render(records):
         "the lowest mean of its group.\n\n"
         + _reductions(records)
         + "\n\nSparse momentum's mean test error against the lowest mean among others, "
-        "± SE without the choice of the lowest, of methods with three runs or more. The "
-        "paper reports a mean error lower by 8% on MNIST than that of other sparse "
+        "± SE without the choice of the lowest, of methods with three runs or more. "
+        "The paper reports a mean error lower by 8% on MNIST than that of other sparse "
         "methods; its prune rate was tuned, the others here were not."
     )
 
