@@ -4,7 +4,8 @@
 
 Reads ``results/methods_lenet300`` and ``results/mnist_lenet300`` and writes
 ``methods.png`` beside this file: means over the seeds, with the 95% interval of a mean
-(Student's distribution) as a band. Methods without a record are left out.
+(Student's distribution) as a band, where there are three or more. Methods without a
+record are left out.
 """
 
 import pathlib
@@ -24,9 +25,9 @@ REFERENCE = "sparse_momentum"
 
 
 def band(errors: list[float]) -> tuple[float, float]:
-    """Mean and half the 95% interval of the mean; 0 for a single run."""
+    """Mean and half the 95% interval of the mean; 0 for one or two runs."""
     n = len(errors)
-    if n < 2:
+    if n < table.LEAST:
         return float(np.mean(errors)), 0.0
     se = np.std(errors, ddof=1) / np.sqrt(n)
     return float(np.mean(errors)), float(stats.t.ppf(0.975, n - 1) * se)
