@@ -480,10 +480,16 @@ def test_choices_name_what_cannot_be_told_from_the_best():
             "sparse_momentum 0.05": [1.45, 1.55, 1.65],
             "dynamic_sparse 0.05": [2.4, 2.5, 2.6],
             "sparse_evolutionary 0.05": [1.0, 1.2],  # two runs say little
+            # Broken down, each above each: no wide interval makes it a tie.
+            "static 0.05": [3.0, 20.0, 60.0],
+            "snip 0.05": [2.0, 2.1, 2.2],
+            # Its lowest is not above their highest.
+            "synflow 0.05": [2.1, 2.4, 2.5],
         }
     )
-    line = methods_lenet300.choices(made).splitlines()[2]
-    assert line.endswith("| - | - | **RigL** 1.50; sparse momentum | - |")
+    lines = methods_lenet300.choices(made).splitlines()
+    assert lines[2].endswith("| - | - | **RigL** 1.50; sparse momentum | - |")
+    assert lines[3].endswith("| - | - | **SNIP** 2.10; SynFlow | - |")
 
 
 def test_dead_units_are_shown_by_the_rule_of_growth():

@@ -3,11 +3,12 @@
     python docs/images/methods.py
 
 Reads ``results/methods_lenet300`` and ``results/mnist_lenet300`` and writes
-``methods.png`` beside this file: means over the seeds, with the 95% interval of a mean
-(Student's distribution) as a band, where there are three or more. Methods without a
-record are left out.
+``methods.png`` beside this file: geometric means over the seeds, since the axis of
+errors is logarithmic, with their 95% interval (Student's distribution of logarithms)
+as a band, where there are three or more. Methods without a record are left out.
 """
 
+import math
 import pathlib
 
 import numpy as np
@@ -24,19 +25,20 @@ RESULTS = HERE.parents[1] / "results"
 REFERENCE = "sparse_momentum"
 
 
-def band(errors: list[float]) -> tuple[float, float]:
-    """Mean and half the 95% interval of the mean; 0 for one or two runs."""
-    n = len(errors)
-    if n < table.LEAST:
-        return float(np.mean(errors)), 0.0
-    se = np.std(errors, ddof=1) / np.sqrt(n)
-    return float(np.mean(errors)), float(stats.t.ppf(0.975, n - 1) * se)
+def band(errors: list[float]) -> tuple[float, float, float]:
+    """Geometric mean and its 95% interval; no width for one or two runs."""
+    logs, n = np.log(errors), len(errors)
+    mean, half = float(np.mean(logs)), 0.0
+    if n >= table.LEAST:
+        se = np.std(logs, ddof=1) / np.sqrt(n)
+        half = float(stats.t.ppf(0.975, n - 1) * se)
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
     """One line and band a method, over the density on a logarithmic axis."""
-    dense, half = band(table.errors(records, "dense", 1.0))
-    axes.axhspan(dense - half, dense + half, color="#bbbbbb", lw=0)
+    dense, low, high = band(table.errors(records, "dense", 1.0))
+    axes.axhspan(low, high, color="#bbbbbb", lw=0)
     axes.axhline(dense, color="#666666", lw=1, label="dense")
     for method in methods:
         found = {
@@ -46,15 +48,13 @@ def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
         }
         if not found:
             continue
-        means, halves = np.array([band(errors) for errors in found.values()]).T
+        means, low, high = np.array([band(errors) for errors in found.values()]).T
         width = 2.0 if method == REFERENCE else 1.0
         density = 100 * np.array(list(found))
         (line,) = axes.plot(
             density, means, marker="o", ms=3, lw=width, label=table.LABELS[method]
         )
-        axes.fill_between(
-            density, means - halves, means + halves, color=line.get_color(), alpha=0.15
-        )
+        axes.fill_between(density, low, high, color=line.get_color(), alpha=0.15)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks([1, 2, 5, 20], ["1", "2", "5", "20"], minor=False)
     axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
