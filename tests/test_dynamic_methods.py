@@ -816,6 +816,35 @@ def test_growth_and_reset_work_around_any_optimizer(optimizer):
     assert changed > 3
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_of_grown_weights_are_one_step_from_zero(optimizer):
+    """Each moment that has an entry a weight, whatever the optimizer calls it."""
+    inner = OPTIMIZERS[optimizer]()
+    tx = sparse_optax.rigl(inner, density=0.4, update_period=1, update_stop=9, key=0)
+    params = network(((6, 5),))
+    grads = random_gradients(0, params, 4)
+    state, step, checked = tx.init(params), stepper(tx), 0
+    for t in range(4):
+        g, masks, before = at_step(grads, t), kept(state)[0], state.inner_state
+        old, (params, state) = params, step(params, state, g)
+        grown = kept(state)[0] & ~masks
+        # As if those weights had never had a moment.
+        fresh = jax.tree.map(
+            lambda x, grown=grown: jnp.where(grown, 0, x) if x.shape == (6, 5) else x,
+            before,
+        )
+        wanted = jax.jit(inner.update)(g, fresh, old)[1]
+        pairs = zip(
+            jax.tree.leaves(state.inner_state), jax.tree.leaves(wanted), strict=True
+        )
+        for a, b in pairs:
+            if a.shape == (6, 5):
+                np.testing.assert_allclose(a[grown], b[grown], rtol=1e-5, atol=1e-7)
+                checked += grown.sum()
+    # Factored statistics have no entry for a weight.
+    assert checked > 3 or optimizer == "adafactor"
+
+
 def test_accumulation_outside():
     tx = optax.MultiSteps(sparse_optax.rigl(SGD, **SETTINGS | dict(update_period=1)), 2)
     masks = [step.new for step in follow(tx, steps=6, shapes=((6, 5),), cut=True)]
@@ -868,6 +897,51 @@ def test_an_infinite_gradient_of_a_missing_weight_makes_no_nan():
     assert int(state.skipped) == 1
     assert np.isfinite(kernels(params)[0]).all()
     assert kernels(params)[0][i] == 0
+
+
+LATER = dict(density=0.4, update_period=5, update_stop=20)
+EVERY = {
+    "momentum": lambda: sparse_optax.sparse_momentum_regrow(SGD, **LATER, key=0),
+    "set": lambda: sparse_optax.sparse_evolutionary(SGD, **LATER, key=0),
+    "dsr": lambda: sparse_optax.dynamic_sparse(SGD, **LATER, key=0),
+    "rigl": lambda: sparse_optax.rigl(SGD, **LATER, key=0),
+    "static": lambda: sparse_optax.static_sparse(SGD, density=0.4, key=0),
+    "deep_r": lambda: sparse_optax.deep_rewiring(
+        SGD, density=0.4, learning_rate=0.1, key=0
+    ),
+    "surgery": lambda: sparse_optax.network_surgery(SGD, density=0.4),
+    "straight_through": lambda: sparse_optax.straight_through_magnitude(
+        SGD, density=0.4
+    ),
+    "top_kast": lambda: sparse_optax.top_kast(SGD, density=0.4, backward_density=0.6),
+    "ham": lambda: sparse_optax.static_sparse(
+        sparse_optax.ham(SGD, 0.1, alpha=1.0), density=0.4, key=0
+    ),
+}
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+def test_what_is_infinite_behind_a_mask_stays_behind_it(method, jitted):
+    """Without jit too: with it XLA makes a selection of a product with a mask."""
+    tx = EVERY[method]()
+    params = network(((6, 5),))
+    update = jax.jit(tx.update) if jitted else tx.update
+    state = tx.init(params)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, state = update(still, state, params)
+    params = optax.apply_updates(params, updates)
+    before = kept(state)[0]
+    # What is last by magnitude, where the dense weights say what is missing.
+    i = tuple(np.argwhere(~before)[0])
+    broken = still | {"Dense_0": dict(still["Dense_0"])}
+    broken["Dense_0"]["kernel"] = still["Dense_0"]["kernel"].at[i].set(jnp.inf)
+    updates, state = update(broken, state, params)
+    params = optax.apply_updates(params, updates)
+    assert np.isfinite(kernels(params)[0]).all()
+    assert not kernels(params)[0][~kept(state)[0]].any()
+    assert kernels(params)[0][i] == 0
+    same(kept(state), [before])
 
 
 @pytest.mark.parametrize(

@@ -548,6 +548,11 @@ MOMENTA = {
     ),
     # Without a momentum of its own, or with several kinds: the engine's average.
     "plain sgd": (optax.sgd(1e-2), lambda gs: _ema(gs, 0.9)),
+    "adafactor": (
+        optax.adafactor(1e-3, min_dim_size_to_factor=4),
+        lambda gs: _ema(gs, 0.9),
+    ),
+    "muon": (optax.contrib.muon(1e-3), lambda gs: _ema(gs, 0.95)),
     "several kinds": (
         optax.partition({"a": SGD, "b": optax.adam(1e-3)}, _LABELS),
         lambda gs: _ema(gs, 0.9),
