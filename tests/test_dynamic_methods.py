@@ -698,6 +698,28 @@ def test_deep_rewiring_trains_as_defined(scope):
     assert (len({tuple(c) for c in counts}) > 1) == (scope == "global")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 0.04])
+def test_the_method_has_the_noise_of_its_temperature(temperature):
+    """Without a gradient or L1 weights move by sqrt(2 eta T) times a normal number."""
+    tx = sparse_optax.deep_rewiring(
+        optax.sgd(0.5),
+        density=0.5,
+        learning_rate=0.5,
+        l1=0.0,
+        temperature=temperature,
+        key=0,
+    )
+    params = {"w": jnp.full((100, 100), 10.0)}  # no sign changes
+    state = tx.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, state = jax.jit(tx.update)(zero, state, params)
+    mask = np.asarray(sparse_optax.get_masks(state)["w"])
+    moved = np.asarray(updates["w"])[mask]
+    sigma = np.sqrt(2 * 0.5 * temperature)
+    assert moved.std() == pytest.approx(sigma, rel=0.05)
+    assert abs(moved.mean()) <= 0.05 * sigma
+
+
 def test_the_noise_has_its_temperature():
     params = {"w": jnp.full((40, 50), 9.0)}
     tx = regrowth.signed.signed_step(0.5, l1=0.0, temperature=0.04, key=0)
@@ -763,6 +785,9 @@ def test_global_reactivation_is_uniform_over_the_network():
     [
         ("l1", -1.0, "at least 0"),
         ("temperature", float("nan"), "at least 0"),
+        ("learning_rate", -1.0, "at least 0"),
+        ("learning_rate", float("nan"), "at least 0"),
+        ("learning_rate", "0.1", "schedule"),
         ("scope", "leaf", "layer"),
         ("density", 0.0, r"\(0, 1\]"),
     ],

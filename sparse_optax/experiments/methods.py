@@ -334,8 +334,8 @@ def top_kast(setup: Setup) -> Plan:
     """Top-KAST, with twice as many weights in the backward set."""
     optimizer = sparse_optax.top_kast(
         plans.inner(setup),
-        density=setup.config.density,
-        backward_density=min(1.0, 2 * setup.config.density),
+        density=plans.budget(setup),
+        backward_density=plans.budget(setup, min(1.0, 2 * setup.config.density)),
         update_stop=setup.settled,
     )
     return plans.masked(optimizer)
@@ -350,18 +350,20 @@ class Method(NamedTuple):
       budget: how its density is shared among the layers, unless the run says.
       cut_only: it reads the density after training only, so that runs at several
         densities share theirs.
+      pooled: it ranks the weights of all layers at once, whatever the budget's shares.
     """
 
     build: Callable[[Setup], Plan]
     recipe: str = "scratch"
     budget: str = "uniform"
     cut_only: bool = False
+    pooled: bool = False
 
 
 METHODS: dict[str, Method] = {
     "dense": Method(dense),
     "sparse_momentum": Method(sparse_momentum),
-    "gsm": Method(gsm, recipe="gsm"),
+    "gsm": Method(gsm, recipe="gsm", pooled=True),
     "sparse_evolutionary": Method(sparse_evolutionary, budget="erdos_renyi"),
     "dynamic_sparse": Method(dynamic_sparse),
     "rigl": Method(rigl, budget="erdos_renyi_kernel"),
@@ -371,8 +373,8 @@ METHODS: dict[str, Method] = {
     "deep_rewiring": Method(deep_rewiring),
     "ham": Method(ham),
     "static": Method(static),
-    "snip": Method(snip),
-    "synflow": Method(synflow),
+    "snip": Method(snip, pooled=True),
+    "synflow": Method(synflow, pooled=True),
     "ticket": Method(ticket),
     "gradual_magnitude": Method(gradual_magnitude),
     "granet": Method(granet, budget="erdos_renyi_kernel"),
@@ -382,10 +384,10 @@ METHODS: dict[str, Method] = {
     "straight_through_magnitude": Method(straight_through_magnitude),
     "top_kast": Method(top_kast),
     "network_surgery": Method(network_surgery, recipe="trained"),
-    "magnitude": Method(magnitude, recipe="trained"),
-    "fisher": Method(fisher, recipe="trained"),
-    "optimal_brain_damage": Method(optimal_brain_damage, recipe="trained"),
+    "magnitude": Method(magnitude, recipe="trained", pooled=True),
+    "fisher": Method(fisher, recipe="trained", pooled=True),
+    "optimal_brain_damage": Method(optimal_brain_damage, recipe="trained", pooled=True),
     "layerwise_obs": Method(layerwise_obs, recipe="trained"),
-    "l1": Method(l1, cut_only=True),
-    "l2": Method(l2, cut_only=True),
+    "l1": Method(l1, cut_only=True, pooled=True),
+    "l2": Method(l2, cut_only=True, pooled=True),
 }

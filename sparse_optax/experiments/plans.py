@@ -179,9 +179,9 @@ def rate(setup: Setup) -> optax.Schedule:
     return decay(setup.config.prune_rate, stop=setup.total)
 
 
-def budget(setup: Setup) -> Any:
-    """The run's density, in the shares that it asks for."""
-    density = setup.config.density
+def budget(setup: Setup, density: float | None = None) -> Any:
+    """The run's density, or another, in the shares that the run asks for."""
+    density = setup.config.density if density is None else density
     kinds = {
         "erdos_renyi": budgets.erdos_renyi,
         "erdos_renyi_kernel": budgets.erdos_renyi_kernel,

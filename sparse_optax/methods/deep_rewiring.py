@@ -96,8 +96,11 @@ def deep_rewiring(
     there is room, the others go on from zero. Differences from the released code: the
     noise is that of the paper, and a reactivated weight starts from 0, not 1e-12.
     """
-    for name, value in (("l1", l1), ("temperature", temperature)):
-        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+    given = {"learning_rate": learning_rate, "l1": l1, "temperature": temperature}
+    for name, value in given.items():
+        if isinstance(value, str) or (
+            isinstance(value, int | float) and not 0 <= value < float("inf")
+        ):
             raise ValueError(
                 f"deep_rewiring: `{name}` must be at least 0 and finite, or a "
                 f"schedule; got {value!r}. Use 0 to leave it out."

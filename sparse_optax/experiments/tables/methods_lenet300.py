@@ -209,6 +209,18 @@ def _reductions(records) -> str:
     return common.markdown(header, lines)
 
 
+def _budgets() -> str:
+    """Which methods do not keep the same share of every layer."""
+    named: dict[str, list[str]] = {}
+    for method, label in LABELS.items():
+        entry = METHODS.get(method, METHODS["dense"])
+        shares = "one pool" if entry.pooled else entry.budget.replace("_", "-")
+        named.setdefault(shares, []).append(label.replace(",", ""))
+    named.pop("uniform")
+    parts = [f"{budget} for {', '.join(names)}" for budget, names in named.items()]
+    return "; ".join([*parts, "the same in every layer for the others"])
+
+
 def _columns() -> list[str]:
     return [f"{density:.0%}" for density in sorted(DENSITIES)]
 
@@ -235,7 +247,9 @@ def render(records):
         common.markdown(header, lines)
         + "\n\nMNIST, 90/10 split, 100 epochs in all for every method (those of GSM in "
         "batches of 256, the others' of 100), test error of the last epoch; in bold "
-        "the lowest mean of its group.\n\n"
+        "the lowest mean of its group. Shares of the layers: "
+        + _budgets()
+        + ".\n\n"
         + _reductions(records)
         + "\n\nSparse momentum's mean test error against the lowest mean among others, "
         "± SE without the choice of the lowest, of methods with three runs or more. "
