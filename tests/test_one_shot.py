@@ -455,9 +455,11 @@ ON_DATA = {
 @pytest.mark.parametrize("name", ON_DATA)
 def test_wrong_batches(name):
     find, function = ON_DATA[name]
-    with refuses(name, "batches", "empty"):
-        find(function, PARAMS, [], 0.5)
-    for one in (jnp.ones((3, 4)), {"x": jnp.ones((3, 4))}):
+    for none in ([], ()):
+        with refuses(name, "batches", "empty"):
+            find(function, PARAMS, none, 0.5)
+    inputs = jnp.ones((3, 4))
+    for one in (inputs, {"x": inputs}, (inputs, jnp.ones(3, int))):
         with refuses(name, "batches", "one"):
             find(function, PARAMS, one, 0.5)
     if name != "snip_masks":

@@ -64,7 +64,7 @@ def total(
     Args:
       statistic: ``statistic(chosen, batch)`` gives an array for each leaf.
       chosen: The leaves.
-      batches: The batches, an iterable.
+      batches: The batches, an iterable; not a tuple of arrays, which is one batch.
       caller: The name that an error starts with.
 
     Returns:
@@ -81,10 +81,12 @@ def total(
       ...               [jnp.ones(3), jnp.ones(2)], caller="doc")
       ([Array(10., dtype=float32)], [3, 2])
     """
-    if hasattr(batches, "shape") or isinstance(batches, dict):
+    # A tuple of arrays is one batch, of inputs and targets.
+    arrays = isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches)
+    if hasattr(batches, "shape") or isinstance(batches, dict) or (batches and arrays):
         raise ValueError(
             f"{caller}: `batches` must be an iterable of batches; got one "
-            f"{type(batches).__name__}. Pass [batch]."
+            f"{type(batches).__name__} of arrays. Pass [batch]."
         )
     compiled = jax.jit(lambda w, batch: _widened(statistic(w, batch)))
     sums, lengths = None, []
