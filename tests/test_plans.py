@@ -1,0 +1,119 @@
+"""What a run of the experiments hands to its method, without training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparse_optax
+from sparse_optax import regrowth
+from sparse_optax.experiments import config, methods, plans
+
+SHAPES = {"fc1": (20, 30), "fc2": (30, 10)}
+
+
+def draw(key):
+    keys = jax.random.split(key, len(SHAPES))
+    return {
+        name: {"kernel": jax.random.normal(k, shape), "bias": jnp.zeros(shape[1])}
+        for k, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+
+
+def setup_of(params=None, **options):
+    run = config.resolve(config.TrainConfig(**({"epochs": 10} | options)))
+    return plans.Setup(
+        config=run,
+        steps_per_epoch=4,
+        key=jax.random.key(5),
+        forward=lambda params, images: images,
+        params=draw(jax.random.key(1)) if params is None else params,
+        images=(None, None),
+        draw=draw,
+        init_key=jax.random.key(1),
+    )
+
+
+@pytest.mark.parametrize("redistribute", methods.REDISTRIBUTE)
+@pytest.mark.parametrize("grow", methods.GROW)
+def test_a_mixture_is_the_one_that_was_asked_for(monkeypatch, redistribute, grow):
+    seen = {}
+    monkeypatch.setattr(
+        sparse_optax,
+        "sparse_momentum_regrow",
+        lambda inner, **given: seen.update(given),
+    )
+    made = setup_of(method="sparse_momentum", redistribute=redistribute, grow=grow)
+    methods.METHODS["sparse_momentum"].build(made)
+    assert seen["redistribute"] is vars(regrowth.redistribute)[redistribute]
+    assert seen["grow"] is vars(regrowth.grow)[grow]
+    assert (seen["update_period"], seen["update_stop"]) == (4, 40)
+
+
+@pytest.mark.parametrize(
+    ("decay", "wanted"),
+    [
+        ("constant", [0.4, 0.4, 0.4]),
+        ("linear", [0.4, 0.3, 0.2]),
+        ("cosine", [0.4, 0.2 * (1 + np.cos(np.pi / 4)), 0.2]),
+    ],
+)
+def test_the_prune_rate_and_its_decay(decay, wanted):
+    rate = plans.rate(setup_of(prune_rate=0.4, prune_decay=decay))
+    got = [float(rate(step)) for step in (0, 10, 20)]  # of 40 steps
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        # A tenth of 600 and of 300; or the 90 in proportion to inputs and outputs.
+        ("uniform", [60, 30]),
+        ("erdos_renyi", [50, 40]),
+    ],
+)
+def test_the_budget_of_a_run(kind, wanted):
+    made = setup_of(method="static", density=0.1, budget=kind)
+    plan = methods.METHODS["static"].build(made)
+    masks = plan.masks(plan.optimizer.init(made.params))
+    assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == wanted
+
+
+def test_top_kast_takes_the_budget_of_a_run():
+    made = setup_of(method="top_kast", density=0.1, budget="erdos_renyi")
+    plan = methods.METHODS["top_kast"].build(made)
+    masks = plan.masks(plan.optimizer.init(made.params))
+    assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == [50, 40]
+
+
+def ticket(control):
+    """Kernels of a run's start and its masks, of the final weights it is made from."""
+    trained = draw(jax.random.key(2))
+    trained["fc2"]["kernel"] *= 5.0  # so that the layers do not keep the same share
+    final = sparse_optax.sparsify(
+        trained, sparse_optax.masks.magnitude_masks(trained, 0.2)
+    )
+    made = setup_of(final, method="ticket", density=0.2, ticket=control)
+    plan = methods.METHODS["ticket"].build(made)
+    state = plan.optimizer.init(final)
+    start, masks = plan.start(final, state), plan.masks(state)
+    pick = lambda tree: [np.asarray(tree[name]["kernel"]) for name in SHAPES]  # noqa: E731
+    return pick(start), pick(masks), pick(final)
+
+
+def test_tickets_and_their_controls():
+    first = [np.asarray(draw(jax.random.key(1))[name]["kernel"]) for name in SHAPES]
+    kinds = ("own", "reinitialised", "shuffled", "random")
+    made = {kind: ticket(kind) for kind in kinds}
+    for kind, (start, masks, final) in made.items():
+        found = [w != 0 for w in final]
+        same_mask = [(a == b).all() for a, b in zip(masks, found, strict=True)]
+        own = [
+            (w[m] == f[m]).all() for w, m, f in zip(start, masks, first, strict=True)
+        ]
+        assert all(same_mask) == (kind in ("own", "reinitialised"))
+        assert all(own) == (kind != "reinitialised")
+        assert not any(w[~m].any() for w, m in zip(start, masks, strict=True))
+        counts, wanted = ([int(m.sum()) for m in each] for each in (masks, found))
+        assert sum(counts) == sum(wanted) == 180
+        assert (counts == wanted) == (kind != "random")
