@@ -241,19 +241,20 @@ def test_xavier_start(name):
 
 @pytest.mark.parametrize(
     ("density", "widths"),
-    [(0.01, (3, 1)), (0.05, (16, 5)), (0.2, (65, 21)), (1.0, (300, 100))],
+    [(0.01, (3, 23)), (0.05, (16, 29)), (0.2, (65, 30)), (1.0, (300, 100))],
 )
 def test_thin_lenet_has_the_weights_of_a_sparse_one(density, widths):
     budget = round(density * 266_200)
-    counts = {
-        m: 784 * m + m * max(m // 3, 1) + max(m // 3, 1) * 10 for m in range(1, 400)
-    }
-    best = max(m for m, n in counts.items() if n <= budget)
-    assert lenet.thin_widths(density) == widths == (best, max(best // 3, 1))
+
+    def weights(first, second):
+        return 784 * first + first * second + second * 10
+
+    first = max(m for m in range(1, 400) if weights(m, max(m // 3, 1)) <= budget)
+    second = max(m for m in range(1, 101) if weights(first, m) <= budget)
+    assert lenet.thin_widths(density) == widths == (first, second)
     if density < 1:
         params, _ = shapes(f"thin-lenet-{density}", MNIST)
-        assert kernels(params) == (counts[best], 3)
-        assert counts[best] <= budget < counts[best + 1]
+        assert kernels(params) == (weights(first, second), 3)
 
 
 def test_thin_lenet_refuses_a_density_without_units():

@@ -36,15 +36,20 @@ def setup_of(params=None, **options):
 
 @pytest.mark.parametrize("redistribute", methods.REDISTRIBUTE)
 @pytest.mark.parametrize("grow", methods.GROW)
-def test_a_mixture_is_the_one_that_was_asked_for(monkeypatch, redistribute, grow):
+@pytest.mark.parametrize("prune", methods.PRUNE)
+def test_a_mixture_is_the_one_that_was_asked_for(
+    monkeypatch, prune, redistribute, grow
+):
     seen = {}
     monkeypatch.setattr(
         sparse_optax,
         "sparse_momentum_regrow",
         lambda inner, **given: seen.update(given),
     )
-    made = setup_of(method="sparse_momentum", redistribute=redistribute, grow=grow)
+    rules = dict(prune=prune, redistribute=redistribute, grow=grow)
+    made = setup_of(method="sparse_momentum", **rules)
     methods.METHODS["sparse_momentum"].build(made)
+    assert seen["prune"] is vars(regrowth.prune)[prune]
     assert seen["redistribute"] is vars(regrowth.redistribute)[redistribute]
     assert seen["grow"] is vars(regrowth.grow)[grow]
     assert (seen["update_period"], seen["update_stop"]) == (4, 40)

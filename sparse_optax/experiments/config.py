@@ -12,12 +12,13 @@ from sparse_optax.experiments import data, methods, models
 
 BUDGETS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
 if TYPE_CHECKING:
-    DatasetName = ModelName = MethodName = RedistributeName = GrowName = str
-    BudgetName = str
+    DatasetName = ModelName = MethodName = BudgetName = str
+    PruneName = RedistributeName = GrowName = str
 else:  # the registries are the choices of the command line
     DatasetName = Literal[data.NAMES]
     ModelName = Literal[tuple(models.MODELS)]
     MethodName = Literal[tuple(methods.METHODS)]
+    PruneName = Literal[methods.PRUNE]
     RedistributeName = Literal[methods.REDISTRIBUTE]
     GrowName = Literal[methods.GROW]
     BudgetName = Literal[BUDGETS]
@@ -60,7 +61,7 @@ class TrainConfig:
     Attributes:
       dataset: images to train on. The digits are bundled with scikit-learn; the others
         are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded.
-      model: network.
+      model: network; for method thin, lenet-300-100 stands for the smaller one.
       method: how the weights become sparse; dense keeps all of them.
       density: share of the weights that is kept, in (0, 1]; biases are not counted.
       epochs: passes over the training images.
@@ -76,6 +77,8 @@ class TrainConfig:
       prune_rate: sparse momentum: share of the kept weights replaced in the first
         cycle.
       prune_decay: sparse momentum: how that share goes on; cosine and linear end in 0.
+      prune: sparse momentum: whether each layer or the network as a whole loses its
+        smallest weights.
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
       budget: how the density is shared among the layers.
@@ -115,6 +118,7 @@ class TrainConfig:
     ] = None
     prune_rate: float = 0.5
     prune_decay: Literal["cosine", "linear", "constant"] = "cosine"
+    prune: PruneName = "magnitude"
     redistribute: RedistributeName = "momentum"
     grow: GrowName = "momentum"
     budget: Annotated[
@@ -280,6 +284,7 @@ def resolve(config: TrainConfig) -> Resolved:
     _choose("model", config.model, models.MODELS)
     _choose("method", config.method, methods.METHODS)
     _choose("prune_decay", config.prune_decay, methods.DECAYS)
+    _choose("prune", config.prune, methods.PRUNE)
     _choose("redistribute", config.redistribute, methods.REDISTRIBUTE)
     if config.budget is not None:
         _choose("budget", config.budget, BUDGETS)
@@ -289,6 +294,14 @@ def resolve(config: TrainConfig) -> Resolved:
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
     method = methods.METHODS[config.method]
+    if method.pooled and config.budget not in (None, method.budget):
+        raise ValueError(
+            f"TrainConfig: budget={config.budget!r} must be left out for "
+            f"method={config.method!r}, which ranks the weights of all layers at once "
+            "and shares nothing out. Leave it out."
+        )
+    if config.method == "thin":
+        config = dataclasses.replace(config, model=_thin_model(config))
     recipe = {
         **(_GSM if method.recipe == "gsm" else _SGD),
         **_BY_METHOD[method.recipe][config.dataset],
@@ -302,6 +315,23 @@ def resolve(config: TrainConfig) -> Resolved:
     resolved = Resolved(**{**recipe, **given, "base": recipe["base"]})
     _check(resolved)
     return resolved
+
+
+def _thin_model(config) -> str:
+    """The smaller network that has as many weights as the density keeps."""
+    name = f"thin-lenet-{config.density:g}"
+    there = [n.removeprefix("thin-lenet-") for n in models.MODELS if "thin" in n]
+    if config.model not in ("lenet-300-100", name):
+        raise ValueError(
+            f"TrainConfig: model={config.model!r} must be 'lenet-300-100' for "
+            "method='thin'; use that one."
+        )
+    if name not in models.MODELS:
+        raise ValueError(
+            f"TrainConfig: density={config.density!r} must be one of "
+            f"{', '.join(there)} for method='thin'; choose one of these."
+        )
+    return name
 
 
 def _given(config) -> dict[str, Any]:
@@ -411,6 +441,7 @@ def base_of(config: Resolved) -> Resolved | None:
         drop_steps=(),
         prune_rate=plain.prune_rate,
         prune_decay=plain.prune_decay,
+        prune=plain.prune,
         redistribute=plain.redistribute,
         grow=plain.grow,
         budget="uniform",

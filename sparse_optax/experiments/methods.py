@@ -25,8 +25,9 @@ SCORED = 1000
 RIGL_PERIOD = 100
 # Weights that DSR replaces in a cycle, by the code of its authors; elsewhere a tenth.
 DSR_NUMBER = {"mnist": 600, "fashion-mnist": 600, "cifar10": 20_000}
-REDISTRIBUTE = ("momentum", "magnitude", "nonzeros", "none")
-GROW = ("momentum", "gradient", "random", "momentum_per_neuron")
+PRUNE = ("magnitude", "global_magnitude")
+REDISTRIBUTE = ("momentum", "magnitude", "nonzeros", "size", "none")
+GROW = ("momentum", "gradient", "random", "momentum_per_neuron", "global_momentum")
 
 
 # --- dense, and cut afterwards --------------------------------------------------------
@@ -42,6 +43,11 @@ def _cut(setup: Setup) -> Callable[[Params], Params]:
 def dense(setup: Setup) -> Plan:
     """No pruning at all: the baseline of every table."""
     return Plan(plans.inner(setup))
+
+
+def thin(setup: Setup) -> Plan:
+    """A smaller dense network, of as many weights as the sparse ones keep."""
+    return dense(setup)
 
 
 def gsm(setup: Setup) -> Plan:
@@ -182,6 +188,7 @@ def sparse_momentum(setup: Setup) -> Plan:
         plans.inner(setup),
         **_dynamic(setup),
         prune_rate=plans.rate(setup),
+        prune=getattr(regrowth.prune, setup.config.prune),
         redistribute=getattr(regrowth.redistribute, setup.config.redistribute),
         grow=getattr(regrowth.grow, setup.config.grow),
     )
@@ -373,6 +380,7 @@ METHODS: dict[str, Method] = {
     "deep_rewiring": Method(deep_rewiring),
     "ham": Method(ham),
     "static": Method(static),
+    "thin": Method(thin),
     "snip": Method(snip, pooled=True),
     "synflow": Method(synflow, pooled=True),
     "ticket": Method(ticket),

@@ -9,7 +9,7 @@ from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow as growth
-from sparse_optax.regrowth import prune
+from sparse_optax.regrowth import prune as pruning
 from sparse_optax.regrowth import redistribute as sharing
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import Rule
@@ -22,6 +22,7 @@ def sparse_momentum_regrow(
     update_period: int,
     update_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
+    prune: Rule = pruning.magnitude,
     redistribute: Rule = sharing.momentum,
     grow: Rule = growth.momentum,
     key: Key,
@@ -49,8 +50,9 @@ def sparse_momentum_regrow(
     its sparsity. The number of weights never changes.
 
     The mixtures of the paper's ablation (Table 5) are one call each:
-    ``redistribute.momentum``, ``magnitude``, ``nonzeros`` or ``none`` with
-    ``grow.momentum``, ``momentum_per_neuron``, ``gradient`` or ``random``.
+    ``redistribute.momentum``, ``magnitude``, ``nonzeros``, ``size`` or ``none`` with
+    ``grow.momentum``, ``momentum_per_neuron``, ``gradient`` or ``random``. With
+    ``prune.global_magnitude`` or ``grow.global_momentum`` the network is one pool.
 
     .. note::
       Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
@@ -69,6 +71,7 @@ def sparse_momentum_regrow(
       update_stop: No cycle from this many updates on. Give the length of training.
       prune_rate: p in [0, 1], or a schedule of the number of finished updates; None
         is the paper's cosine from 0.5 to 0 at ``update_stop``.
+      prune: Which active weights go.
       redistribute: How many weights come back in each layer.
       grow: Which missing weights come.
       key: Integer seed or random key, for the first masks and random growth.
@@ -116,7 +119,7 @@ def sparse_momentum_regrow(
     return regrow(
         inner,
         density=density,
-        prune=prune.magnitude,
+        prune=prune,
         redistribute=redistribute,
         grow=grow,
         update_period=update_period,

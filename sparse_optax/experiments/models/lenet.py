@@ -96,8 +96,10 @@ def thin_widths(
       classes: number of classes, at least 1.
 
     Returns:
-      ``(3 m + r, m)``: the first width as large as the weights allow, the second a
-      third of it, rounded down, and at least 1.
+      The first width as large as the weights allow with a second of a third of it,
+      rounded down and at least 1; then the second as large as the rest of them allows,
+      at most 100: at 5% one more unit in the first layer costs 784 weights, in the
+      second 26.
 
     Raises:
       ValueError: where ``density`` is outside (0, 1] or pays for no unit.
@@ -105,28 +107,30 @@ def thin_widths(
     Examples:
       >>> from sparse_optax.experiments.models import lenet
       >>> lenet.thin_widths(1.0), lenet.thin_widths(0.05)
-      ((300, 100), (16, 5))
+      ((300, 100), (16, 29))
     """
 
-    def weights(first: int) -> int:
-        second = max(first // 3, 1)
+    def weights(first: int, second: int) -> int:
         return in_features * first + first * second + second * classes
+
+    def third(first: int) -> int:
+        return max(first // 3, 1)
 
     if not 0 < density <= 1:
         raise ValueError(
             f"thin_widths: density={density!r} must be in (0, 1]; use 0.05 for the "
             "size of a network that keeps 5% of its weights."
         )
-    budget = budgets.count(density, weights(300))
+    budget = budgets.count(density, weights(300, 100))
     first = 300
-    while first and weights(first) > budget:
+    while first and weights(first, third(first)) > budget:
         first -= 1
     if not first:
         raise ValueError(
             f"thin_widths: density={density!r} keeps {budget} weights, and one hidden "
-            f"unit a layer needs {weights(1)}; raise the density."
+            f"unit a layer needs {weights(1, 1)}; raise the density."
         )
-    return first, max(first // 3, 1)
+    return first, min((budget - in_features * first) // (first + classes), 100)
 
 
 class LeNet300100(nnx.Module):

@@ -1,10 +1,11 @@
 """What each choice of sparse momentum is worth: LeNet-300-100 and MNIST at 5%.
 
 Protocol: as in ``mnist_lenet300``. Three ablations, 3 seeds or more: the rules of
-redistribution and of growth, every mixture (Table 5 of the paper); the prune rate and
-how it decays; the momentum of SGD. Beside the errors, the hidden units that are dead at
-the end by the rule of growth, and the weights that are spent on them: that growth by
-momentum puts weights where they are used is an argument of the paper for it.
+redistribution and of growth, every mixture (Table 5 of the paper), and its rules that
+take the network as one pool; the prune rate and how it decays; the momentum of SGD.
+Beside the errors, the hidden units that are dead at the end by the rule of growth, and
+the weights that are spent on them: that growth by momentum puts weights where they are
+used is an argument of the paper for it.
 
 References:
   Dettmers & Zettlemoyer, `Sparse networks from scratch: faster training without losing
@@ -21,20 +22,30 @@ from sparse_optax.experiments.tables import common, mnist_lenet300
 SEEDS = range(3)
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MOMENTA = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-# Table 5 of the paper: what a mixture adds to the error of momentum and momentum.
+# Table 5 of the paper: what a mixture adds to the error of momentum and momentum. Its
+# redistribution of none gives layers their shares by size.
 PAPER = {
     ("momentum", "random"): 0.07,
-    ("none", "momentum"): 0.01,
-    ("none", "random"): 0.11,
+    ("size", "momentum"): 0.01,
+    ("size", "random"): 0.11,
+}
+# Growth within the layers, where redistribution counts.
+GROW = tuple(grow for grow in methods.GROW if grow != "global_momentum")
+# The paper's rules that rank the weights of all layers at once.
+GLOBAL = {
+    "global_prune": dict(prune="global_magnitude"),
+    "global_grow": dict(grow="global_momentum"),
+    "global_both": dict(prune="global_magnitude", grow="global_momentum"),
 }
 
 
 def _variants() -> Iterator[tuple[str, dict[str, Any]]]:
     """``(group, options)`` of every run but the default one, once each."""
     for share in methods.REDISTRIBUTE:
-        for grow in methods.GROW:
+        for grow in GROW:
             if (share, grow) != ("momentum", "momentum"):
                 yield f"{share}_{grow}", dict(redistribute=share, grow=grow)
+    yield from GLOBAL.items()
     for decay in methods.DECAYS:
         for rate in RATES:
             if (decay, rate) != ("cosine", 0.5):
@@ -88,11 +99,15 @@ def render(records):
 
     grids = [
         common.markdown(
-            ["redistribution", *(f"grow by {grow}" for grow in methods.GROW)],
+            ["redistribution", *(f"grow by {grow}" for grow in GROW)],
             [
-                [share, *(rules(share, grow) for grow in methods.GROW)]
+                [share, *(rules(share, grow) for grow in GROW)]
                 for share in methods.REDISTRIBUTE
             ],
+        ),
+        common.markdown(
+            ["the network as one pool", "prune", "grow by momentum", "both"],
+            [["test error %", *(cell(name) for name in GLOBAL)]],
         ),
         common.markdown(
             ["prune rate", *(f"{value:g}" for value in RATES)],
@@ -117,16 +132,17 @@ def render(records):
     return (
         "\n\n".join(grids)
         + "\n\nTest error %, mean ± SE (runs), at 5% of the weights. The paper's "
-        "numbers are differences from momentum and momentum; its redistribution of "
-        "none is by the size of a layer, here a layer gets back its own. Diverged: a "
-        "run that ends no better than one answer for all.\n\n" + _dead_units(records)
+        "numbers are differences from momentum and momentum; what it calls no "
+        "redistribution is by the size of a layer, size here; with none a layer gets "
+        "back its own. Diverged: a run that ends no better than one answer for all.\n\n"
+        + _dead_units(records)
     )
 
 
 def _dead_units(records):
     """Dead hidden units and the weights spent on them, by the rule of growth."""
     lines = []
-    for grow in methods.GROW:
+    for grow in GROW:
         name = "default" if grow == "momentum" else f"momentum_{grow}"
         found = [r.results for r in common.group(ROWS, records, name)]
         # Records made before these were counted have the errors only.

@@ -92,6 +92,9 @@ FAMILIES = {
 }
 # What holds sparse momentum itself is no other method.
 OURS = ("sparse_momentum", "ham")
+# Also run with the budget of RigL and GraNet: what of their lead is the budget's.
+BUDGETED = ("static", "gradual_magnitude")
+BUDGET = "erdos_renyi_kernel"
 # With fewer runs no test at 5% can tell two methods apart.
 LEAST = 3
 # The density is read after training: one run serves all.
@@ -107,11 +110,8 @@ _GSM: dict[str, Any] = dict(
 )
 
 
-def _config(method: str, density: float, seed: int) -> TrainConfig:
-    if method == "thin":
-        model = f"thin-lenet-{density:g}"
-        return TrainConfig(dataset="mnist", model=model, method="dense", seed=seed)
-    options: dict[str, Any] = _GSM if method == "gsm" else {}
+def _config(method: str, density: float, seed: int, **options: Any) -> TrainConfig:
+    options |= _GSM if method == "gsm" else {}
     return TrainConfig(
         dataset="mnist", method=method, density=density, seed=seed, **options
     )
@@ -136,6 +136,12 @@ def _rows():
                         f"{method} {density:g}",
                         (first,) if cut and name != first else (),
                     )
+            for method in BUDGETED:
+                yield common.Row(
+                    f"{method}_{BUDGET}_d{density:g}_s{seed}",
+                    _config(method, density, seed, budget=BUDGET),
+                    f"{method}_{BUDGET} {density:g}",
+                )
 
 
 ROWS = tuple(_rows())
@@ -213,12 +219,24 @@ def _budgets() -> str:
     """Which methods do not keep the same share of every layer."""
     named: dict[str, list[str]] = {}
     for method, label in LABELS.items():
-        entry = METHODS.get(method, METHODS["dense"])
+        entry = METHODS[method]
         shares = "one pool" if entry.pooled else entry.budget.replace("_", "-")
         named.setdefault(shares, []).append(label.replace(",", ""))
     named.pop("uniform")
     parts = [f"{budget} for {', '.join(names)}" for budget, names in named.items()]
     return "; ".join([*parts, "the same in every layer for the others"])
+
+
+def _budgeted(records) -> str:
+    """The same methods with the same share for every layer, and with a budget."""
+    lines = []
+    for method in BUDGETED:
+        for kind in ("uniform", BUDGET):
+            name = method if kind == "uniform" else f"{method}_{kind}"
+            found = [errors(records, name, d) for d in sorted(DENSITIES)]
+            cells = [common.mean_se(each) for each in found]
+            lines.append([f"{LABELS[method]}, {kind.replace('_', '-')}", *cells])
+    return common.markdown(["shares of the layers", *_columns()], lines)
 
 
 def _columns() -> list[str]:
@@ -250,6 +268,9 @@ def render(records):
         "the lowest mean of its group. Shares of the layers: "
         + _budgets()
         + ".\n\n"
+        + _budgeted(records)
+        + "\n\nThe same method under both budgets: what of GraNet's, RigL's and ITOP's "
+        "numbers above may be their budget.\n\n"
         + _reductions(records)
         + "\n\nSparse momentum's mean test error against the lowest mean among others, "
         "± SE without the choice of the lowest, of methods with three runs or more. "
