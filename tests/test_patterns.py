@@ -491,8 +491,6 @@ def test_wrong_input_to_the_engine():
     with refuses("regrow", "density", "0.3", "0.5"):
         engine(N_M, density=0.3)
     engine(N_M, density=0.5)  # says the same
-    with refuses("regrow", "budget", "", r"n_m\(2, 4\)"):
-        engine(N_M, density=0.5, budget=schedules.cubic_density(1.0, 0.5, 0, 4))
     with refuses("regrow", "pattern", "2:4", "patterns"):
         regrowth.regrow(
             optax.sgd(0.1),
@@ -661,34 +659,109 @@ METHODS = {
     "top_kast": {"backward_density": 0.75},
     "ac_dc": {"update_period": 2, "update_stop": 3},
     "static_sparse": {"key": 0},
+    "deep_rewiring": {"key": 0, "learning_rate": 0.3, "l1": 0.5},
 }
-# They become sparse while they train; N:M has one density.
+# They become sparse while they train.
 GRADUAL = (
     "granet gradual_magnitude iterative_magnitude one_shot_magnitude ac_dc".split()
 )
 STILL = ["static_sparse"]
 
 
-@pytest.mark.parametrize("pattern", [BLOCKS, N_M], ids=lambda p: p.name)
+def groups_of(mask):
+    """How many are kept of each four inputs, of a flax kernel."""
+    sizes = units_of(N_M.name, mask.shape)
+    return {int(sum(mask[at] for at in unit)) for unit in places(mask.shape, sizes)}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 2, 8, 8)], ids=["dense", "conv"])
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M, OUT], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_keeps_its_pattern(name, pattern):
-    make = functools.partial(
-        getattr(sparse_optax, name), optax.sgd(0.3), **METHODS[name]
+def test_every_method_keeps_its_pattern(name, pattern, shape):
+    options, rate = dict(METHODS[name]), 0.3
+    if name == "dynamic_sparse":  # that of the sum of a unit
+        size = patterns.unit_size(pattern, shape)
+        options["threshold"] = max(options["threshold"], 0.8 * size)
+    params = {"w": normal(shape)}
+    if name == "deep_rewiring":  # a unit goes when all its weights have crossed zero
+        params, rate = jax.tree.map(lambda w: w / 10, params), 0.01
+    tx = getattr(sparse_optax, name)(
+        optax.sgd(rate),
+        density=None if pattern.m else 0.5,
+        pattern=pattern,
+        **options,
     )
-    if name in GRADUAL and pattern.m:
-        with refuses(name, "budget", "", r"n_m\(2, 4\)"):
-            make(density=0.5, pattern=pattern)
-        return
-    tx = make(density=None if pattern.m else 0.5, pattern=pattern)
-    params = {"w": normal((8, 8))}
+    half = params["w"].size // 2
     seen = [kept(tx.init(params))[0]]
     for w, state, _ in run(tx, params):
-        number = check_step(pattern, w, state)
-        seen.append(kept(state)[0])
+        mask = kept(state)[0]
+        number = int(mask.sum())
+        seen.append(mask)
+        assert not np.any(np.asarray(w["w"])[~mask])
+        if name in GRADUAL and pattern.m and number != half:
+            # On the way every group has as many.
+            assert number * 4 // mask.size * mask.size == number * 4
+            assert groups_of(mask) == {number * 4 // mask.size}
+        else:
+            check_step(pattern, w, state)
         if name not in GRADUAL:
-            assert number == 32
-    assert number == 32
-    assert (name in STILL) == all((m == seen[0]).all() for m in seen)
+            assert number == half
+    assert number == half
+    moved = any((m != seen[0]).any() for m in seen)
+    assert moved == (name not in STILL) or pattern == OUT  # big sums are slow to change
+
+
+def test_gradual_pruning_of_groups_takes_the_smallest_of_each():
+    """From the definition: n + floor(x (m - n)) largest of each m at a prune."""
+    pattern = patterns.n_m(1, 4)
+    densities = {2: 0.95, 4: 0.6, 6: 0.25}  # x = 14/15, 7/15, 0: 3, 2 and 1 of 4
+    tx = regrowth.regrow(
+        optax.sgd(0.1),
+        pattern=pattern,
+        prune=regrowth.prune.magnitude,
+        redistribute=regrowth.redistribute.none,
+        grow=regrowth.grow.magnitude,
+        budget=lambda t: jnp.select(
+            [t < 2, t < 4, t < 6], [1.0, densities[2], densities[4]], densities[6]
+        ),
+        update_period=2,
+        prune_rate=0.0,
+        key=0,
+    )
+    params = {"w": normal(DENSE)}
+    state, step = tx.init(params), stepper(tx)
+    wanted = np.ones(DENSE, bool)
+    for t in range(8):
+        if t in densities:
+            number = {2: 3, 4: 2, 6: 1}[t]
+            wanted = top_n_of_m(np.asarray(params["w"]), number, (4, 1))
+        params, state = step(params, state, {"w": normal(DENSE, 40 + t)})
+        np.testing.assert_array_equal(kept(state)[0], wanted)
+        assert not np.any(np.asarray(params["w"])[~wanted])
+
+
+def test_granet_exchanges_within_groups():
+    """At the end of pruning, regrowth keeps every group's number and moves weights."""
+    tx = sparse_optax.granet(
+        optax.sgd(0.3),
+        pattern=N_M,
+        key=0,
+        update_period=2,
+        update_stop=20,
+        density_stop=4,
+        prune_rate=0.25,
+    )
+    moved = 0
+    for t, (_, state, before) in enumerate(run(tx, {"w": normal((8, 8))}, steps=16)):
+        mask = kept(state)[0]
+        if t >= 4:
+            assert groups_of(mask) == {2}
+        if t > 4:
+            moved += int((mask & ~before[0]).sum())
+            grown = int(optax.tree.get(state, "grown")["w"])
+            # A quarter of the layer's 32 weights, not of each group's two.
+            assert grown == (8 if t % 2 == 0 else grown)
+    assert moved > 0
 
 
 @pytest.mark.parametrize("name", ["network_surgery", "straight_through_magnitude"])
@@ -707,6 +780,48 @@ def test_n_m_with_hidden_weights_shows_the_largest(name):
         if not first:  # the first choice is that of init
             np.testing.assert_array_equal(kept(state)[0], shown)
         dense, first = dense - np.float32(0.3) * np.asarray(grads["w"]), False
+
+
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M, OUT], ids=lambda p: p.name)
+def test_layerwise_obs_keeps_its_pattern(pattern):
+    """Units of the largest summed loss; what is left is mended as without a pattern."""
+    kernel, x = normal((8, 6)), normal((50, 8), 1)
+    keep = None if pattern.m else 24
+    mask, new = sparse_optax.layerwise_obs(
+        kernel, x, keep, damping=1e-3, pattern=pattern
+    )
+    wide = np.asarray(x, np.float64)
+    hessian = wide.T @ wide / 50 + 1e-3 * np.eye(8)
+    spread = np.diag(np.linalg.inv(hessian))
+    w = np.asarray(kernel, np.float64)
+    loss_of = w**2 / (2 * spread[:, None])
+    if pattern.m:
+        right = top_n_of_m(loss_of, 2, (4, 1))
+    else:
+        (right,) = top_units([loss_of], [units_of(pattern.name, (8, 6))], 24)
+    np.testing.assert_array_equal(mask, right)
+    for j in range(6):
+        s = right[:, j]
+        mended = w[s, j] + np.linalg.solve(
+            hessian[np.ix_(s, s)], hessian[np.ix_(s, ~s)] @ w[~s, j]
+        )
+        np.testing.assert_allclose(np.asarray(new)[s, j], mended, rtol=2e-3, atol=1e-4)
+        assert not np.asarray(new)[~s, j].any()
+
+
+def test_layerwise_obs_refuses_what_its_pattern_does_not_fit():
+    kernel, x = normal((8, 6)), normal((50, 8), 1)
+    with refuses("layerwise_obs", "keep", "25", r"24.*n_m\(2, 4\)"):
+        sparse_optax.layerwise_obs(kernel, x, 25, damping=1e-3, pattern=N_M)
+    with refuses("layerwise_obs", "keep", "None", "integer"):
+        sparse_optax.layerwise_obs(kernel, x, damping=1e-3)
+    for damping in ("a", -1.0, float("inf")):
+        with refuses("layerwise_obs", "damping", str(damping), "at least 0"):
+            sparse_optax.layerwise_obs(kernel, x, 24, damping=damping)
+    with refuses("layerwise_obs", "kernel", r"\(6, 5\)", "multiple of 4"):
+        sparse_optax.layerwise_obs(
+            normal((6, 5)), normal((9, 6)), damping=1.0, pattern=N_M
+        )
 
 
 def loss(params, x):

@@ -18,7 +18,7 @@ from sparse_optax.regrowth.rules import Rule
 def ac_dc(
     inner: optax.GradientTransformation,
     *,
-    density: Any,
+    density: Any = None,
     update_period: int,
     update_start: int = 0,
     update_stop: int,
@@ -64,8 +64,8 @@ def ac_dc(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
-        number is fixed.
+      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
+        out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.

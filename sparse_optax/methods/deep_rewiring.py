@@ -7,6 +7,7 @@ import optax
 
 from sparse_optax.leaves import PyTree, Where
 from sparse_optax.masks import Key
+from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.signed import signed_step
@@ -27,6 +28,7 @@ def deep_rewiring(
     stacked: Mapping[str, int] | None = None,
     reset_moments: str = "grown",
     packed: bool = False,
+    pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A random walk of connections with fixed signs, rewired at every update.
 
@@ -67,6 +69,8 @@ def deep_rewiring(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         reactivated; ``"none"`` leaves them. Plain SGD has none.
       packed: Stores one bit a weight.
+      pattern: Which weights stand and fall together, see ``regrow``: a unit is dormant
+        once all its weights have crossed zero.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -127,5 +131,6 @@ def deep_rewiring(
         stacked=stacked,
         reset_moments=reset_moments,
         packed=packed,
+        pattern=pattern,
         caller="deep_rewiring",
     )

@@ -19,7 +19,7 @@ from sparse_optax.regrowth.rules import Rule
 def gradual_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
-    density: Any,
+    density: Any = None,
     update_period: int,
     update_start: int = 0,
     update_stop: int,
@@ -62,8 +62,8 @@ def gradual_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
-        number is fixed.
+      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
+        out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.

@@ -17,7 +17,7 @@ from sparse_optax.regrowth.engine import regrow
 def granet(
     inner: optax.GradientTransformation | None = None,
     *,
-    density: Any,
+    density: Any = None,
     initial_density: float = 1.0,
     update_period: int,
     update_stop: int,
@@ -75,8 +75,8 @@ def granet(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         grown, whatever the optimizer; ``"none"`` leaves them.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
-        number is fixed.
+      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
+        out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -111,6 +111,8 @@ def granet(
     if scope not in ("layer", "global"):
         fail("scope", scope, '"layer" or "global"', 'Use "layer" as in the paper.')
     final = getattr(density, "density", density)
+    if density is None and isinstance(pattern, Pattern) and pattern.m:
+        final = pattern.n / pattern.m
     if not isinstance(final, float | int) or isinstance(final, bool):
         cure = "For another budget call regrow with budget=."
         fail("density", density, "in (0, 1] or a budget with a density", cure)

@@ -19,7 +19,7 @@ from sparse_optax.schedules.parts import check_whole
 def iterative_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
-    density: Any,
+    density: Any = None,
     prunes: int,
     update_period: int,
     update_start: int = 0,
@@ -59,8 +59,8 @@ def iterative_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
-        number is fixed.
+      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
+        out ``density``.
       caller: The name that errors start with.
 
     Returns:
@@ -124,7 +124,7 @@ def iterative_magnitude(
 def one_shot_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
-    density: Any,
+    density: Any = None,
     at: int,
     prune: Rule = prune_rules.magnitude,
     key: Key = 0,
@@ -147,8 +147,8 @@ def one_shot_magnitude(
       where: Which leaves become sparse, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
       packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``. Not N:M, whose
-        number is fixed.
+      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
+        out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.

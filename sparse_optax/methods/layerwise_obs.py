@@ -1,15 +1,23 @@
 """Layer-wise Optimal Brain Surgeon: prune one layer, mend the rest (Dong, 2017)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from sparse_optax import selection
+from sparse_optax import patterns, selection
+from sparse_optax.patterns import Pattern
 
 
 def layerwise_obs(
-    kernel: jax.Array, inputs: jax.Array, keep: int, *, damping: float
+    kernel: jax.Array,
+    inputs: jax.Array,
+    keep: int | None = None,
+    *,
+    damping: float,
+    pattern: Pattern | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Prunes a dense layer so that its outputs change least, and mends what is left.
 
@@ -37,16 +45,21 @@ def layerwise_obs(
     .. note::
       One inverse and, for each output unit, one Cholesky factor of a matrix of inputs
       by inputs, one unit at a time; memory of a few such matrices. Computed in float32,
-      or float64 for a float64 kernel. Give the layers one after the other, each with
-      inputs from the network pruned so far. The bias is left as it is.
+      or float64 for a float64 kernel. The bias is left as it is.
+
+      Give the layers one after the other, each with the inputs that it has in the
+      dense network, as in the paper, or in the network pruned so far, which lets a
+      layer mend what those before it changed.
 
     Args:
       kernel: Weights, shape (in, out).
       inputs: What the layer sees, shape (n, in), or with more axes before the last.
-      keep: Number of weights kept in the layer, from 0 to in * out.
+      keep: Number of weights kept in the layer, from 0 to in * out; left out with N:M.
       damping: Added to the diagonal of H, at least 0, in units of squared inputs; above
         0 where inputs are dependent or constant zero. 1e-4 times the mean square of
         the inputs is a start.
+      pattern: Which weights stand and fall together, see ``patterns``: units are
+        ranked by the sum of their :math:`L_q`, as many as fit into ``keep``.
 
     Returns:
       ``(mask, new kernel)``: boolean, True where kept, and the mended kernel in its own
@@ -80,6 +93,10 @@ def layerwise_obs(
     References:
       Dong et al., `Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain
       Surgeon <https://arxiv.org/abs/1705.07565>`_, 2017.
+
+    Differences from the paper: the survivors are set to the joint minimum, see above;
+    H is summed and inverted at once, where the paper updates its inverse input by
+    input; the number of weights is given, where the paper prunes up to an error.
     """
     caller = "layerwise_obs"
     if jnp.ndim(kernel) != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
@@ -94,23 +111,37 @@ def layerwise_obs(
             f"of shape {kernel.shape}; got {jnp.shape(inputs)}. Pass what the layer "
             "multiplies by its kernel."
         )
-    if isinstance(damping, (int, float)) and not damping >= 0:
+    if isinstance(damping, str) or (
+        isinstance(damping, (int, float)) and not 0 <= damping < float("inf")
+    ):
         raise ValueError(
-            f"{caller}: `damping` must be at least 0; got {damping!r}. Use 1e-4 times "
-            "the mean square of the inputs."
+            f"{caller}: `damping` must be at least 0 and finite; got {damping!r}. "
+            "Use 1e-4 times the mean square of the inputs."
         )
+    size = 1
+    if pattern is not None:
+        patterns.check(pattern, kernel.shape, "kernel", caller=caller)
+        size = patterns.unit_size(pattern, kernel.shape)
+        if pattern.m:
+            right = kernel.size // pattern.m * pattern.n
+            if not (keep is None or keep == right):
+                raise ValueError(
+                    f"{caller}: `keep` must be {right}, or left out, with "
+                    f"{pattern.name}; got {keep!r}. Leave it out: the pattern says it."
+                )
+            keep = right
     whole = isinstance(keep, int) and not isinstance(keep, bool)
     if whole and not 0 <= keep <= kernel.size:
         raise ValueError(
             f"{caller}: `keep` must be in [0, {kernel.size}]; got {keep}. Give the "
             "number of weights to keep, for instance budgets.count(0.05, kernel.size)."
         )
-    if not whole and not hasattr(keep, "dtype"):
+    if keep is None or not (whole or hasattr(keep, "dtype")):
         raise ValueError(
             f"{caller}: `keep` must be an integer in [0, {kernel.size}]; got {keep!r}. "
             "Turn a density into a number with budgets.count(density, kernel.size)."
         )
-    mask, new = _prune(kernel, inputs, keep, damping)
+    mask, new = _prune(kernel, inputs, keep // size, damping, pattern)
     if not isinstance(new, Tracer) and not bool(jnp.isfinite(new).all()):
         raise ValueError(
             f"{caller}: with `damping`={damping!r} H is not positive definite to the "
@@ -119,8 +150,8 @@ def layerwise_obs(
     return mask, new
 
 
-@jax.jit
-def _prune(kernel, inputs, keep, damping):
+@functools.partial(jax.jit, static_argnames="pattern")
+def _prune(kernel, inputs, keep, damping, pattern):
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     weights = kernel.astype(dtype)
     x = inputs.astype(dtype).reshape(-1, kernel.shape[0])
@@ -131,7 +162,15 @@ def _prune(kernel, inputs, keep, damping):
     factor = jax.scipy.linalg.cho_factor(hessian)
     spread = jnp.diagonal(jax.scipy.linalg.cho_solve(factor, identity))
     loss = jnp.square(weights) / (2 * spread[:, None])
-    mask = selection.top_k_mask(loss, keep)
+    if pattern is None:
+        mask = selection.top_k_mask(loss, keep)
+    else:
+        units = patterns.view(pattern, loss)
+        if pattern.m:
+            chosen = selection.top_of_rows((units,), pattern.n)
+        else:
+            chosen = selection.top_k_mask(units, keep)
+        mask = patterns.spread(pattern, chosen, kernel.shape)
 
     def mend(column):
         stays, w = column

@@ -101,9 +101,6 @@ def check_arguments(
         if density is not None and density != pattern.n / pattern.m:
             share = f"{pattern.n / pattern.m:g}, or left out, with {pattern.name}"
             fail("density", density, share, "Leave it out: the pattern says it.")
-        if budget is not None:
-            cure = "Leave the budget out, or the pattern."
-            fail("budget", budget, f"left out with {pattern.name}", cure)
     if density is None and masks is None and not groups:
         fail(
             "density", density, "in (0, 1] or a budget", "Pass density=0.05, or masks."
@@ -158,7 +155,7 @@ def check_arguments(
     if budget is not None and not moves:
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("budget", budget, "a schedule of the density", cure)
-    if budget is not None and density is None:
+    if budget is not None and density is None and not groups:
         fail("density", None, "given where `budget` is", "Pass the density of the end.")
     if not isinstance(hidden, bool):
         fail("hidden", hidden, "True or False", "Leave it out for False.")

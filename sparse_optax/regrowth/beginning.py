@@ -94,7 +94,7 @@ def first_masks(
         # Copied: the caller may donate the state and keep the masks.
         kept = [jnp.array(mask_trees.unpack(given[i]), copy=True) for i in plan.index]
         agree = None if budget is not None else density
-        _check_given(agree, kept, params, plan, pattern, caller)
+        _check_given(agree, kept, params, plan, pattern, budget is None, caller)
     else:
         chosen = resolve_where(params, where, caller=caller)
         plan = layout(params, chosen, stacked, caller=caller)
@@ -167,12 +167,16 @@ def _check_layers(
             patterns.check(pattern, flat[i].shape, name, axis, caller=caller)
 
 
-def _check_given(density, kept, params, plan, pattern, caller) -> None:
-    """Given masks follow the pattern, and keep what the density asks for."""
+def _check_given(density, kept, params, plan, pattern, still, caller) -> None:
+    """Given masks follow the pattern, and keep what the density asks for.
+
+    Under a budget that moves, groups of N:M have any number at first.
+    """
     if any(isinstance(m, (Tracer, jax.ShapeDtypeStruct)) for m in kept):
         return
+    held = pattern is not None and (still or not pattern.m)
     for mask, name, axis in zip(kept, plan.names, plan.axes, strict=True):
-        if pattern is not None and not patterns.follows(pattern, mask, axis):
+        if held and not patterns.follows(pattern, mask, axis):
             raise ValueError(
                 f"{caller}: in `masks`, {name!r} does not follow {pattern.name}; units "
                 "must be whole or empty. Make the masks with this pattern."

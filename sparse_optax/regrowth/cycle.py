@@ -182,7 +182,7 @@ def cycle(
     if redistribute.after_prune:
         shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
     own = removed if target is None else removed + target - active
-    if shares is None and (prune.exact or target is None):
+    if shares is None and (prune.exact or prune.covers or target is None):
         to_grow = own  # each layer gets back its own: never negative, always room
     else:
         to_grow = allocate.apportion(

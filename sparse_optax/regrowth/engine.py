@@ -167,6 +167,7 @@ def regrow(
         different layers differ in size, and with N:M, nothing is redistributed: the
         number of weights would change. With N:M ``density`` is left out; a cycle
         prunes its share of a whole layer, and each group gets back what it lost.
+        Under a ``budget`` a group has n + floor(x (m - n)) of its m weights.
       regrown: What a weight that is pruned and grown back in one cycle goes on with:
         ``"zero"``, or its ``"value"``, so that only the growth's choice counts.
       caller: The name that errors start with.
@@ -232,7 +233,8 @@ def regrow(
             caller=caller,
         )
         sparse = tuple(flat[i] for i in plan.index)
-        rules = rules_under(pattern, given, sparse, plan, caller=caller)
+        moving = budget is not None
+        rules = rules_under(pattern, given, sparse, plan, moving, caller=caller)
         inner_state = inner_tx.init(params)
         refuse_multi_steps(inner_state, caller)
 
@@ -328,7 +330,8 @@ def regrow(
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
         after = no_cycle(operands)
         if not schedules.never_due(update_period, update_start, update_stop):
-            rules = rules_under(pattern, given, weights, plan, caller=caller)
+            moving = goal is not None
+            rules = rules_under(pattern, given, weights, plan, moving, caller=caller)
             stays = hidden or regrown == "value"
             how = How(plan, rules, inner is None, stays, pattern)
             after = cycle_if(due, operands, how=how)

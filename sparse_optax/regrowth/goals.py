@@ -74,6 +74,7 @@ def rules_under(
     rules: tuple[Rule, Rule, Rule],
     leaves: tuple[Any, ...],
     plan: Layout,
+    moving: bool = False,
     *,
     caller: str,
 ) -> tuple[Rule, Rule, Rule]:
@@ -84,6 +85,7 @@ def rules_under(
       rules: The prune, the redistribution and the growth rule.
       leaves: The sparse leaves, concrete or abstract.
       plan: Their layout.
+      moving: Whether a budget says how many weights a cycle leaves.
       caller: The name that an error starts with.
 
     Returns:
@@ -123,7 +125,7 @@ def rules_under(
         shapes = tuple(
             (tuple(x.shape), a) for x, a in zip(leaves, plan.axes, strict=True)
         )
-        prune = _of_whole_layers(prune, pattern, shapes)
+        prune = _of_whole_layers(prune, pattern, shapes, moving and prune.exact)
     if not grow.exact:
         raise ValueError(
             f"{caller}: `grow` must place exactly `counts` weights in each layer with "
@@ -136,11 +138,15 @@ def rules_under(
 # Cached: a rule is a static argument of the compiled cycle.
 @functools.lru_cache
 def _of_whole_layers(
-    prune: Rule, pattern: Pattern, leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    prune: Rule,
+    pattern: Pattern,
+    leaves: tuple[tuple[tuple[int, ...], Any], ...],
+    moving: bool,
 ) -> Rule:
     """A prune rule that takes its share of whole layers and not of each group of N:M.
 
-    The share of a group would be rounded down, mostly to nothing.
+    The share of a group would be rounded down, mostly to nothing. Where a budget moves,
+    each group first goes down to its own target.
     """
     grids = [patterns.grid(pattern, shape, axis) for shape, axis in leaves]
     axes = tuple(axis for _, axis in grids)
@@ -154,6 +160,11 @@ def _of_whole_layers(
         return prune.init(fold(params), fold(masks))
 
     def apply(evidence, state):
+        if moving:
+            columns = zip(evidence.active, evidence.target, strict=True)
+            above = tuple(jnp.maximum(n - goal, 0) for n, goal in columns)
+            left, state = prune.apply(evidence._replace(counts=above), state)
+            evidence = evidence._replace(masks=left)
         masks = fold(evidence.masks)
         active = layer_counts(masks, axes)
         counts = split_layers(
@@ -177,7 +188,7 @@ def _of_whole_layers(
         pairs = zip(stay, evidence.masks, strict=True)
         return tuple(m.reshape(x.shape) for m, x in pairs), state
 
-    return Rule(init, apply, needs=prune.needs)
+    return Rule(init, apply, needs=prune.needs, covers=moving)
 
 
 def unit_counts(

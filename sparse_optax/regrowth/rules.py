@@ -78,6 +78,8 @@ class Rule(NamedTuple):
         weights of each layer. Then they are not counted again.
       pooled: Whether a prune rule ranks all layers as one pool, so that the layers'
         own counts follow from the weights.
+      covers: Whether a prune rule that is not exact leaves no layer with more than its
+        target, so that each can get back its own.
     """
 
     init: Callable[..., Any]
@@ -86,6 +88,7 @@ class Rule(NamedTuple):
     after_prune: bool = False
     exact: bool = False
     pooled: bool = False
+    covers: bool = False
 
 
 class PerWeight(NamedTuple):
