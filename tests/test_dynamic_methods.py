@@ -988,30 +988,20 @@ def test_zero_evidence_still_grows(rules):
 
 # --- one budget over several methods --------------------------------------------------
 def test_one_budget_over_layers_of_different_methods():
-    """The counts of one budget are cut up; each method keeps those of its layers."""
+    """Each method keeps its layers' counts of the one budget."""
     params = {
         name: {"kernel": jnp.ones(shape), "bias": jnp.zeros(shape[1])}
         for name, shape in (("a", (20, 30)), ("b", (30, 40)), ("c", (40, 10)))
     }
     counts = sparse_optax.budgets.erdos_renyi(0.1).counts(params)
     labels = {"a": "momentum", "b": "rigl", "c": "momentum"}
-    labels = {n: dict.fromkeys(layer, labels[n]) for n, layer in params.items()}
-
-    def part(method):
-        return jax.tree.map(
-            lambda n, label: n if label == method else optax.MaskedNode(),
-            counts,
-            labels,
-            is_leaf=lambda x: isinstance(x, (int, optax.MaskedNode)),
-        )
-
-    options = dict(update_period=2, update_stop=9, key=0)
+    options = dict(density=counts, update_period=2, update_stop=9, key=0)
     tx = optax.partition(
         {
             "momentum": sparse_optax.sparse_momentum_regrow(
-                optax.sgd(0.1, momentum=0.9), density=part("momentum"), **options
+                optax.sgd(0.1, momentum=0.9), **options
             ),
-            "rigl": sparse_optax.rigl(optax.adam(0.1), density=part("rigl"), **options),
+            "rigl": sparse_optax.rigl(optax.adam(0.1), **options),
         },
         labels,
     )

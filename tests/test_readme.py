@@ -176,7 +176,7 @@ def train(names, steps):
 @pytest.fixture(scope="module")
 def started():
     """The names after the first snippet, before any step."""
-    return run(snippet("sparse_momentum_regrow("), network())
+    return run(snippet("def train_step("), network())
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +190,8 @@ def kept(density):
 
 
 def test_every_python_snippet_is_run_here():
-    marks = ("sparse_momentum_regrow(", "gsm_mask(", "gsm_gap(", "get_masks(")
-    marks += ("save_sparse(", "keep=masks")
+    marks = ("def train_step(", "gsm_mask(", "gsm_gap(", "get_masks(")
+    marks += ("save_sparse(", "keep=masks", "optax.partition(")
     assert sorted(map(snippet, marks)) == sorted(blocks(README, "python"))
 
 
@@ -209,6 +209,29 @@ def test_sparse_momentum_snippet_moves_weights(started, trained):
     start = jax.tree.leaves(sparse_optax.get_masks(started["opt_state"]))
     end = jax.tree.leaves(sparse_optax.get_masks(trained["opt_state"]))
     assert any(bool(jnp.any(a != b)) for a, b in zip(start, end, strict=True))
+
+
+def test_shared_budget_snippet_keeps_one_budget_over_two_methods(started):
+    names = run(snippet("optax.partition("), dict(started))
+    counts = {name: layer["kernel"] for name, layer in names["counts"].items()}
+    assert sum(counts.values()) == int(0.05 * WEIGHTS)
+    params, tx = started["params"], names["tx"]
+    state, step = tx.init(params), jax.jit(tx.update)
+    for done in range(STEPS_PER_EPOCH * EPOCHS):
+        grads = jax.grad(names["loss"])(params, names["batch"])
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        found = {
+            name: int(layer["kernel"].sum())
+            for name, layer in sparse_optax.get_masks(state).items()
+        }
+        if done < STEPS_PER_EPOCH:  # pruned along a ramp, from all on
+            assert found["Dense_2"] == params["Dense_2"]["kernel"].size
+        assert found["Dense_0"] + found["Dense_1"] == (
+            counts["Dense_0"] + counts["Dense_1"]
+        )
+    assert found["Dense_2"] == counts["Dense_2"]
+    assert nonzeros(params) <= sum(counts.values())
 
 
 def test_gsm_snippet_lets_the_asked_share_pass():

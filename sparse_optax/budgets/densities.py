@@ -42,7 +42,9 @@ def resolve(
 
     Args:
       density: A float in (0, 1] for ``uniform(density)``; a budget; or a tree of
-        counts as budgets return it, which is checked and passes.
+        counts as budgets return it, which is checked and passes. Counts of leaves
+        that ``params`` have no more, as under ``optax.partition``, are left out: so
+        one budget serves several methods.
       params: The parameters, concrete or abstract.
       where: Which leaves take part, see ``leaves.resolve_where``.
       stacked: ``{name: axis}`` of leaves that stack several layers.
@@ -82,8 +84,10 @@ def resolve(
             f"params; got {density!r}. Write 1.0 to keep every weight, "
             "budgets.nonzeros(n) to keep n."
         ) from None
+    there = jax.tree.leaves(params, is_leaf=is_hole)
     for i, node in enumerate(given):
-        if i not in layers.index and not is_hole(node):
+        # Where there is no leaf the count is another's, as under `optax.partition`.
+        if i not in layers.index and not is_hole(node) and not is_hole(there[i]):
             raise ValueError(
                 f"{caller}: `density` has {node!r} for {layers.names[i]!r}, which does "
                 "not take part and must be optax.MaskedNode(). Choose the same leaves "
