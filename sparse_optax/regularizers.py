@@ -62,10 +62,10 @@ def add_l1_decay(
       Tibshirani, `Regression Shrinkage and Selection via the Lasso
       <https://doi.org/10.1111/j.2517-6161.1996.tb02080.x>`_, 1996.
     """
-    if isinstance(strength, (int, float)) and not strength >= 0:
+    if isinstance(strength, (int, float)) and not 0 <= strength < float("inf"):
         raise ValueError(
-            f"add_l1_decay: `strength` must be at least 0; got {strength!r}. Use 1e-5, "
-            "for instance."
+            f"add_l1_decay: `strength` must be at least 0 and finite; got {strength!r}."
+            " Use 1e-5, for instance."
         )
 
     def init_fn(params):

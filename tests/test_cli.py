@@ -228,6 +228,24 @@ def test_reproduce_runs_what_is_missing_once(tmp_path, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def test_rows_that_need_one_another_are_refused(tmp_path):
+    table = TABLES["gsm_lenet300"]
+    first, second = table.rows[:2]
+    circle = [
+        first._replace(needs=(second.name,)),
+        second._replace(needs=(first.name,)),
+    ]
+    with pytest.raises(ValueError, match=r"need one another.*Leave the circle out"):
+        reproduce.run_rows(
+            table,
+            circle,
+            jobs=1,
+            results=tmp_path,
+            runs=tmp_path,
+            on_row=lambda row, seconds: None,
+        )
+
+
 def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
     """With workers that do nothing but write down when they began."""
     table = TABLES["gsm_lenet300"]

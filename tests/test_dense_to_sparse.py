@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -567,6 +568,18 @@ def test_wrong_arguments(name):
         ("network_surgery", "power", math.nan, "at least 0"),
         ("top_kast", "penalty", -1.0, "at least 0"),
         ("top_kast", "backward_density", 0.1, "at least `density`=0.2"),
+        (
+            "top_kast",
+            "backward_density",
+            2.0,
+            r"_density` must be in \(0, 1\]",
+        ),
+        (
+            "top_kast",
+            "backward_density",
+            "x",
+            r"_density` must be in \(0, 1\]",
+        ),
         ("gradual_magnitude", "initial_density", 0.1, "0.2"),
         ("network_surgery", "budget", 0.5, "a schedule"),
         ("straight_through_magnitude", "budget", 0.5, "a schedule"),
@@ -583,6 +596,17 @@ def test_wrong_values(name, argument, value, allowed):
     with pytest.raises(ValueError, match=allowed) as caught:
         use()
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["prune.below_spread", "grow.above_spread"])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("c", math.nan), ("c", "a"), ("factor", -1.0), ("gamma", math.inf), ("power", -1)],
+)
+def test_wrong_numbers_of_the_two_thresholds(rule, argument, value):
+    make = operator.attrgetter(rule)(regrowth)
+    with refuses(rule, argument, str(value), "finite"):
+        make(**{"c": 1.0, argument: value})
 
 
 def test_gsm_follows_a_density_schedule():

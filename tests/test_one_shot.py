@@ -445,6 +445,20 @@ def test_wrong_input(method, density, options, argument, value):
         FIND[method](PARAMS, density, **options)
 
 
+def test_snip_counts_examples_and_not_batches():
+    """One batch or two of different size: the mean is over all examples."""
+    x, y = (jnp.concatenate(parts) for parts in zip(*BATCHES, strict=True))
+    whole = sparse_optax.snip_masks(loss, PARAMS, [(x, y)], 0.3)
+    uneven = [(x[:1], y[:1]), (x[1:], y[1:])]
+    cut = sparse_optax.snip_masks(loss, PARAMS, uneven, 0.3)
+    each = [sparse_optax.snip_masks(loss, PARAMS, [batch], 0.3) for batch in uneven]
+    same = lambda a, b: all(  # noqa: E731
+        jax.tree.leaves(jax.tree.map(lambda m, n: bool((m == n).all()), a, b))
+    )
+    assert same(whole, cut)
+    assert not same(whole, each[0])
+
+
 ON_DATA = {
     "snip_masks": (sparse_optax.snip_masks, loss),
     "fisher_masks": (sparse_optax.fisher_masks, example_loss),
@@ -465,6 +479,9 @@ def test_wrong_batches(name):
     if name != "snip_masks":
         with refuses(name, "batch", r"\(2, 4\).*\(3,\)", "same examples"):
             find(function, PARAMS, [(jnp.ones((2, 4)), jnp.ones(3, int))], 0.5)
+    empty = BATCHES[0][0][:0], BATCHES[0][1][:0]
+    with refuses(name, "batches", "without examples", "at least one"):
+        find(function, PARAMS, [*BATCHES, empty], 0.5)
     with refuses(name, "scores", "fc", "finite"):
         broken = PARAMS | {"fc1": PARAMS["fc1"] | {"bias": jnp.full(5, jnp.nan)}}
         find(function, broken, BATCHES, 0.5)

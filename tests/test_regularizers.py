@@ -84,8 +84,9 @@ def test_l1_strength_may_be_injected():
 def test_l1_wrong_input():
     with refuses("add_l1_decay", "strength", "-1", "at least 0"):
         sparse_optax.add_l1_decay(-1)
-    with refuses("add_l1_decay", "strength", "nan", "at least 0"):
-        sparse_optax.add_l1_decay(float("nan"))
+    for value in (float("nan"), float("inf")):
+        with refuses("add_l1_decay", "strength", str(value), "at least 0 and finite"):
+            sparse_optax.add_l1_decay(value)
     tx = sparse_optax.add_l1_decay(0.1)
     with refuses("add_l1_decay", "params", "None"):
         tx.update({}, tx.init({}))
@@ -279,6 +280,10 @@ def test_ham_wrong_input():
         sparse_optax.ham(optax.sgd(0.1), 0.1, alpha=-1)
     with refuses("ham", "beta", "nan", "at least 0"):
         sparse_optax.ham(optax.sgd(0.1), 0.1, beta=float("nan"))
+    with refuses("ham", "alpha", "inf", "at least 0 and finite"):
+        sparse_optax.ham(optax.sgd(0.1), 0.1, alpha=float("inf"))
+    with refuses("ham", "learning_rate", "nan", "at least 0 and finite"):
+        sparse_optax.ham(optax.sgd(0.1), float("nan"))
     tx = sparse_optax.ham(optax.sgd(0.1), 0.1)
     params = network(SHAPES)
     with refuses("ham", "params", "None"):

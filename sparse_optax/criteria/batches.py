@@ -72,7 +72,7 @@ def total(
       of its first array, None where there is none.
 
     Raises:
-      ValueError: If there is no batch, or ``batches`` is one batch.
+      ValueError: If there is no batch or an empty one, or ``batches`` is one batch.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -91,16 +91,39 @@ def total(
     compiled = jax.jit(lambda w, batch: _widened(statistic(w, batch)))
     sums, lengths = None, []
     for batch in batches:
+        lengths.append(length(batch))
+        if lengths[-1] == 0:
+            raise ValueError(
+                f"{caller}: `batches` holds a batch without examples; each must have "
+                "at least one. Leave the empty one out."
+            )
         part = compiled(chosen, batch)
         sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-        arrays = [x for x in jax.tree.leaves(batch) if jnp.ndim(x)]
-        lengths.append(arrays[0].shape[0] if arrays else None)
     if sums is None:
         raise ValueError(
             f"{caller}: `batches` is empty; it must hold at least one batch. Pass "
             "[batch], and a list where an iterator may be used up."
         )
     return sums, lengths
+
+
+def length(batch: Any) -> int | None:
+    """Number of examples of a batch: the length of its first array.
+
+    Args:
+      batch: A tree of arrays.
+
+    Returns:
+      An integer; None where no array has an axis.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.criteria import batches
+      >>> batches.length((jnp.ones((5, 2)), jnp.ones(5)))
+      5
+    """
+    arrays = [x for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+    return arrays[0].shape[0] if arrays else None
 
 
 def mean_over_examples(

@@ -365,7 +365,10 @@ def _choose(name, value, allowed):
 def _check(config):
     def need(ok, name, value, allowed):
         if not ok:
-            raise ValueError(f"TrainConfig: {name}={value!r} must be {allowed}.")
+            raise ValueError(
+                f"TrainConfig: {name}={value!r} must be {allowed}. Give such a value, "
+                "or leave it out for the default."
+            )
 
     stages = {"": config}
     if config.base != ResolvedBase():

@@ -109,7 +109,10 @@ def run_rows(
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     most = len(cores) or os.cpu_count() or 1
     if not 1 <= jobs <= most:
-        raise ValueError(f"reproduce: jobs={jobs} must be between 1 and {most} cores.")
+        raise ValueError(
+            f"reproduce: jobs={jobs} must be between 1 and {most}, the "
+            "number of cores. Give fewer jobs."
+        )
     records.check_writable(Path(results) / table.name)
     records.check_writable(runs)
     waiting = list(rows)
@@ -128,6 +131,12 @@ def run_rows(
                 slot = free.pop(0)
                 core = cores[slot] if jobs > 1 and cores else None
                 active.append(_Worker(table, row, slot, core, results, runs))
+            if waiting and not active:
+                raise ValueError(
+                    f"reproduce: rows={[row.name for row in waiting]!r} need one "
+                    "another; `needs` must lead to a row that needs none. Leave the "
+                    "circle out of the table."
+                )
             time.sleep(0.05)
             for worker in [w for w in active if w.process.poll() is not None]:
                 active.remove(worker)

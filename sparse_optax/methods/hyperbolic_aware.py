@@ -1,5 +1,6 @@
 """Hyperbolic aware minimization, HAM: an exponential step after any optimizer."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,11 +77,12 @@ def ham(
     gradient was, before the inner step; after it the sign differs only where the step
     crosses zero. Biases and norms are left out by default.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if isinstance(value, (int, float)) and not value >= 0:
+    given = {"learning_rate": learning_rate, "alpha": alpha, "beta": beta}
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise ValueError(
-                f"ham: `{name}` must be at least 0; got {value!r}. Use alpha=200 and "
-                "beta=1e-3 as on ImageNet."
+                f"ham: `{name}` must be at least 0 and finite; got {value!r}. Use the "
+                "optimizer's learning rate, alpha=200 and beta=1e-3 as on ImageNet."
             )
 
     def step(count, weight, gradient, update):

@@ -26,7 +26,7 @@ def snip_masks(
     r"""Keeps the weights whose removal would change the loss most, before training.
 
     With gates c on the weights, :math:`L(c \odot w)`, and g the gradient of the loss,
-    the mean over the batches,
+    the mean over all examples,
 
     .. math::
         s_j = \left| \frac{\partial L}{\partial c_j} \right|_{c = 1} = |w_j g_j|, \quad
@@ -42,7 +42,8 @@ def snip_masks(
     Args:
       loss: ``loss(params, batch)`` gives the mean loss of a batch, a scalar.
       params: The parameters at initialisation.
-      batches: An iterable of batches of equal size; the paper takes one.
+      batches: An iterable of batches, each counted by its examples, the length of
+        its first array; the paper takes one.
       density: d, the fraction of weights to keep, in (0, 1], or a budget.
       scope: ``"global"``, as in the paper, or ``"leaf"`` to rank each layer alone.
       where: Which leaves take part, see ``leaves.resolve_where``.
@@ -90,7 +91,7 @@ def snip_masks(
         def of(chosen):
             value = loss(parts.rebuild(chosen), batch)
             over.check_scalar(value, caller=caller)
-            return value
+            return value * (over.length(batch) or 1)
 
         return jax.grad(of)(chosen)
 

@@ -78,6 +78,12 @@ def backward_set(
             f"in every layer; got {backward_density!r}. Give 0.5, for instance."
         )
 
+    plain = isinstance(backward_density, float | int)
+    if isinstance(backward_density, str) or (plain and not 0 < backward_density <= 1):
+        raise ValueError(
+            f"{caller}: `backward_density` must be in (0, 1], or a budget; got "
+            f"{backward_density!r}. Give twice the density, for instance."
+        )
     wider, fraction = pattern, density
     if pattern is not None and pattern.m:
         fraction = least = pattern.n / pattern.m

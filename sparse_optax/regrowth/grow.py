@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_optax import masks, selection
 from sparse_optax.regrowth import allocate, units
-from sparse_optax.regrowth.prune import thresholds
+from sparse_optax.regrowth.prune import check_spread, thresholds
 from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
@@ -286,6 +286,7 @@ def above_spread(
       >>> new.tolist()
       [True, False]
     """
+    check_spread("grow.above_spread", c, factor, gamma, power)
     return _above_spread(c, factor, gamma, power)
 
 

@@ -342,7 +342,38 @@ def below_spread(
       Guo, Yao and Chen, `Dynamic Network Surgery for Efficient DNNs
       <https://arxiv.org/abs/1608.04493>`_, 2016.
     """
+    check_spread("prune.below_spread", c, factor, gamma, power)
     return _below_spread(c, factor, gamma, power)
+
+
+def check_spread(caller: str, c: Any, factor: Any, gamma: Any, power: Any) -> None:
+    """Raises where a number of ``below_spread`` or ``above_spread`` is out of range.
+
+    Args:
+      caller: The name that the error starts with.
+      c: Any finite number.
+      factor: At least 0.
+      gamma: At least 0.
+      power: At least 0.
+
+    Raises:
+      ValueError: For the first that does not fit.
+
+    Examples:
+      >>> from sparse_optax import regrowth
+      >>> regrowth.prune.check_spread("doc", 0.0, 0.9, 0.0, 1.0)
+    """
+    given = {"c": c, "factor": factor, "gamma": gamma, "power": power}
+    for name, value in given.items():
+        least = -math.inf if name == "c" else 0.0
+        if not isinstance(value, numbers.Real) or not (
+            least <= value and abs(value) < math.inf
+        ):
+            allowed = "finite" if name == "c" else "at least 0 and finite"
+            raise ValueError(
+                f"{caller}: `{name}` must be a number, {allowed}; got {value!r}. Use "
+                "c=1.0 and leave out the others, for instance."
+            )
 
 
 @functools.lru_cache

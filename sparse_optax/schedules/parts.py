@@ -60,7 +60,7 @@ def check_whole(caller: str, argument: str, value: Any, *, least: int) -> None:
     if not whole or value < least:
         raise ValueError(
             f"{caller}: `{argument}` must be an integer of at least {least}; got "
-            f"{value!r}. Give a number of updates."
+            f"{value!r}. Give a whole number, such as {max(least, 1)}."
         )
 
 
