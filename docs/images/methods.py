@@ -60,7 +60,7 @@ def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
     axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
     axes.minorticks_off()
     axes.set_ylim(1, 12)
-    axes.legend(frameon=False, fontsize="x-small")
+    axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
 
 
 def main() -> None:

@@ -98,7 +98,9 @@ def deep_rewiring(
     Differences from the paper: a weight that has become dormant is not reactivated at
     once in its own place, where there is any other; where more cross zero at once than
     there is room, the others go on from zero. Differences from the released code: the
-    noise is that of the paper, and a reactivated weight starts from 0, not 1e-12.
+    noise is that of the paper, and a reactivated weight starts from 0, not 1e-12. The
+    paper's step is that of plain gradient descent; with another ``inner`` its update
+    takes that step's place.
     """
     given = {"learning_rate": learning_rate, "l1": l1, "temperature": temperature}
     for name, value in given.items():

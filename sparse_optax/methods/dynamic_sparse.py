@@ -99,7 +99,9 @@ def dynamic_sparse(
     largest remainders instead of a random layer, what a full layer cannot take is
     spread over the others at once, a place just pruned grows again where a layer has
     no other room, H is compared with what was removed after a layer kept its last
-    weight, and the period is constant.
+    weight, and the period is constant. The wrapped optimizer sees the dense gradient:
+    where it has momentum, that of missing weights gathers too and acts once they have
+    grown, unless ``reset_moments="grown"``.
     """
     return regrow(
         inner,

@@ -103,7 +103,9 @@ def in_time_over_parameterization(
       2021.
 
     Differences from the paper: unexplored weights come first, unless told otherwise;
-    and a weight pruned and regrown in one cycle starts from zero.
+    and a weight pruned and regrown in one cycle starts from zero. The wrapped optimizer
+    sees the dense gradient: where it has momentum, that of missing weights gathers too
+    and acts once they have grown, unless ``reset_moments="grown"``.
     """
     return regrow(
         inner,

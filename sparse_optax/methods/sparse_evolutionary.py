@@ -91,7 +91,9 @@ def sparse_evolutionary(
     Differences from the paper: the first masks have exact counts instead of coin flips,
     and an active weight of exactly zero counts as positive. Differences from the
     released code: a weight pruned and regrown in one cycle starts from zero. The SET of
-    the sparse momentum code is another method: it prunes one sign alone.
+    the sparse momentum code is another method: it prunes one sign alone. The wrapped
+    optimizer sees the dense gradient: where it has momentum, that of missing weights
+    gathers too and acts once they have grown, unless ``reset_moments="grown"``.
     """
     return regrow(
         inner,

@@ -108,6 +108,9 @@ def sparse_momentum_regrow(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without
       Losing Performance <https://arxiv.org/abs/1907.04840>`_, 2019.
 
+    The 0.2 and the 1 / L of a layer that is nearly dense and growing are the released
+    code's, where the paper gives the rule in words.
+
     Differences from the paper: exactly as many weights are grown as were pruned
     (largest remainder instead of floors). Differences from the released code: the
     first masks have exact counts instead of coin flips, the prune rate falls to 0
