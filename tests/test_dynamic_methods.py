@@ -370,7 +370,10 @@ def cycles_of(tx, **kwargs):
 
 def cosine(initial, count):
     """The float32 that the schedule has, so that floors agree."""
-    return float(schedules.cosine_prune_rate(initial, stop=STOP)(count))
+    rate = float(schedules.cosine_prune_rate(initial, stop=STOP)(count))
+    by_hand = initial * (1 + np.cos(np.pi * min(count, STOP) / STOP)) / 2
+    np.testing.assert_allclose(rate, by_hand, atol=1e-6)
+    return rate
 
 
 def rests(step, kept):
@@ -593,6 +596,8 @@ FINAL = (16, 9)
 
 def _targets(count, initial=1.0):
     density = schedules.cubic_density(initial, 0.3, 0, 21)(count)
+    by_hand = 0.3 + (initial - 0.3) * (1 - min(count, 21) / 21) ** 3
+    np.testing.assert_allclose(density, by_hand, atol=1e-6)
     return oracle.targets(density if count < 21 else 0.0, 0.3, FINAL, SIZES)
 
 

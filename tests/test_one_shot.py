@@ -5,6 +5,7 @@ The oracles are in float64 and take derivatives by finite differences or by hand
 
 import functools
 import itertools
+from fractions import Fraction
 
 import flax.nnx as nnx
 import jax
@@ -16,7 +17,8 @@ import pytest
 from helpers import refuses
 
 import sparse_optax
-from sparse_optax import budgets, masks
+from sparse_optax import budgets, masks, scored_masks
+from sparse_optax.criteria import rounds as rounds_of
 
 RNG = np.random.default_rng(7)
 WEIGHTS = {
@@ -162,7 +164,11 @@ def np_synflow(u, v, counts, bias=None, lost=-1):
 
 
 def geometric(n, k, rounds):
-    return [int(np.floor(n * (k / n) ** (r / rounds))) for r in range(1, rounds)] + [k]
+    """The largest c of each round r with (c / n)^rounds <= (k / n)^r, by counting."""
+    return [
+        max(c for c in range(n + 1) if c**rounds * n**r <= k**r * n**rounds)
+        for r in range(1, rounds + 1)
+    ]
 
 
 # --- what each finds ------------------------------------------------------------------
@@ -252,6 +258,15 @@ def linear(params, x):
     if "bias" in params:
         x = x + params["bias"][None]
     return jax.nn.relu(x) @ params["v"]
+
+
+def test_counts_of_rounds_are_exact():
+    """A quotient of floats to a power would give 255 in the second round."""
+    assert geometric(1024, 1, 10) == [2**n for n in range(9, -1, -1)]
+    wanted = scored_masks.ranking({"w": jnp.zeros((32, 32))}, 1 / 1024)
+    like = [jnp.zeros((32, 32))]
+    for r, right in enumerate(geometric(1024, 1, 10), 1):
+        assert rounds_of.on_the_way(wanted, like, Fraction(r, 10)).limit == right
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])

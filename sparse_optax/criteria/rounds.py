@@ -57,6 +57,36 @@ def in_rounds(
     return masks
 
 
+def floor_power(whole: int, final: int, way: Fraction) -> int:
+    """``floor(whole * (final / whole) ** way)`` in whole numbers.
+
+    A power of floats is a hair below the number that it should be, now and then, and
+    its floor one short.
+
+    Args:
+      whole: All, at least 0.
+      final: What is left in the end, from 0 to ``whole``.
+      way: In (0, 1).
+
+    Returns:
+      A Python integer.
+
+    Examples:
+      >>> from fractions import Fraction
+      >>> from sparse_optax.criteria import rounds
+      >>> rounds.floor_power(1024, 1, Fraction(2, 10))
+      256
+    """
+    r, n = way.numerator, way.denominator
+    power = whole ** (n - r) * final**r  # the n-th power of what is asked for
+    count = int(whole * (final / max(whole, 1)) ** float(way))
+    while count**n > power:
+        count -= 1
+    while (count + 1) ** n <= power:
+        count += 1
+    return count
+
+
 def on_the_way(wanted: Ranking, weights: Sequence[Any], way: Fraction) -> Ranking:
     """A ranking that keeps more: all of it times (final share) ** way.
 
@@ -90,9 +120,7 @@ def on_the_way(wanted: Ranking, weights: Sequence[Any], way: Fraction) -> Rankin
         ]
 
     def between(whole, final):
-        # Never below the end, whatever the power rounds to.
-        power = np.floor(whole * (final / max(whole, 1)) ** exponent)
-        return np.maximum(power.astype(np.int64), final)
+        return np.vectorize(lambda k: floor_power(whole, int(k), way))(final)
 
     if isinstance(wanted.limit, list):
         # A count may be one number for each of several layers.

@@ -85,8 +85,8 @@ def network_surgery(
 
     Differences from the paper: a layer keeps a given number of weights, exactly,
     where the paper has two thresholds (0.9 and 1.1 times the mean plus c standard
-    deviations of |w| at the start in the released code, of kernel and bias each; here
-    biases are left dense) and takes what they leave:
+    deviations of |w| at the start in the released code, of kernel and bias together, of
+    which both are pruned; here biases stay dense) and takes what they leave:
     for those ``regrow(density=1.0, prune=prune.below_spread(c),
     grow=grow.above_spread(c), hidden=True, prune_rate=0.0, update_period=1, ...)``.
     The coin is the same in all runs. Where a budget falls the smallest go without
