@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refuses
 
 import sparse_optax
 from sparse_optax import regrowth
@@ -82,6 +83,25 @@ def test_the_budget_of_a_run(kind, wanted):
     plan = methods.METHODS["static"].build(made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == wanted
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, entry in methods.METHODS.items() if entry.pooled]
+)
+def test_a_budget_that_a_method_would_not_read_is_refused(method):
+    with refuses("TrainConfig", "budget", "linear", "all layers at once"):
+        config.resolve(config.TrainConfig(method=method, budget="linear"))
+    run = config.resolve(config.TrainConfig(method=method))
+    assert config.resolve(run) == run
+
+
+def test_thin_is_a_model_of_its_density():
+    run = config.resolve(config.TrainConfig(method="thin", density=0.02))
+    assert run.model == "thin-lenet-0.02"
+    with refuses("TrainConfig", "model", "vgg16-c", "lenet-300-100"):
+        config.resolve(config.TrainConfig(method="thin", model="vgg16-c"))
+    with refuses("TrainConfig", "density", "0.07", "0.01, 0.02"):
+        config.resolve(config.TrainConfig(method="thin", density=0.07))
 
 
 def test_top_kast_takes_the_budget_of_a_run():

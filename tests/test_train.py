@@ -544,6 +544,11 @@ def test_dead_units_are_constant_or_unheard():
             wasted += int(before[i] or after[j])
     float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), (params, images))
     assert units.dead_units(*float32) == (counts, removed, wasted)
+    # Ten is after nine.
+    other = {"fc1": "fc8", "fc2": "fc9", "fc3": "fc10"}
+    renamed = {other[name]: layer for name, layer in float32[0].items()}
+    found = units.dead_units(renamed, float32[1])
+    assert found.dead == {other[name]: n for name, n in counts.items()}
     # A weight in the mask is kept, though it is zero.
     kernels = {name: layer["kernel"] for name, layer in params.items()}
     masks = {name: {"kernel": np.ones(k.shape, bool)} for name, k in kernels.items()}

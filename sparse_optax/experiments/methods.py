@@ -13,7 +13,7 @@ import optax
 
 import sparse_optax
 from sparse_optax import budgets, regrowth
-from sparse_optax.experiments import plans
+from sparse_optax.experiments import plans, units
 from sparse_optax.experiments.plans import DECAYS as DECAYS
 from sparse_optax.experiments.plans import Params, Plan, Setup
 from sparse_optax.experiments.plans import learning_rate as learning_rate
@@ -147,7 +147,8 @@ def layerwise_obs(setup: Setup) -> Plan:
     """Layer-wise OBS of a trained network of dense layers, then training."""
     images, _ = setup.batch(5 * SCORED)
     inputs = images.reshape(len(images), -1)
-    names = sorted(name for name in setup.params if "kernel" in setup.params[name])
+    named = (name for name in setup.params if "kernel" in setup.params[name])
+    names = units.numbered(named)
     kernels = {name: setup.params[name]["kernel"] for name in names}
     counts = budgets.resolve(plans.budget(setup), kernels)
     hole: Any = optax.MaskedNode()

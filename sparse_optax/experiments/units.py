@@ -1,6 +1,7 @@
 """Hidden units that do nothing, and the weights that are spent on them."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,28 @@ class DeadUnits(NamedTuple):
     wasted: int
 
 
+def numbered(names: Iterable[str]) -> list[str]:
+    """Names of layers as they are numbered: fc10 comes after fc2.
+
+    Args:
+      names: the names.
+
+    Returns:
+      The names, sorted.
+
+    Examples:
+      >>> from sparse_optax.experiments import units
+      >>> units.numbered(["fc10", "fc2", "fc1"])
+      ['fc1', 'fc2', 'fc10']
+    """
+
+    def parts(name):
+        stem = name.rstrip("0123456789")
+        return stem, int(name[len(stem) :] or 0)
+
+    return sorted(names, key=parts)
+
+
 def dead_units(params: Any, images: Any, masks: Any = None) -> DeadUnits | None:
     """Counts the hidden units of a chain of dense layers that carry no information.
 
@@ -29,7 +52,7 @@ def dead_units(params: Any, images: Any, masks: Any = None) -> DeadUnits | None:
     bias gives, or where none of its outgoing weights is kept.
 
     Args:
-      params: ``{layer: {"kernel", "bias"}}``, the layers in the order of their names,
+      params: ``{layer: {"kernel", "bias"}}``, the layers in the order of their numbers,
         with rectified linear units between them.
       images: what the first layer sees, shape (n, ...).
       masks: the mask tree, or None where what is not zero is what is kept.
@@ -46,7 +69,7 @@ def dead_units(params: Any, images: Any, masks: Any = None) -> DeadUnits | None:
       >>> units.dead_units({"fc1": first, "fc2": last}, images)
       DeadUnits(dead={'fc1': 2}, removed={'fc1': 1}, wasted=1)
     """
-    names = sorted(params)
+    names = numbered(params)
     layers = [params[name] for name in names]
     if any(set(layer) != {"kernel", "bias"} for layer in layers):
         return None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from sparse_optax import patterns, selection
+from sparse_optax.criteria import one_layer
 from sparse_optax.patterns import Pattern
 
 
@@ -118,20 +118,9 @@ def layerwise_obs(
             f"{caller}: `damping` must be at least 0 and finite; got {damping!r}. "
             "Use 1e-4 times the mean square of the inputs."
         )
-    size = 1
-    if pattern is not None:
-        patterns.check(pattern, kernel.shape, "kernel", caller=caller)
-        size = patterns.unit_size(pattern, kernel.shape)
-        if pattern.m:
-            right = kernel.size // pattern.m * pattern.n
-            if not (keep is None or keep == right):
-                raise ValueError(
-                    f"{caller}: `keep` must be {right}, or left out, with "
-                    f"{pattern.name}; got {keep!r}. Leave it out: the pattern says it."
-                )
-            keep = right
+    keep = one_layer.number(pattern, kernel.shape, keep, caller=caller)
     whole = isinstance(keep, int) and not isinstance(keep, bool)
-    if whole and not 0 <= keep <= kernel.size:
+    if isinstance(keep, int) and whole and not 0 <= keep <= kernel.size:
         raise ValueError(
             f"{caller}: `keep` must be in [0, {kernel.size}]; got {keep}. Give the "
             "number of weights to keep, for instance budgets.count(0.05, kernel.size)."
@@ -141,7 +130,7 @@ def layerwise_obs(
             f"{caller}: `keep` must be an integer in [0, {kernel.size}]; got {keep!r}. "
             "Turn a density into a number with budgets.count(density, kernel.size)."
         )
-    mask, new = _prune(kernel, inputs, keep // size, damping, pattern)
+    mask, new = _prune(kernel, inputs, keep, damping, pattern)
     if not isinstance(new, Tracer) and not bool(jnp.isfinite(new).all()):
         raise ValueError(
             f"{caller}: with `damping`={damping!r} H is not positive definite to the "
@@ -162,15 +151,7 @@ def _prune(kernel, inputs, keep, damping, pattern):
     factor = jax.scipy.linalg.cho_factor(hessian)
     spread = jnp.diagonal(jax.scipy.linalg.cho_solve(factor, identity))
     loss = jnp.square(weights) / (2 * spread[:, None])
-    if pattern is None:
-        mask = selection.top_k_mask(loss, keep)
-    else:
-        units = patterns.view(pattern, loss)
-        if pattern.m:
-            chosen = selection.top_of_rows((units,), pattern.n)
-        else:
-            chosen = selection.top_k_mask(units, keep)
-        mask = patterns.spread(pattern, chosen, kernel.shape)
+    mask = one_layer.highest(pattern, loss, keep)
 
     def mend(column):
         stays, w = column

@@ -174,11 +174,11 @@ def _check_given(density, kept, params, plan, pattern, still, caller) -> None:
     """
     if any(isinstance(m, (Tracer, jax.ShapeDtypeStruct)) for m in kept):
         return
-    held = pattern is not None and (still or not pattern.m)
+    held = pattern if pattern is not None and (still or not pattern.m) else None
     for mask, name, axis in zip(kept, plan.names, plan.axes, strict=True):
-        if held and not patterns.follows(pattern, mask, axis):
+        if held is not None and not patterns.follows(held, mask, axis):
             raise ValueError(
-                f"{caller}: in `masks`, {name!r} does not follow {pattern.name}; units "
+                f"{caller}: in `masks`, {name!r} does not follow {held.name}; units "
                 "must be whole or empty. Make the masks with this pattern."
             )
     if density is None or (pattern is not None and pattern.m):

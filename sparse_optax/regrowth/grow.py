@@ -9,7 +9,6 @@ import numpy as np
 
 from sparse_optax import masks, selection
 from sparse_optax.regrowth import allocate, units
-from sparse_optax.regrowth.prune import check_spread, thresholds
 from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
@@ -23,6 +22,7 @@ from sparse_optax.regrowth.rules import (
     split_layers,
     stateless,
 )
+from sparse_optax.regrowth.spread import check_spread, thresholds
 
 _TOP = np.uint32(1 << 31)
 

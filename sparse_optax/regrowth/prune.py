@@ -26,6 +26,7 @@ from sparse_optax.regrowth.rules import (
     stateless,
     tally_layers,
 )
+from sparse_optax.regrowth.spread import check_spread, thresholds
 
 # A threshold that left these bounds could neither be doubled nor halved back.
 LOWEST, HIGHEST = 2.0**-120, 2.0**120
@@ -346,36 +347,6 @@ def below_spread(
     return _below_spread(c, factor, gamma, power)
 
 
-def check_spread(caller: str, c: Any, factor: Any, gamma: Any, power: Any) -> None:
-    """Raises where a number of ``below_spread`` or ``above_spread`` is out of range.
-
-    Args:
-      caller: The name that the error starts with.
-      c: Any finite number.
-      factor: At least 0.
-      gamma: At least 0.
-      power: At least 0.
-
-    Raises:
-      ValueError: For the first that does not fit.
-
-    Examples:
-      >>> from sparse_optax import regrowth
-      >>> regrowth.prune.check_spread("doc", 0.0, 0.9, 0.0, 1.0)
-    """
-    given = {"c": c, "factor": factor, "gamma": gamma, "power": power}
-    for name, value in given.items():
-        least = -math.inf if name == "c" else 0.0
-        if not isinstance(value, numbers.Real) or not (
-            least <= value and abs(value) < math.inf
-        ):
-            allowed = "finite" if name == "c" else "at least 0 and finite"
-            raise ValueError(
-                f"{caller}: `{name}` must be a number, {allowed}; got {value!r}. Use "
-                "c=1.0 and leave out the others, for instance."
-            )
-
-
 @functools.lru_cache
 def _below_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
     def apply(evidence: Evidence, state: Any) -> tuple[tuple[jax.Array, ...], Any]:
@@ -385,34 +356,6 @@ def _below_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
         return tuple(stay), state
 
     return Rule(lambda params, _: PerWeight(thresholds(params, c, factor)), apply)
-
-
-def thresholds(
-    params: tuple[jax.Array, ...], c: float, factor: float
-) -> tuple[jax.Array, ...]:
-    """Factor * max(mean + c * standard deviation, 0) of the |w| that are not zero.
-
-    Args:
-      params: Weights, one array a leaf.
-      c: Standard deviations above the mean.
-      factor: A number.
-
-    Returns:
-      float32 scalars.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> float(regrowth.prune.thresholds((jnp.array([3.0, 0.0, -1.0]),), 1.0, 0.5)[0])
-      1.5
-    """
-    found = []
-    for w in params:
-        size, there = jnp.abs(w.astype(jnp.float32)), w != 0
-        mean = jnp.mean(size, where=there)
-        spread = jnp.std(size, where=there)
-        found.append(factor * jnp.maximum(jnp.nan_to_num(mean + c * spread), 0.0))
-    return tuple(found)
 
 
 #: Removes active weights that are exactly zero, in each layer at most as many as it has
