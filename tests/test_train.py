@@ -591,3 +591,24 @@ def test_every_method_trains_at_its_exact_count(method):
     )
     assert nonzero <= kept
     assert results["test_error"] < WORST.get(method, 12.0)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        dict(prune="global_magnitude"),
+        dict(grow="global_momentum"),
+        dict(prune="global_magnitude", grow="global_momentum"),
+    ],
+    ids=lambda rules: "-".join(rules),
+)
+def test_rules_of_one_pool_train_at_their_exact_count(rules):
+    """Sparse momentum where the network as a whole loses and gets weights."""
+    run = configs.TrainConfig(density=0.1, epochs=20, drop_epochs=(14,), **rules)
+    trained = train.train(run, runs=None)
+    results = trained.record.results
+    assert results["kept"] == 5_020
+    assert results["test_error"] < 12.0
+    counts = [layer["kept"] for layer in trained.record.layers if layer["kept"]]
+    uniform = [1920, 3000, 100]
+    assert counts != uniform  # weights went to other layers

@@ -111,7 +111,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Pattern:
       axis: the contraction axis; 1 in equinox.
 
     Returns:
-      A pattern. The density is n / m in every layer.
+      A pattern. The density is n / m in every layer, in the end where it falls.
 
     Raises:
       ValueError: if n or m is out of its range.
