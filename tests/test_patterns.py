@@ -740,6 +740,31 @@ def test_gradual_pruning_of_groups_takes_the_smallest_of_each():
         assert not np.any(np.asarray(params["w"])[~wanted])
 
 
+def test_surgery_thins_groups_out_along_its_budget():
+    """Shown are the largest hidden weights of a group, as many as the budget says."""
+    ramp = {t: 1.0 for t in range(3)} | {3: 0.8, 4: 0.6}
+    tx = sparse_optax.network_surgery(
+        optax.sgd(0.3),
+        density=0.5,
+        pattern=N_M,
+        budget=lambda t: jnp.select(
+            [t == n for n in ramp], [jnp.float32(d) for d in ramp.values()], 0.5
+        ),
+        ratio=1.0,
+        gamma=0.0,
+    )
+    params = {"w": normal(DENSE)}
+    dense, state, step = np.asarray(params["w"]), tx.init(params), stepper(tx)
+    for t in range(7):
+        number = {3: 3, 4: 2}.get(t, 4 if t < 3 else 2)  # 2 + floor(x 2)
+        shown = top_n_of_m(dense, number, (4, 1))
+        grads = {"w": normal(DENSE, 50 + t)}
+        params, state = step(params, state, grads)
+        np.testing.assert_array_equal(kept(state)[0], shown)
+        dense = dense - np.float32(0.3) * np.asarray(grads["w"])
+        np.testing.assert_allclose(params["w"], np.where(shown, dense, 0), atol=1e-5)
+
+
 def test_granet_exchanges_within_groups():
     """At the end of pruning, regrowth keeps every group's number and moves weights."""
     tx = sparse_optax.granet(
