@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparse_optax import scored_masks
 from sparse_optax.criteria import batches as over
@@ -91,9 +92,11 @@ def snip_masks(
         def of(chosen):
             value = loss(parts.rebuild(chosen), batch)
             over.check_scalar(value, caller=caller)
-            return value * (over.length(batch) or 1)
+            return value
 
-        return jax.grad(of)(chosen)
+        # A batch counts by its examples; widened first, for float16 ends at 65,504.
+        examples = jnp.float32(over.length(batch) or 1)
+        return [g * examples for g in jax.grad(of)(chosen)]
 
     # The sum ranks as the mean does.
     sums, _ = over.total(gradient, parts.chosen, batches, caller=caller)
