@@ -1,8 +1,7 @@
 """What criteria of pruning share, each of them a score for every weight.
 
 Statistics of a loss over batches, its curvature, the highest scores of one layer,
-pruning in rounds. The criteria
-themselves are in ``methods``.
+pruning in rounds. The criteria themselves are in ``methods``.
 """
 
 from sparse_optax.criteria import batches as batches

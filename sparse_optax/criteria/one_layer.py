@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from sparse_optax import patterns, selection
+from sparse_optax import patterns, scored_masks
+from sparse_optax.leaves import Layout
 from sparse_optax.patterns import Pattern
 
 
@@ -68,12 +69,11 @@ def highest(pattern: Pattern | None, scores: jax.Array, keep: Any) -> jax.Array:
       >>> one_layer.highest(patterns.blocks(2, 1), scores, 3).tolist()
       [[True, False], [True, False]]
     """
-    if pattern is None:
-        return selection.top_k_mask(scores, keep)
-    units = patterns.view(pattern, scores)
-    if pattern.m:
-        chosen = selection.top_of_rows((units,), pattern.n)
-    else:
+    limit: Any = [keep]
+    if pattern is not None:
         size = patterns.unit_size(pattern, scores.shape)
-        chosen = selection.top_k_mask(units, keep // size)
-    return patterns.spread(pattern, chosen, scores.shape)
+        limit = pattern.n if pattern.m else [keep // size]
+    # A tree of one leaf.
+    tree, plan = jax.tree.structure(0), Layout((0,), ("kernel",), (None,))
+    wanted = scored_masks.Ranking(tree, 1, plan, [scores], limit, None, pattern)
+    return scored_masks.highest(wanted, [(scores,)])

@@ -45,11 +45,6 @@ def dense(setup: Setup) -> Plan:
     return Plan(plans.inner(setup))
 
 
-def thin(setup: Setup) -> Plan:
-    """A smaller dense network, of as many weights as the sparse ones keep."""
-    return dense(setup)
-
-
 def gsm(setup: Setup) -> Plan:
     """GSM, then a cut to the largest weights by magnitude over the whole network."""
     config, settle = setup.config, setup.config.settle_epoch
@@ -381,7 +376,7 @@ METHODS: dict[str, Method] = {
     "deep_rewiring": Method(deep_rewiring),
     "ham": Method(ham),
     "static": Method(static),
-    "thin": Method(thin),
+    "thin": Method(dense),  # of a smaller model, which the run's values name
     "snip": Method(snip, pooled=True),
     "synflow": Method(synflow, pooled=True),
     "ticket": Method(ticket),

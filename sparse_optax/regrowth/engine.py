@@ -213,6 +213,7 @@ def regrow(
         regrown,
     )
     inner_tx = optax.with_extra_args_support(inner or optax.identity())
+    moving = budget is not None
     given = (prune, redistribute, grow)
     needs = {name for rule in given for name in rule.needs}
     rate_at = rate_schedule(prune_rate, update_stop)
@@ -233,7 +234,6 @@ def regrow(
             caller=caller,
         )
         sparse = tuple(flat[i] for i in plan.index)
-        moving = budget is not None
         rules = rules_under(pattern, given, sparse, plan, moving, caller=caller)
         inner_state = inner_tx.init(params)
         refuse_multi_steps(inner_state, caller)
@@ -330,7 +330,6 @@ def regrow(
         due = schedules.is_due(state.count, update_period, update_start, update_stop)
         after = no_cycle(operands)
         if not schedules.never_due(update_period, update_start, update_stop):
-            moving = goal is not None
             rules = rules_under(pattern, given, weights, plan, moving, caller=caller)
             stays = hidden or regrown == "value"
             how = How(plan, rules, inner is None, stays, pattern)
