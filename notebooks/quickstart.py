@@ -18,9 +18,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-optax/sparse_optax/blob/main/notebooks/quickstart.ipynb)
 #
-# We train LeNet-300-100 on the handwritten digits that come with scikit-learn, three
-# times: dense; from scratch with 5% of the weights, by **sparse momentum**; and from a
-# trained network down to 5%, by **GSM**. Two CPU cores are enough.
+# We train LeNet-300-100 on the handwritten digits that come with scikit-learn. We do so
+# three times: with all weights; with 5% of the weights from scratch (**sparse
+# momentum**); and from a trained network down to 5% of the weights (**GSM**). Two CPU
+# cores are enough.
 
 # %%
 import importlib.util
@@ -50,10 +51,10 @@ from sparse_optax.experiments.train import train
 # %% [markdown]
 # ## One line in the optimizer
 #
-# Here is the whole of it: a network, a loss, and a train step that knows nothing of
-# sparsity. `sparse_momentum_regrow` wraps the optimizer. Once an epoch it removes the
-# smallest of the weights, and grows as many where the momentum of the missing ones is
-# largest. Their number never changes.
+# The next cell is the complete program: a network, a loss, and the usual train step.
+# `sparse_momentum_regrow` wraps the optimizer. Once per epoch it removes the smallest
+# weights. It then grows as many of the missing weights, those with the largest
+# momentum. The number of weights never changes.
 
 # %%
 digits = data.load("digits")
@@ -102,7 +103,7 @@ print(f"weights kept: {sparse_optax.masks.count(masks):,}")
 assert sparse_optax.masks.count(masks) == sparse_optax.masks.count(first_masks)
 
 # %% [markdown]
-# Every weight outside the mask is exactly zero, without a second call:
+# Every weight outside the mask is exactly zero. No second function call is needed:
 
 # %%
 for layer in params:
@@ -111,8 +112,9 @@ for layer in params:
     print(f"{layer}: {int(mask.sum()):6,} of {mask.size:6,} weights kept")
 
 # %% [markdown]
-# It began with the same share of every layer, in random places. Counted per pixel, more
-# weights of the first layer are now where the ink is, in the middle columns:
+# At the start, each layer has the same share of weights, at random positions. The next
+# figure counts the weights of the first layer for each pixel. After training, more of
+# them are in the middle columns, where the digits are drawn:
 
 # %%
 per_pixel = {
@@ -130,10 +132,10 @@ plt.show()
 # %% [markdown]
 # ## Dense, sparse momentum, GSM
 #
-# The same with the train loop of the experiments, an epoch in one jitted call. GSM
-# starts from a trained network. Of each gradient it lets pass only the 5% with the
-# largest |gradient x weight|; the other weights decay towards zero, so that in the end
-# they can be cut without training again.
+# We now use the train loop of the experiments, which runs an epoch in one jitted call.
+# GSM starts from a trained network. At each step, only the gradients of the 5% of
+# weights with the largest |gradient x weight| pass. The other weights decay towards
+# zero. In the end they can be cut without further training.
 
 # %%
 runs = {
@@ -152,8 +154,9 @@ for name, record in runs.items():
     )
 
 # %% [markdown]
-# One of the 360 test images is 0.28%, and they were written by other people than the
-# training images: differences of a few tenths mean nothing here.
+# There are 360 test images, so one image is 0.28%. The test images were written by
+# other people than the training images. Differences of a few tenths of a percent are
+# not significant here.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -163,15 +166,15 @@ plots.layers(right, sparse, colours=plots.COLOURS[1:])
 plt.show()
 
 # %% [markdown]
-# Nobody said how many weights each layer should keep. Both methods leave many in the
-# small last layer, and few in the large ones.
+# The number of weights of each layer was not given. Both methods keep a large share of
+# the small last layer and a small share of the large layers.
 #
 # ## The cut
 #
-# GSM leaves weights that are almost zero; the cut makes them zero. It costs nothing
-# where no more weights are alive than are kept, and little where those that go are
-# small. The share of small weights shows how far decay has come; `gsm_gap` counts those
-# that are alive.
+# After GSM many weights are almost zero. The cut sets them to zero. It costs nothing if
+# no more weights are alive than are kept. It costs little if the weights that are cut
+# are small. The figure shows the share of small weights after each epoch. `gsm_gap`
+# counts the weights that are alive.
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
@@ -185,10 +188,11 @@ print(f"test error before     {results['test_error_before_cut']:.2f}%")
 print(f"test error after      {results['test_error']:.2f}%")
 
 # %% [markdown]
-# ## Where to go from here
+# ## Next steps
 #
 # - `sparse-optax train --dataset mnist --density 0.02` trains on MNIST, with the recipe
 #   of the paper.
-# - `sparse-optax reproduce mnist_lenet300` runs the paper's table and compares.
-# - `help(sparse_optax.sparse_momentum_regrow)` and `help(sparse_optax.gsm_mask)` tell
-#   what every argument does.
+# - `sparse-optax reproduce mnist_lenet300` runs the table of the paper and compares the
+#   results.
+# - `help(sparse_optax.sparse_momentum_regrow)` and `help(sparse_optax.gsm_mask)`
+#   describe every argument.

@@ -1,55 +1,62 @@
 """Sparse training as composable Optax gradient transformations.
 
-From top to bottom, each module uses only those above it:
+Chain one into your optimizer; the train step stays as it is.
 
-- ``wide``: 64-bit counts as pairs of 32-bit integers.
-- ``selection``: the k largest of a tree, exactly, without a sort.
-- ``patterns``: weights that stand and fall together: blocks, channels, N:M.
-- ``leaves``: which leaves take part, and what they are called.
-- ``budgets``: how many weights each leaf may keep.
-- ``mask_trees``, ``scored_masks``, ``masks``, ``control_masks``, ``state``: masks as
-  data, of the highest scores, making and counting them, random ones to compare with,
-  and the masks in an optimizer state.
-- ``sparse_models``, ``sparse_files``: a finished model by name, and its compact file.
-- ``clipping``, ``regularizers``, ``following``: by the norm of active weights; L1
-  decay; a step of its own after that of an optimizer.
-- ``schedules``: prune rates, density ramps, when to act.
-- ``gating``, ``gsm``, ``gsm_analysis``: which weights pass, ``gsm_mask``, the
-  ready-made optimizer around it, and whether a run can reach, and did reach, its goal.
-- ``regrowth``: the engine, prune -> redistribute -> grow, and its rules.
-- ``criteria``: what scores of a loss share: batches, curvature, rounds.
-- ``methods``: one short file per paper, each a composition of rules.
-- ``report``: what a run did, layer by layer: records, a dict for loggers, a table.
-- ``experiments`` (extra ``[experiments]``): models, data, training, tables.
+**From a trained network, by the gradient:**
+``gsm_mask``, ``gsm`` (with ``gsm_gap`` and ``gsm_log_decay``, which say whether a
+run can reach its goal, and whether it did).
+
+**From scratch, at constant sparsity:**
+``sparse_momentum_regrow``, ``rigl``, ``sparse_evolutionary`` (SET),
+``dynamic_sparse`` (DSR), ``deep_rewiring`` (DEEP-R),
+``in_time_over_parameterization`` (ITOP), ``top_kast``.
+
+**From dense to sparse while training:**
+``gradual_magnitude``, ``iterative_magnitude``, ``one_shot_magnitude``, ``granet``,
+``ac_dc``, ``network_surgery`` (DNS), ``straight_through_magnitude``.
+
+**Masks that stay, from one look at the network:**
+``static_sparse`` trains under given or random masks: those of ``snip_masks``,
+``synflow_masks``, ``fisher_masks``, ``optimal_brain_damage_masks``, of
+``masks.magnitude_masks``, or of another run. ``layerwise_obs`` prunes one layer.
+
+**Beside the method, in the optimizer:**
+``ham``, ``add_l1_decay``, ``clip_by_active_norm``.
+
+**Masks and states:**
+``eligible`` (what is made sparse), ``sparsify``, ``get_masks``, ``set_masks``,
+``shuffle_masks``, ``random_masks_like``, ``save_sparse``, ``load_sparse``.
+
+**Modules:**
+``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
+units, N:M), ``schedules``, ``regrowth`` (the engine and its rules: ``regrow``),
+``selection`` (the k largest of a tree, exactly), ``export``, ``report``.
 """
 
 from importlib.metadata import version as _version
 
 from sparse_optax import budgets as budgets
-from sparse_optax import control_masks as control_masks
-from sparse_optax import criteria as criteria
-from sparse_optax import leaves as leaves
+from sparse_optax import export as export
 from sparse_optax import masks as masks
-from sparse_optax import methods as methods
 from sparse_optax import patterns as patterns
 from sparse_optax import regrowth as regrowth
 from sparse_optax import report as report
 from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
-from sparse_optax import sparse_files as sparse_files
-from sparse_optax import sparse_models as sparse_models
-from sparse_optax import state as state
-from sparse_optax.clipping import clip_by_active_norm as clip_by_active_norm
-from sparse_optax.control_masks import random_masks_like as random_masks_like
-from sparse_optax.control_masks import shuffle_masks as shuffle_masks
-from sparse_optax.following import FollowState as FollowState
+from sparse_optax.export import load_sparse as load_sparse
+from sparse_optax.export import save_sparse as save_sparse
+from sparse_optax.gsm import GsmGap as GsmGap
 from sparse_optax.gsm import GsmState as GsmState
 from sparse_optax.gsm import gsm as gsm
+from sparse_optax.gsm import gsm_gap as gsm_gap
+from sparse_optax.gsm import gsm_log_decay as gsm_log_decay
 from sparse_optax.gsm import gsm_mask as gsm_mask
-from sparse_optax.gsm_analysis import GsmGap as GsmGap
-from sparse_optax.gsm_analysis import gsm_gap as gsm_gap
-from sparse_optax.gsm_analysis import gsm_log_decay as gsm_log_decay
-from sparse_optax.leaves import eligible as eligible
+from sparse_optax.layers import eligible as eligible
+from sparse_optax.masks import get_masks as get_masks
+from sparse_optax.masks import random_masks_like as random_masks_like
+from sparse_optax.masks import set_masks as set_masks
+from sparse_optax.masks import shuffle_masks as shuffle_masks
+from sparse_optax.masks import sparsify as sparsify
 from sparse_optax.methods import ac_dc as ac_dc
 from sparse_optax.methods import deep_rewiring as deep_rewiring
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
@@ -79,12 +86,67 @@ from sparse_optax.methods import synflow_masks as synflow_masks
 from sparse_optax.methods import top_kast as top_kast
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
-from sparse_optax.regularizers import L1DecayState as L1DecayState
-from sparse_optax.regularizers import add_l1_decay as add_l1_decay
-from sparse_optax.sparse_files import load_sparse as load_sparse
-from sparse_optax.sparse_files import save_sparse as save_sparse
-from sparse_optax.state import get_masks as get_masks
-from sparse_optax.state import set_masks as set_masks
-from sparse_optax.state import sparsify as sparsify
+from sparse_optax.transforms import FollowState as FollowState
+from sparse_optax.transforms import L1DecayState as L1DecayState
+from sparse_optax.transforms import add_l1_decay as add_l1_decay
+from sparse_optax.transforms import clip_by_active_norm as clip_by_active_norm
 
 __version__ = _version("sparse_optax")
+
+# What users import. Rooms that are not in it (layers, checks, methods, transforms,
+# scoring) are for readers: their names may move.
+__all__ = [
+    "FollowState",
+    "GsmGap",
+    "GsmState",
+    "L1DecayState",
+    "RegrowState",
+    "ac_dc",
+    "add_l1_decay",
+    "budgets",
+    "clip_by_active_norm",
+    "deep_rewiring",
+    "dynamic_sparse",
+    "eligible",
+    "export",
+    "fisher_masks",
+    "get_masks",
+    "gradual_magnitude",
+    "granet",
+    "gsm",
+    "gsm_gap",
+    "gsm_log_decay",
+    "gsm_mask",
+    "ham",
+    "in_time_over_parameterization",
+    "iterative_magnitude",
+    "layerwise_obs",
+    "load_sparse",
+    "masks",
+    "network_surgery",
+    "one_shot_magnitude",
+    "optimal_brain_damage_masks",
+    "patterns",
+    "random_masks_like",
+    "regrow",
+    "regrowth",
+    "report",
+    "rigl",
+    "save_sparse",
+    "schedules",
+    "selection",
+    "set_masks",
+    "shuffle_masks",
+    "snip_masks",
+    "sparse_evolutionary",
+    "sparse_momentum_regrow",
+    "sparsify",
+    "static_sparse",
+    "straight_through_magnitude",
+    "synflow_masks",
+    "top_kast",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -23,7 +23,7 @@ import checkpoints
 from helpers import as_users_compile, cpu_devices
 
 import sparse_optax
-from sparse_optax import leaves, masks
+from sparse_optax import layers, masks
 
 SAVED, RESUMED, ON_MESH = 35, 85, 45
 
@@ -177,9 +177,9 @@ def test_regrow_goes_on_at_another_density(method, density, folder):
         kept = sparse_optax.get_masks(run["opt_state"])
         assert masks.count(kept) == total
         for name, mask in zip(
-            leaves.leaf_names(kept), masks.flatten(kept)[0], strict=True
+            layers.leaf_names(kept), masks.flatten(kept)[0], strict=True
         ):
-            if not leaves.is_hole(mask):
+            if not layers.is_hole(mask):
                 layer, leaf = name.split("/")
                 assert not run["params"][layer][leaf][~mask].any(), name
         changed = masks.combine(jnp.logical_xor, before, kept)

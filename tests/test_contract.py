@@ -30,6 +30,7 @@ from contract import (
 from helpers import at_step, network, random_gradients, refuses
 
 import sparse_optax
+from sparse_optax import layers
 
 P = jax.sharding.PartitionSpec
 REPLICATED = P()
@@ -276,7 +277,7 @@ def test_map_params_gives_partition_specs(row):
     flat = jax.tree.leaves(by_state, is_leaf=lambda x: isinstance(x, P))
     found = set()
     for (path, x), spec in zip(jax.tree.leaves_with_path(state), flat, strict=True):
-        layer = sparse_optax.leaves.path_name(path).split("/")[-2:]
+        layer = layers.path_name(path).split("/")[-2:]
         like = params.get(layer[0], {}).get(layer[-1])
         is_weight = like is not None and like.shape == x.shape
         assert spec == (P(*map(str, x.shape)) if is_weight else P())

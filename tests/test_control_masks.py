@@ -9,7 +9,7 @@ from helpers import at_step, kernels, network, random_gradients, refuses, steppe
 
 import sparse_optax
 from sparse_optax import budgets, masks
-from sparse_optax.control_masks import random_masks_like, shuffle_masks
+from sparse_optax.masks import random_masks_like, shuffle_masks
 
 SHAPES = ((12, 9), (9, 7))
 

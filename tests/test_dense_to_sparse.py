@@ -23,6 +23,7 @@ from helpers import (
 
 import sparse_optax
 from sparse_optax import budgets, regrowth, schedules, selection
+from sparse_optax.regrowth import rules
 
 SHAPES = ((6, 5), (5, 4))
 SIZES = (30, 20)
@@ -273,7 +274,7 @@ def surgery_masks(ratio, gamma=0.0, power=1.0, stop=None, ramp=None):
         counts = [int(m.sum()) for m in mask]
         if ramp is not None:
             counts = ramp(t)
-        heads = bool(regrowth.rules.coin(t, gamma, power))
+        heads = bool(rules.coin(t, gamma, power))
         made = []
         for w, m, k in zip(weights, mask, counts, strict=True):
             if heads:
@@ -340,13 +341,13 @@ def test_surgery_has_a_margin_on_both_sides():
 
 def test_the_coin_falls_as_often_as_the_paper_says():
     for gamma, power in ((1e-2, 1.0), (0.1, 0.5)):
-        coin = jax.jit(jax.vmap(lambda t: regrowth.rules.coin(t, gamma, power)))  # noqa: B023
+        coin = jax.jit(jax.vmap(lambda t: rules.coin(t, gamma, power)))  # noqa: B023
         heads = np.asarray(coin(jnp.arange(4000)))
         chance = np.array([oracles.probability(t, gamma, power) for t in range(4000)])
         for part in np.split(np.arange(4000), 4):
             wanted, spread = chance[part].sum(), (chance * (1 - chance))[part].sum()
             assert abs(heads[part].sum() - wanted) < 4 * math.sqrt(spread)
-    assert all(bool(regrowth.rules.coin(t, 0.0, 1.0)) for t in range(9))
+    assert all(bool(rules.coin(t, 0.0, 1.0)) for t in range(9))
 
 
 def test_without_heads_the_mask_stays_and_a_budget_is_still_met():
@@ -393,7 +394,7 @@ def test_surgery_by_the_papers_thresholds(gamma):
     limits = [oracles.surgery_thresholds(w, 0.5) for w in weights]
 
     def new(t, weights, mask):
-        if t == 0 or not regrowth.rules.coin(t, gamma, 1.0):
+        if t == 0 or not rules.coin(t, gamma, 1.0):
             return mask
         columns = zip(weights, mask, limits, strict=True)
         return [oracles.surgery_mask(w, m, *ab) for w, m, ab in columns]

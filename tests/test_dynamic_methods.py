@@ -24,6 +24,8 @@ from helpers import (
 import sparse_optax
 from sparse_optax import regrowth, schedules
 from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.regrowth.grow import _split_counts
+from sparse_optax.transforms.signed_step import signed_step
 
 # --- random networks, and one cycle on them -------------------------------------------
 
@@ -229,9 +231,9 @@ def test_units_get_their_shares():
     momentum[0][:, 0], momentum[0][:, 1] = 3, [1, 0, 2, 1]
     momentum = [m.astype(np.float32) for m in momentum]
     missing = [np.ones((4, 4), bool), rng.random((2, 300)) < 0.5]
-    split = jax.jit(regrowth.units.split_counts, static_argnums=3)
+    split = jax.jit(_split_counts, static_argnums=3)
     one, many = split(
-        (jnp.int32(8), jnp.int32(150)),
+        jnp.array([8, 150]),
         tuple(map(jnp.asarray, momentum)),
         tuple(jnp.asarray(~m) for m in missing),
         (None, None),
@@ -463,7 +465,7 @@ def test_dsr_equals_its_definition():
 def test_the_band_of_the_threshold_is_exact():
     """Ten of twenty are under it: 1.1 * 9 < 10, 0.9 * 11 < 10, 0.9 * 12 > 10."""
     weights, mask = jnp.float32([0.25] * 10 + [1.0] * 10), jnp.ones(20, bool)
-    evidence = regrowth.Evidence((weights,), (mask,), active=(jnp.int32(20),))
+    evidence = regrowth.Evidence((weights,), (mask,), active=jnp.array([20]))
     for number, factor in ((1, 0.5), (9, 0.5), (10, 1), (11, 1), (12, 2)):
         rule = prune.adaptive_threshold(0.5, number=number)
         (stay,), threshold = rule.apply(evidence, rule.init((), ()))
@@ -551,7 +553,7 @@ def test_the_explored_share_is_what_was_ever_active():
             come = n & ~m  # at random, and nothing twice while there is more
             assert not (come & e).any() or (e | come).all()
         ever = [e | n for e, n in zip(ever, step.new, strict=True)]
-        explored = sparse_optax.state.get_explored(step.state)
+        explored = sparse_optax.masks.get_explored(step.state)
         same(jax.tree.leaves(explored), ever)
         shares.append(sparse_optax.masks.density(explored))
     assert shares[0] == 33 / 84  # floor(0.4 * 54) + floor(0.4 * 30)
@@ -576,7 +578,7 @@ def test_masks_set_from_outside_are_explored():
     )
     for _ in range(2):
         _, state = jax.jit(tx.update)(params, state, params)
-    explored = sparse_optax.state.get_explored(state)["w"]
+    explored = sparse_optax.masks.get_explored(state)["w"]
     assert explored.tolist() == [[True] * 4, [False] * 4, [True] * 4]
 
 
@@ -584,7 +586,7 @@ def test_unexplored_wants_a_rule_that_keeps_to_its_counts():
     with refuses("unexplored", "rule", "Rule", "counts"):
         grow.unexplored(grow.global_momentum)
     with refuses("get_explored", "opt_state"):
-        sparse_optax.state.get_explored(())
+        sparse_optax.masks.get_explored(())
 
 
 # --- GraNet ---------------------------------------------------------------------------
@@ -727,7 +729,7 @@ def test_the_method_has_the_noise_of_its_temperature(temperature):
 
 def test_the_noise_has_its_temperature():
     params = {"w": jnp.full((40, 50), 9.0)}
-    tx = regrowth.signed.signed_step(0.5, l1=0.0, temperature=0.04, key=0)
+    tx = signed_step(0.5, l1=0.0, temperature=0.04, key=0)
     still = jax.tree.map(jnp.zeros_like, params)
     exist = jax.tree.map(lambda x: x > 0, params)
     state, seen = tx.init(params), []
@@ -745,7 +747,7 @@ def test_signs_are_random_where_nothing_tells_them():
     zero, one = jnp.zeros(400), jnp.ones(400)
     params = {"missing": zero, "zero": zero, "negative": -one}
     exist = {"missing": zero > 0, "zero": zero == 0, "negative": zero == 0}
-    tx = regrowth.signed.signed_step(0.1, l1=0.0, temperature=0.0, key=0)
+    tx = signed_step(0.1, l1=0.0, temperature=0.0, key=0)
     _, state = tx.update(params, tx.init(params), params, regrow_masks=exist)
     positive = jax.tree.map(lambda s: int(s.sum()), state.positive)
     assert 160 < positive["missing"] < 240
@@ -769,7 +771,7 @@ def test_global_reactivation_is_uniform_over_the_network():
     stay = jnp.zeros(64, bool), (jnp.arange(40) < 20) & (jnp.arange(40) >= 4)
 
     def masks_of(key):
-        counts = jnp.int32(4), jnp.int32(4)
+        counts = jnp.array([4, 4])
         evidence = regrowth.Evidence(
             stay, stay, key=key, before=before, counts=counts, names=("a", "b")
         )
@@ -803,7 +805,7 @@ def test_wrong_arguments_of_deep_rewiring(argument, value, allowed):
 
 
 def test_a_signed_step_stands_inside_regrow():
-    tx = regrowth.signed.signed_step(0.1, l1=0.0, temperature=0.0, key=0)
+    tx = signed_step(0.1, l1=0.0, temperature=0.0, key=0)
     params = {"w": jnp.ones((2, 2))}
     with refuses("signed_step", "regrow_masks"):
         tx.update(params, tx.init(params), params)

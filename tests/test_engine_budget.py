@@ -20,8 +20,10 @@ from helpers import (
 )
 
 import sparse_optax
-from sparse_optax import budgets, leaves, regrowth, schedules
-from sparse_optax.regrowth.goals import targets
+from sparse_optax import budgets, regrowth, schedules
+from sparse_optax.layers import layers_of
+from sparse_optax.regrowth import allocate
+from sparse_optax.regrowth.targets import goal_at
 
 SHAPES = ((6, 5), (5, 4))
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -113,8 +115,8 @@ def test_counts_of_each_layer_follow_the_schedule(density):
 
 def test_both_ends_are_exact_at_every_density():
     """A compiled quotient of floats misses dense by one weight at one in nine."""
-    plan = leaves.Layout((0,), ("w",), (None,))
     params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
+    layers = layers_of(params)
     sizes = jnp.array([10**6])
     for k in range(1, 200, 13):
         d = k / 200
@@ -123,11 +125,9 @@ def test_both_ends_are_exact_at_every_density():
         @jax.vmap
         def counts(now):
             budget = lambda step: now  # noqa: E731
-            goal = targets(budget, d, 0, params, plan, caller="doc")  # noqa: B023
+            goal = goal_at(budget, d, 0, layers, params)  # noqa: B023
             final = jnp.asarray(goal.final)
-            return regrowth.allocate.target_counts(
-                goal.excess, goal.whole, final, sizes
-            )[0]
+            return allocate.target_counts(goal.excess, goal.whole, final, sizes)[0]
 
         dense, end, middle = counts(jnp.float32([1.0, d, (1 + d) / 2])).tolist()
         assert (dense, end) == (10**6, 5000 * k)
@@ -137,17 +137,10 @@ def test_both_ends_are_exact_at_every_density():
 @pytest.mark.parametrize("size", [10, 99, 10**8 + 9, 10**9 + 9])
 def test_a_schedule_may_end_at_the_density_that_a_budget_was_made_of(size):
     """0.1 as a float32 is more than the rounded down total over the size."""
-    plan = leaves.Layout((0,), ("w",), (None,))
     params = {"w": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    layers = layers_of(params, {"w": True})
     for density in (budgets.uniform(0.1), {"w": max(size // 10, 1)}):
-        goal = targets(
-            lambda step: jnp.float32(0.1),
-            density,
-            0,
-            params,
-            plan,
-            caller="doc",
-        )
+        goal = goal_at(lambda step: jnp.float32(0.1), density, 0, layers, params)
         assert int(goal.excess) == 0
 
 

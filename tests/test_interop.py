@@ -16,8 +16,8 @@ import oracles
 import pytest
 
 import sparse_optax
-from sparse_optax import leaves, masks
-from sparse_optax.leaves import is_hole
+from sparse_optax import layers, masks
+from sparse_optax.layers import is_hole
 
 pytest.importorskip("flax")
 pytest.importorskip("equinox")
@@ -312,7 +312,7 @@ def stacked(library, task):
 def by_name(tree):
     """``{name: array}`` of a tree, without its holes."""
     flat = jax.tree.leaves(tree, is_leaf=is_hole)
-    pairs = zip(leaves.leaf_names(tree), flat, strict=True)
+    pairs = zip(layers.leaf_names(tree), flat, strict=True)
     return {name: np.asarray(x) for name, x in pairs if not is_hole(x)}
 
 

@@ -13,14 +13,14 @@ import pytest
 from helpers import kernels, network
 
 import sparse_optax
-from sparse_optax import leaves, masks, sparse_momentum_regrow
+from sparse_optax import layers, masks, sparse_momentum_regrow
 
 SHAPES = ((12, 9), (9, 7))
 
 
 def _names(tree):
     """Names of the leaves that are True."""
-    return {leaves.path_name(path) for path, x in jax.tree.leaves_with_path(tree) if x}
+    return {layers.path_name(path) for path, x in jax.tree.leaves_with_path(tree) if x}
 
 
 # --- names and eligibility ------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_attention_biases_and_scanned_scales_stay_dense():
     params = _transformer_params()
     chosen = _names(sparse_optax.eligible(params))
     dims = {
-        leaves.path_name(path): x.ndim for path, x in jax.tree.leaves_with_path(params)
+        layers.path_name(path): x.ndim for path, x in jax.tree.leaves_with_path(params)
     }
     dense = set(dims) - chosen
     assert max(dims[n] for n in dense) >= 3, "the example must hold the hard case"
@@ -79,15 +79,15 @@ def test_nnx_attention_biases_stay_dense():
 def test_nnx_names_are_those_of_plain_arrays():
     """`nnx` hands variables to init and arrays to update: one name for both."""
     params = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
-    paths = [leaves.path_name(p) for p, _ in jax.tree.leaves_with_path(params)]
+    paths = [layers.path_name(p) for p, _ in jax.tree.leaves_with_path(params)]
     pure = nnx.to_pure_dict(params)
-    assert paths == [leaves.path_name(p) for p, _ in jax.tree.leaves_with_path(pure)]
+    assert paths == [layers.path_name(p) for p, _ in jax.tree.leaves_with_path(pure)]
     assert sorted(paths) == ["bias", "kernel"]
 
 
 def test_names_of_all_containers():
     tree = {"a": [1, (2, {"value": 3})], "value": 4}
-    names = [leaves.path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
+    names = [layers.path_name(p) for p, _ in jax.tree.leaves_with_path(tree)]
     assert names == ["a/0", "a/1/0", "a/1/1", "value"]
 
 
@@ -349,7 +349,5 @@ def test_random_masks_keep_what_they_are_told_to(density):
 
 def test_random_masks_refuse_masks_of_other_parameters():
     kept = masks.random_masks(0, {"w": jnp.zeros((4, 5))}, 0.5)
-    with pytest.raises(ValueError, match="resize_me"):
-        masks.random_masks(
-            0, {"w": jnp.zeros((5, 4))}, 0.5, keep=kept, caller="resize_me"
-        )
+    with pytest.raises(ValueError, match=r"^random_masks: the mask of 'w' has shape"):
+        masks.random_masks(0, {"w": jnp.zeros((5, 4))}, 0.5, keep=kept)

@@ -17,8 +17,9 @@ import pytest
 from helpers import refuses
 
 import sparse_optax
-from sparse_optax import budgets, masks, scored_masks
-from sparse_optax.criteria import rounds as rounds_of
+from sparse_optax import budgets, masks
+from sparse_optax.masks import make
+from sparse_optax.scoring import rounds as rounds_of
 
 RNG = np.random.default_rng(7)
 WEIGHTS = {
@@ -263,10 +264,9 @@ def linear(params, x):
 def test_counts_of_rounds_are_exact():
     """A quotient of floats to a power would give 255 in the second round."""
     assert geometric(1024, 1, 10) == [2**n for n in range(9, -1, -1)]
-    wanted = scored_masks.ranking({"w": jnp.zeros((32, 32))}, 1 / 1024)
-    like = [jnp.zeros((32, 32))]
+    wanted = make.ranking({"w": jnp.zeros((32, 32))}, 1 / 1024)
     for r, right in enumerate(geometric(1024, 1, 10), 1):
-        assert rounds_of.on_the_way(wanted, like, Fraction(r, 10)).limit == right
+        assert rounds_of.on_the_way(wanted, Fraction(r, 10)).limit == right
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])

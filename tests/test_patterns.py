@@ -54,7 +54,7 @@ def holds(pattern, mask, sizes=None):
         sum(bool(mask[at]) for at in unit)
         for unit in places(mask.shape, sizes or units_of(pattern.name, mask.shape))
     ]
-    if pattern.m:
+    if pattern.density:
         return all(n == pattern.n for n in counts)
     size = mask.size // len(counts)
     return all(n in (0, size) for n in counts)
@@ -112,21 +112,21 @@ CASES = [
 @pytest.mark.parametrize(("pattern", "shape", "stacked", "sizes"), CASES)
 def test_units_have_their_axes(pattern, shape, stacked, sizes):
     x = normal(shape)
-    units = patterns.view(pattern, x, stacked)
+    units = pattern.view(x, stacked)
     expected = [sum(abs(float(x[at])) for at in u) for u in places(shape, sizes)]
     np.testing.assert_allclose(units.reshape(-1), expected, rtol=1e-5)
-    assert units.shape == patterns.view_shape(pattern, shape, stacked)
-    assert patterns.unit_size(pattern, shape, stacked) == np.prod(sizes)
+    assert units.shape == pattern.view_shape(shape, stacked)
+    assert pattern.unit_size(shape, stacked) == np.prod(sizes)
     chosen = np.random.default_rng(1).random(units.shape) < 0.5
-    spread = np.array(patterns.spread(pattern, jnp.asarray(chosen), shape, stacked))
+    spread = np.array(pattern.spread(jnp.asarray(chosen), shape, stacked))
     for unit, whole in zip(places(shape, sizes), chosen.reshape(-1), strict=True):
         assert {bool(spread[at]) for at in unit} == {bool(whole)}
-    back = patterns.view(pattern, jnp.asarray(spread), stacked)
+    back = pattern.view(jnp.asarray(spread), stacked)
     np.testing.assert_array_equal(back, chosen)
-    assert patterns.follows(pattern, jnp.asarray(spread), stacked)
+    assert pattern.follows(jnp.asarray(spread), stacked)
     if np.prod(sizes) > 1:
         spread[(0,) * len(shape)] ^= True
-        assert not patterns.follows(pattern, jnp.asarray(spread), stacked)
+        assert not pattern.follows(jnp.asarray(spread), stacked)
 
 
 @pytest.mark.parametrize(
@@ -142,30 +142,30 @@ def test_units_have_their_axes(pattern, shape, stacked, sizes):
 )
 def test_groups_run_along_the_contraction_axis(pattern, shape, stacked, sizes):
     x = normal(shape)
-    patterns.check(pattern, shape, "w", stacked, caller="test")
-    rows = patterns.view(pattern, x, stacked)
+    pattern.check(shape, "w", stacked)
+    rows = pattern.view(x, stacked)
     groups = [[float(x[at]) for at in unit] for unit in places(shape, sizes)]
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, groups))
-    assert rows.shape == patterns.view_shape(pattern, shape, stacked)
-    assert patterns.unit_size(pattern, shape, stacked) == 1
+    assert rows.shape == pattern.view_shape(shape, stacked)
+    assert pattern.unit_size(shape, stacked) == 1
     mask = patterns.spread(
         pattern, selection.top_of_rows([jnp.abs(rows)], pattern.n), shape, stacked
     )
     np.testing.assert_array_equal(mask, top_n_of_m(x, pattern.n, sizes))
-    assert patterns.follows(pattern, mask, stacked)
-    assert not patterns.follows(pattern, jnp.ones(shape, bool), stacked)
+    assert pattern.follows(mask, stacked)
+    assert not pattern.follows(jnp.ones(shape, bool), stacked)
     # Numbers of groups come back to their layers.
     number = jnp.sum(rows > 0, axis=1)
     positive = np.asarray(x > 0)
     others = tuple(i for i in range(len(shape)) if i != stacked)
     np.testing.assert_array_equal(
-        patterns.layer_sums(pattern, number, shape, stacked), positive.sum(others)
+        pattern.weights(number, shape, stacked), positive.sum(others)
     )
 
 
 def test_sums_of_half_precision_are_wide():
     x = jnp.full((256, 1), 1.01, jnp.bfloat16)
-    (total,) = patterns.view(OUT, x)[0]
+    (total,) = OUT.view(x)[0]
     assert total.dtype == jnp.float32
     assert float(total) == 256 * float(x[0, 0])
 
@@ -183,7 +183,7 @@ def test_sums_of_half_precision_are_wide():
 )
 def test_leaves_that_cannot_be_cut_are_named(pattern, shape, stacked):
     with refuses("doc", pattern.name, str(shape[0]), "multiple of"):
-        patterns.check(pattern, shape, "body/kernel", stacked, caller="doc")
+        pattern.check(shape, "body/kernel", stacked)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ PATTERNS = [BLOCKS, SLICES, OUT, N_M]
 def engine(pattern, rules="rigl", density="half", **options):
     rules = dict(zip(("prune", "redistribute", "grow"), RULES[rules], strict=True))
     if density == "half":
-        density = None if pattern.m else 0.5
+        density = None if pattern.density else 0.5
     return regrowth.regrow(
         optax.sgd(0.1, momentum=0.9),
         **{
@@ -360,7 +360,7 @@ def test_the_engine_keeps_pattern_and_number(pattern, rules):
     rate = 0.5 if pattern == OUT else 0.3  # of three columns 0.3 is none
     tx, params = engine(pattern, rules, prune_rate=rate), params_of()
     number = sum(m.sum() for m in kept(tx.init(params)))
-    sizes = [patterns.unit_size(pattern, x.shape) for x in params.values()]
+    sizes = [pattern.unit_size(x.shape) for x in params.values()]
     assert number == 24 + 96  # whole units of half of 48 and of 192
     moved = 0
     for t, (w, state, before) in enumerate(run(tx, params)):
@@ -395,7 +395,7 @@ def test_one_cycle_against_its_definition(pattern):
         grads, before, w = {"w": normal(CONV, 10 + t)}, kept(state)[0], params["w"]
         params, state = step(params, state, grads)
     sizes = units_of(pattern.name, CONV)
-    units = list(places(CONV, (1, 1, 1, 1) if pattern.m else sizes))
+    units = list(places(CONV, (1, 1, 1, 1) if pattern.density else sizes))
 
     def total(x, unit):
         return sum(abs(float(x[at])) for at in unit)
@@ -406,7 +406,7 @@ def test_one_cycle_against_its_definition(pattern):
     missing = [u for u in units if u not in stay]
     missing.sort(key=lambda u: -total(grads["w"], u))
     right = np.zeros(CONV, bool)
-    if pattern.m:
+    if pattern.density:
         for group in places(CONV, sizes):
             lost = sum(u[0] in group for u in gone)
             stay += [u for u in missing if u[0] in group][:lost]
@@ -427,7 +427,7 @@ def test_gradual_with_whole_units(pattern):
     whole = sum(x.size for x in params.values())
     assert counts[0] == counts[1] == whole
     assert counts[1] > counts[2] >= counts[4] == counts[5]
-    sizes = [patterns.unit_size(pattern, x.shape) for x in params.values()]
+    sizes = [pattern.unit_size(x.shape) for x in params.values()]
     right = [x.size // 4 // n * n for n, x in zip(sizes, params.values(), strict=True)]
     assert counts[5] == sum(right)
 
@@ -441,7 +441,7 @@ def test_hidden_weights_begin_with_the_largest_units(pattern):
         sizes = units_of(pattern.name, x.shape)
         right = (
             top_n_of_m(x, 2, sizes)
-            if pattern.m
+            if pattern.density
             else top_units([np.asarray(x)], [sizes], x.size // 2)[0]
         )
         np.testing.assert_array_equal(mask, right)
@@ -454,12 +454,12 @@ def test_hidden_weights_begin_with_the_largest_units(pattern):
 def test_stacked_layers_each_keep_their_number(pattern):
     tx = engine(pattern, stacked={"w": 0}, packed=True)
     params = {"w": normal((3, *DENSE))}
-    sizes = (1, 4, 1) if pattern.m else (1, 2, 2)
+    sizes = (1, 4, 1) if pattern.density else (1, 2, 2)
     for t, (w, state, _) in enumerate(run(tx, params)):
         assert check_step(pattern, w, state, sizes) == 72
         assert [m.sum() for m in kept(state)[0]] == [24] * 3
         if t in (2, 4):
-            n = 1 if pattern.m else 4
+            n = 1 if pattern.density else 4
             assert state.removed["w"].tolist() == [int(0.3 * (24 // n)) * n] * 3
 
 
@@ -540,11 +540,11 @@ def test_vmap_over_seeds():
 def test_gsm_passes_the_most_salient_units(pattern, density):
     params = params_of()
     grads = {k: normal(x.shape, 7) for k, x in params.items()}
-    tx = sparse_optax.gsm_mask(None if pattern.m else density, groups=pattern)
+    tx = sparse_optax.gsm_mask(None if pattern.density else density, pattern=pattern)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     saliency = [np.abs(np.asarray(grads[k] * params[k])) for k in params]
     sizes = [units_of(pattern.name, x.shape) for x in saliency]
-    if pattern.m:
+    if pattern.density:
         columns = zip(saliency, sizes, strict=True)
         right = [top_n_of_m(x, 2, size) for x, size in columns]
     else:
@@ -567,25 +567,25 @@ def gate(params, grads, *args, **options):
 def test_gsm_zeros_never_pass_and_nan_surfaces():
     w = jnp.ones((4, 4))
     grads = jnp.zeros((4, 4)).at[0, 0].set(2.0).at[3, 1].set(jnp.nan)
-    passed, state = gate(w, grads, groups=N_M)
+    passed, state = gate(w, grads, pattern=N_M)
     np.testing.assert_array_equal(passed != 0, np.asarray(grads != 0))
     assert np.isnan(passed[3, 1])
     assert int(state.gsm_passed["w"]) == 2
-    passed, state = gate(w, grads, 0.9, groups=BLOCKS)
+    passed, state = gate(w, grads, 0.9, pattern=BLOCKS)
     assert int(state.gsm_passed["w"]) == 8  # two units, whole
     assert np.isnan(passed[3, 1])
-    passed, state = gate(w, grads, 0.25, groups=BLOCKS)
+    passed, state = gate(w, grads, 0.25, pattern=BLOCKS)
     assert int(state.gsm_passed["w"]) == 4
     assert np.isnan(passed[3, 1])  # a broken gradient goes first
     # With room for all, all pass, as without groups.
     for groups, density in ((None, 1.0), (BLOCKS, 1.0), (patterns.n_m(4, 4), None)):
-        _, state = gate(w, grads, density, groups=groups)
+        _, state = gate(w, grads, density, pattern=groups)
         assert int(state.gsm_passed["w"]) == 16
 
 
 def test_gsm_quota_that_fills_no_unit_is_left_over():
     w = normal(DENSE)
-    _, state = gate(w, normal(DENSE, 1), 0.13, groups=BLOCKS)  # 6 of 48 weights
+    _, state = gate(w, normal(DENSE, 1), 0.13, pattern=BLOCKS)  # 6 of 48 weights
     assert int(state.gsm_passed["w"]) == 4
 
 
@@ -595,7 +595,7 @@ def test_gsm_injected_density_in_groups():
         static_args=("groups", "where", "stacked", "ties", "reselect"),
         hyperparam_dtype=jnp.float32,
     )
-    tx = make(density=0.5, groups=BLOCKS)
+    tx = make(density=0.5, pattern=BLOCKS)
     params, grads = {"w": normal(DENSE)}, {"w": normal(DENSE, 1)}
     state = tx.init(params)
     for density, number in ((0.5, 24), (0.25, 12)):
@@ -609,14 +609,18 @@ def test_gsm_settles_at_the_largest_weights(pattern):
     """From the third step on the mask is that of magnitudes, and stays."""
     params = {"w": normal(DENSE)}
     tx = sparse_optax.gsm(
-        0.01, None if pattern.m else 0.5, momentum=0.9, settle_start=2, groups=pattern
+        0.01,
+        None if pattern.density else 0.5,
+        momentum=0.9,
+        settle_start=2,
+        pattern=pattern,
     )
     state, fixed = tx.init(params), None
     step = stepper(tx)
     for t in range(5):
         if t == 2:
             fixed = masks.magnitude_masks(
-                params, None if pattern.m else 0.5, pattern=pattern
+                params, None if pattern.density else 0.5, pattern=pattern
             )["w"]
         params, state = step(params, state, {"w": normal(DENSE, 20 + t)})
         active = optax.tree.get(state, "gsm_active")["w"]
@@ -627,18 +631,18 @@ def test_gsm_settles_at_the_largest_weights(pattern):
 
 def test_wrong_input_to_gsm_groups():
     with refuses("gsm_mask", "density", "0.5", r"n_m\(2, 4\)"):
-        sparse_optax.gsm_mask(0.5, groups=N_M)
+        sparse_optax.gsm_mask(0.5, pattern=N_M)
     for groups in (None, BLOCKS):
         with refuses("gsm_mask", "density", "None", r"\(0, 1\]"):
-            sparse_optax.gsm_mask(groups=groups)
+            sparse_optax.gsm_mask(pattern=groups)
     with refuses("gsm_mask", "ties", "paper", "exact"):
-        sparse_optax.gsm_mask(0.5, groups=BLOCKS, ties="paper")
+        sparse_optax.gsm_mask(0.5, pattern=BLOCKS, ties="paper")
     with refuses("gsm_mask", "groups", "2:4", "patterns"):
-        sparse_optax.gsm_mask(0.5, groups="2:4")
+        sparse_optax.gsm_mask(0.5, pattern="2:4")
     with refuses("gsm", "gate", "0.3", r"n_m\(2, 4\)"):
-        sparse_optax.gsm(0.1, gate=0.3, groups=N_M)
+        sparse_optax.gsm(0.1, gate=0.3, pattern=N_M)
     with refuses("gsm", "'w'", r"\(6, 5\)", "multiple of 4"):
-        sparse_optax.gsm_mask(groups=N_M).init({"w": normal((6, 5))})
+        sparse_optax.gsm_mask(pattern=N_M).init({"w": normal((6, 5))})
 
 
 # --- every method ---------------------------------------------------------------------
@@ -680,14 +684,14 @@ def groups_of(mask):
 def test_every_method_keeps_its_pattern(name, pattern, shape):
     options, rate = dict(METHODS[name]), 0.3
     if name == "dynamic_sparse":  # that of the sum of a unit
-        size = patterns.unit_size(pattern, shape)
+        size = pattern.unit_size(shape)
         options["threshold"] = max(options["threshold"], 0.8 * size)
     params = {"w": normal(shape)}
     if name == "deep_rewiring":  # a unit goes when all its weights have crossed zero
         params, rate = jax.tree.map(lambda w: w / 10, params), 0.01
     tx = getattr(sparse_optax, name)(
         optax.sgd(rate),
-        density=None if pattern.m else 0.5,
+        density=None if pattern.density else 0.5,
         pattern=pattern,
         **options,
     )
@@ -698,7 +702,7 @@ def test_every_method_keeps_its_pattern(name, pattern, shape):
         number = int(mask.sum())
         seen.append(mask)
         assert not np.any(np.asarray(w["w"])[~mask])
-        if name in GRADUAL and pattern.m and number != half:
+        if name in GRADUAL and pattern.density and number != half:
             # On the way every group has as many.
             assert number * 4 // mask.size * mask.size == number * 4
             assert groups_of(mask) == {number * 4 // mask.size}
@@ -811,7 +815,7 @@ def test_n_m_with_hidden_weights_shows_the_largest(name):
 def test_layerwise_obs_keeps_its_pattern(pattern):
     """Units of the largest summed loss; what is left is mended as without a pattern."""
     kernel, x = normal((8, 6)), normal((50, 8), 1)
-    keep = None if pattern.m else 24
+    keep = None if pattern.density else 24
     mask, new = sparse_optax.layerwise_obs(
         kernel, x, keep, damping=1e-3, pattern=pattern
     )
@@ -820,7 +824,7 @@ def test_layerwise_obs_keeps_its_pattern(pattern):
     spread = np.diag(np.linalg.inv(hessian))
     w = np.asarray(kernel, np.float64)
     loss_of = w**2 / (2 * spread[:, None])
-    if pattern.m:
+    if pattern.density:
         right = top_n_of_m(loss_of, 2, (4, 1))
     else:
         (right,) = top_units([loss_of], [units_of(pattern.name, (8, 6))], 24)
@@ -877,7 +881,7 @@ ONE_SHOT = {
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_masks_before_training_keep_their_pattern(name, scope, pattern):
     params = {"u": normal((8, 8)), "v": normal((8, 4), 1)}
-    density = None if pattern.m else 0.5
+    density = None if pattern.density else 0.5
     made = ONE_SHOT[name](params, density, scope=scope, pattern=pattern)
     assert masks.count(made) == 48
     for mask in made.values():
@@ -886,7 +890,7 @@ def test_masks_before_training_keep_their_pattern(name, scope, pattern):
         g = jax.grad(loss)(params, X)
         scores = [np.abs(np.asarray(g[k] * params[k])) for k in params]
         sizes = [units_of(pattern.name, x.shape) for x in scores]
-        if pattern.m:
+        if pattern.density:
             right = [top_n_of_m(x, 2, s) for x, s in zip(scores, sizes, strict=True)]
         elif scope == "global":
             right = top_units(scores, sizes, 48)

@@ -31,7 +31,7 @@ def test_a_mesh_changes_nothing(pattern):
     assert int(other.removed["w"]) > 0
     mask = other.regrow_masks["w"]
     assert mask.sharding.is_equivalent_to(on_mesh["w"].sharding, 2)
-    tx = sparse_optax.gsm_mask(None if pattern.m else 0.5, groups=pattern)
+    tx = sparse_optax.gsm_mask(None if pattern.density else 0.5, pattern=pattern)
     grads = {"w": normal((16, 8), 2)}
     plain, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     far, _ = jax.jit(tx.update)(placed(grads, mesh, specs), tx.init(on_mesh), on_mesh)

@@ -8,7 +8,7 @@ from helpers import refuses
 
 import sparse_optax
 from sparse_optax import regrowth
-from sparse_optax.experiments import config, methods, plans
+from sparse_optax.experiments import config, methods, recipes, setup
 
 SHAPES = {"fc1": (20, 30), "fc2": (30, 10)}
 
@@ -23,7 +23,7 @@ def draw(key):
 
 def setup_of(params=None, **options):
     run = config.resolve(config.TrainConfig(**({"epochs": 10} | options)))
-    return plans.Setup(
+    return setup.Setup(
         config=run,
         steps_per_epoch=4,
         key=jax.random.key(5),
@@ -35,9 +35,9 @@ def setup_of(params=None, **options):
     )
 
 
-@pytest.mark.parametrize("redistribute", methods.REDISTRIBUTE)
-@pytest.mark.parametrize("grow", methods.GROW)
-@pytest.mark.parametrize("prune", methods.PRUNE)
+@pytest.mark.parametrize("redistribute", recipes.REDISTRIBUTE)
+@pytest.mark.parametrize("grow", recipes.GROW)
+@pytest.mark.parametrize("prune", recipes.PRUNE)
 def test_a_mixture_is_the_one_that_was_asked_for(
     monkeypatch, prune, redistribute, grow
 ):
@@ -49,7 +49,7 @@ def test_a_mixture_is_the_one_that_was_asked_for(
     )
     rules = dict(prune=prune, redistribute=redistribute, grow=grow)
     made = setup_of(method="sparse_momentum", **rules)
-    methods.METHODS["sparse_momentum"].build(made)
+    methods.BUILDERS["sparse_momentum"](made)
     assert seen["prune"] is vars(regrowth.prune)[prune]
     assert seen["redistribute"] is vars(regrowth.redistribute)[redistribute]
     assert seen["grow"] is vars(regrowth.grow)[grow]
@@ -65,7 +65,7 @@ def test_a_mixture_is_the_one_that_was_asked_for(
     ],
 )
 def test_the_prune_rate_and_its_decay(decay, wanted):
-    rate = plans.rate(setup_of(prune_rate=0.4, prune_decay=decay))
+    rate = setup.rate(setup_of(prune_rate=0.4, prune_decay=decay))
     got = [float(rate(step)) for step in (0, 10, 20)]  # of 40 steps
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
@@ -80,13 +80,13 @@ def test_the_prune_rate_and_its_decay(decay, wanted):
 )
 def test_the_budget_of_a_run(kind, wanted):
     made = setup_of(method="static", density=0.1, budget=kind)
-    plan = methods.METHODS["static"].build(made)
+    plan = methods.BUILDERS["static"](made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == wanted
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, entry in methods.METHODS.items() if entry.pooled]
+    "method", [name for name, entry in recipes.METHODS.items() if entry.pooled]
 )
 def test_a_budget_that_a_method_would_not_read_is_refused(method):
     with refuses("TrainConfig", "budget", "linear", "all layers at once"):
@@ -106,7 +106,7 @@ def test_thin_is_a_model_of_its_density():
 
 def test_top_kast_takes_the_budget_of_a_run():
     made = setup_of(method="top_kast", density=0.1, budget="erdos_renyi")
-    plan = methods.METHODS["top_kast"].build(made)
+    plan = methods.BUILDERS["top_kast"](made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == [50, 40]
 
@@ -119,7 +119,7 @@ def ticket(control):
         trained, sparse_optax.masks.magnitude_masks(trained, 0.2)
     )
     made = setup_of(final, method="ticket", density=0.2, ticket=control)
-    plan = methods.METHODS["ticket"].build(made)
+    plan = methods.BUILDERS["ticket"](made)
     state = plan.optimizer.init(final)
     start, masks = plan.start(final, state), plan.masks(state)
     pick = lambda tree: [np.asarray(tree[name]["kernel"]) for name in SHAPES]  # noqa: E731

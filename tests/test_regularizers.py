@@ -9,7 +9,7 @@ import pytest
 from helpers import at_step, kernels, network, random_gradients, refuses, stepper
 
 import sparse_optax
-from sparse_optax import leaves, masks
+from sparse_optax import layers, masks
 
 SHAPES = ((6, 5), (5, 4))
 STEPS = 7
@@ -153,7 +153,7 @@ def test_ham_of_chosen_leaves(where):
     got, _ = tx.update(grads, tx.init(params), params)
     plain, _ = inner.update(grads, inner.init(params), params)
     changed = {
-        leaves.path_name(path)
+        layers.path_name(path)
         for path, same in jax.tree.leaves_with_path(
             jax.tree.map(lambda a, b: bool((a == b).all()), got, plain)
         )

@@ -16,7 +16,7 @@ from helpers import network, random_gradients, refuses, stepper
 from hypothesis import given
 
 import sparse_optax
-from sparse_optax import budgets, masks, report, sparse_files
+from sparse_optax import budgets, export, masks, report
 
 HOLE = optax.MaskedNode()
 SHAPES = ((4, 3), (3, 5))
@@ -69,7 +69,7 @@ def test_every_number_by_hand():
         added=1,
         explored=2,
         units=2,
-        dead_units=1,  # the second: its one kept weight is zero
+        empty_units=1,  # the second: its one kept weight is zero
     )
     assert head == report.Layer(
         name="head/kernel",
@@ -82,7 +82,7 @@ def test_every_number_by_hand():
         added=2,
         explored=5,
         units=4,
-        dead_units=3,  # without weights kept, twice, and with zeros alone
+        empty_units=3,  # without weights kept, twice, and with zeros alone
     )
     assert made.total == report.Layer(
         name="total",
@@ -95,12 +95,12 @@ def test_every_number_by_hand():
         added=3,
         explored=7,
         units=6,
-        dead_units=4,
+        empty_units=4,
     )
     assert (conv.density, conv.churn, conv.explored_share) == (0.5, 0.5, 0.5)
     assert (made.total.density, made.total.churn) == (6 / 16, 0.5)
     assert (made.dense_weights, made.dense_bytes, made.skipped) == (2, 8, None)
-    assert made.file_bytes == 26 == sparse_files.sparse_bytes(HAND, NOW)
+    assert made.file_bytes == 26 == export.sparse_bytes(HAND, NOW)
     numbers = [v for layer in made.layers for v in layer[1:] if v is not None]
     assert {type(v) for v in numbers} == {int}
 
@@ -108,7 +108,7 @@ def test_every_number_by_hand():
 def test_the_table_by_hand():
     made = report.summary(HAND, masks=NOW, previous_masks=BEFORE)
     assert report.table(made).splitlines() == [
-        "layer        weights  kept  density  bytes  churn  dead_units",
+        "layer        weights  kept  density  bytes  churn  empty_units",
         "conv/kernel        4     2      50%      9    50%           1",
         "head/kernel       12     4    33.3%     10    50%           3",
         "total             16     6    37.5%     18    50%           4",
@@ -130,7 +130,7 @@ def test_the_scalars_by_hand():
         "density",
         "bytes",
         "churn",
-        "dead_units",
+        "empty_units",
         "file_bytes",
     }
     assert all(type(value) is float for value in flat.values())
@@ -144,7 +144,7 @@ def test_table_shows_what_is_unknown_as_a_dash():
     assert lines[1].split() == ["v", "3", "3", "100%", "13", "-"]
     assert lines[2].split() == ["w", "4", "2", "50%", "9", "0"]
     assert made.layers[0].units is None
-    assert "dead_units/v" not in made.scalars()
+    assert "empty_units/v" not in made.scalars()
 
 
 # --- counts ---------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_without_a_state_what_is_not_zero_is_kept(dtype):
     params = {"bias": np.ones(3, dtype), "w": values.astype(dtype)}
     for leaf in (params, jax.tree.map(jnp.asarray, params)):
         (layer,) = report.summary(leaf).layers
-        assert (layer.name, layer.kept, layer.dead_units) == ("w", 4, 0)
+        assert (layer.name, layer.kept, layer.empty_units) == ("w", 4, 0)
 
 
 def test_where_chooses_the_layers():
@@ -204,11 +204,11 @@ def test_counts_are_those_of_numpy(case):
         assert layer.explored == ever_i.sum()
         assert layer.sparse_bytes == math.ceil(x_i.size / 8) + 4 * now_i.sum()
         if x_i.ndim < 2:
-            assert layer.dead_units is None
+            assert layer.empty_units is None
             continue
         incoming = np.moveaxis(now_i * x_i, unit_axis, 0)
         assert layer.units == len(incoming)
-        assert layer.dead_units == sum(not unit.any() for unit in incoming)
+        assert layer.empty_units == sum(not unit.any() for unit in incoming)
     assert made.total.kept == now.sum()
     assert made.total.added == (now & ~before).sum()
     assert made.total.sparse_bytes == math.ceil(x.size / 8) + 4 * now.sum()
@@ -369,7 +369,7 @@ def test_a_run_is_what_numpy_sees_of_it():
         assert layer.kept - old.sum() == layer.grown - layer.removed
         assert layer.churn == (new & ~old).sum() / new.sum()
         alive = (new & (weights != 0)).any(axis=0)
-        assert layer.dead_units == (~alive).sum()
+        assert layer.empty_units == (~alive).sum()
         total += (new & ~old).sum()
     assert total > 0
     assert made.total.added == total
@@ -512,7 +512,7 @@ class Module:
 def test_module_with_none_and_function_leaves():
     weight = array([[1, 0], [0, 0], [2, 3]], np.float32)
     (layer,) = report.summary(Module(weight, None, jnp.tanh), unit_axis=0).layers
-    assert (layer.name, layer.kept, layer.units, layer.dead_units) == (
+    assert (layer.name, layer.kept, layer.units, layer.empty_units) == (
         "weight",
         3,
         3,

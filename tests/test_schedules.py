@@ -237,18 +237,18 @@ def test_last_due_is_the_last_one(period, start, stop):
     counts = range(100)
     due = [t for t in counts if t > 0 and t % period == 0 and start <= t < stop]
     if due:
-        assert schedules.last_due(period, start, stop=stop) == due[-1]
+        assert schedules.last_due(period, start, update_stop=stop) == due[-1]
     else:
-        with pytest.raises(ValueError, match=r"^last_due: .* no count is due"):
-            schedules.last_due(period, start, stop=stop)
+        with pytest.raises(ValueError, match=r"^last_due: .* no cycle is due"):
+            schedules.last_due(period, start, update_stop=stop)
 
 
 def test_a_density_that_ends_at_the_last_cycle_is_reached():
     period, stop = 30, 100
-    end = schedules.last_due(period, stop=stop)
+    end = schedules.last_due(period, update_stop=stop)
     reached = schedules.cubic_density(1.0, 0.1, 0, end)
     missed = schedules.cubic_density(1.0, 0.1, 0, stop)
-    due = [t for t in range(stop) if schedules.is_due(t, period, stop=stop)]
+    due = [t for t in range(stop) if schedules.is_due(t, period, update_stop=stop)]
     assert np.asarray(reached(due[-1])) == np.float32(0.1)
     assert float(missed(due[-1])) > 0.1
 
@@ -303,7 +303,7 @@ def test_a_density_that_ends_at_the_last_cycle_is_reached():
         ),
         (
             lambda: schedules.cubic_density(0.1, 0.9, 0, 9),
-            r"`final`=0.9 must be at most `initial`=0.1.*For sparsities s give 1 - s",
+            r"`final`=0.9 must be at most `initial`=0.1.*for sparsities give 1 - s",
         ),
         (
             lambda: schedules.cubic_density(1.0, 0.1, -1, 9),
@@ -333,29 +333,35 @@ def test_a_density_that_ends_at_the_last_cycle_is_reached():
             lambda: schedules.alternating_density(0.5, phase=2, start=9, stop=8),
             "`stop`=8 must be at least `start`=9",
         ),
-        (lambda: schedules.first_due(0), "^first_due: `period` must be an integer"),
-        (lambda: schedules.first_due(1, -1), "^first_due: `start` must be an integer"),
         (
-            lambda: schedules.last_due(9, stop=9, caller="me"),
-            "^me: with `period`=9, .* no count is due",
+            lambda: schedules.first_due(0),
+            "^first_due: `update_period` must be an integer",
+        ),
+        (
+            lambda: schedules.first_due(1, -1),
+            "^first_due: `update_start` must be an integer",
+        ),
+        (
+            lambda: schedules.last_due(9, update_stop=9),
+            "^last_due: with `update_period`=9, .* no cycle is due",
         ),
         (
             lambda: schedules.is_due(3, 0),
-            "^is_due: `period` must be an integer of at least 1; got 0",
+            "^is_due: `update_period` must be an integer of at least 1; got 0",
         ),
         (
             lambda: schedules.is_due(3, 2.5),
-            "`period` must be an integer of at least 1; got 2.5",
+            "`update_period` must be an integer of at least 1; got 2.5",
         ),
-        (lambda: schedules.is_due(3, 1, -1), "`start` must be an integer"),
-        (lambda: schedules.is_due(3, 1, 0, -1), "`stop` must be an integer"),
+        (lambda: schedules.is_due(3, 1, -1), "`update_start` must be an integer"),
+        (lambda: schedules.is_due(3, 1, 0, -1), "`update_stop` must be an integer"),
         (
-            lambda: schedules.last_due(0, stop=5),
-            "^last_due: `period` must be an integer of at least 1; got 0",
+            lambda: schedules.last_due(0, update_stop=5),
+            "^last_due: `update_period` must be an integer of at least 1; got 0",
         ),
         (
-            lambda: schedules.last_due(5, stop=None),
-            "^last_due: `stop` must be an integer",
+            lambda: schedules.last_due(5, update_stop=None),
+            "^last_due: `update_stop` must be an integer",
         ),
     ],
 )

@@ -12,8 +12,8 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from sparse_optax import selection, wide
-from sparse_optax.selection import cut, keys, passes, plan
+from sparse_optax import selection
+from sparse_optax.selection import cut, keys, passes, plan, uint64
 
 pytestmark = pytest.mark.core
 
@@ -699,5 +699,5 @@ def test_a_leaf_too_large_for_its_shape():
 
 
 def test_a_pair_is_one_count():
-    k = wide.pair64(5)
+    k = uint64.pair64(5)
     assert int(selection.top_k_mask([ONES], k)[0].sum()) == 5

@@ -19,7 +19,7 @@ from helpers import network, refuses
 from hypothesis import given
 
 import sparse_optax
-from sparse_optax import budgets, load_sparse, masks, save_sparse, sparse_files
+from sparse_optax import budgets, export, load_sparse, masks, save_sparse
 
 HOLE = optax.MaskedNode()
 PARAMS = {
@@ -95,22 +95,22 @@ def test_the_model_by_name(path):
 
 def test_sizes_by_hand():
     # 9 bits in 2 bytes; 3 float32, 1 float16; a bias of 2 float32.
-    assert sparse_files.sparse_bytes(PARAMS, MASKS) == 2 + 12 + 2 + 8
+    assert export.sparse_bytes(PARAMS, MASKS) == 2 + 12 + 2 + 8
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
-    assert sparse_files.sparse_bytes(abstract, MASKS) == 24
+    assert export.sparse_bytes(abstract, MASKS) == 24
 
 
 def test_sizes_are_those_of_the_stored_arrays(path):
     with np.load(path) as file:
         stored = sum(file[name].nbytes for name in (*NAMES, "__bits__"))
-    assert stored == sparse_files.sparse_bytes(PARAMS, MASKS)
+    assert stored == export.sparse_bytes(PARAMS, MASKS)
 
 
 @pytest.mark.parametrize("n", [700, 701, 1000, 1501])
 def test_a_budget_of_bytes_is_met_by_the_file(n):
     params = [np.ones((25, 13), np.float32), np.ones((33, 5), np.float32)]
     kept = masks.random_masks(0, params, budgets.num_bytes(n))
-    assert n - 4 < sparse_files.sparse_bytes(params, kept) <= n
+    assert n - 4 < export.sparse_bytes(params, kept) <= n
 
 
 def test_bits_shrink_in_the_file(tmp_path):

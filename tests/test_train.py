@@ -16,13 +16,15 @@ from sparse_optax import masks
 from sparse_optax.experiments import (
     checkpoints,
     data,
-    methods,
     models,
+    recipes,
     records,
+    setup,
     train,
     units,
 )
 from sparse_optax.experiments import config as configs
+from sparse_optax.export import file
 
 # Dense where the method does not matter: it compiles in half a second.
 SMALL = configs.TrainConfig(method="dense", epochs=4, drop_epochs=(3,))
@@ -75,7 +77,7 @@ def test_recipe_of_mnist_is_the_protocol_of_the_paper():
     assert (run.epochs, run.batch_size, run.split) == (100, 100, "lee")
     assert (run.learning_rate, run.momentum, run.nesterov) == (0.1, 0.9, True)
     assert (run.weight_decay, run.decay, run.init) == (5e-4, "all", "torch")
-    rate = methods.learning_rate(run, steps_per_epoch=540)
+    rate = setup.learning_rate(run, steps_per_epoch=540)
     at = [float(rate(step)) for step in (0, 24_999, 25_000, 49_999, 50_000, 53_999)]
     np.testing.assert_allclose(at, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
 
@@ -109,7 +111,7 @@ def test_variants_share_their_base():
 
 def test_resolving_twice_changes_nothing():
     for method, drops in itertools.product(
-        methods.METHODS, ({}, {"drop_steps": (7,)}, {"drop_epochs": (2,)})
+        recipes.METHODS, ({}, {"drop_steps": (7,)}, {"drop_epochs": (2,)})
     ):
         run = configs.resolve(configs.TrainConfig(method=method, **drops))
         assert configs.resolve(run) == run
@@ -469,9 +471,9 @@ def test_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records.os, "fsync", refuse)
+    monkeypatch.setattr(file.os, "fsync", refuse)
     with pytest.raises(OSError, match="disk full"):
-        records.write_atomically(path, b"new")
+        file.write_atomically(path, lambda out: out.write(b"new"))
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
@@ -566,10 +568,10 @@ def test_dead_units_are_those_of_dense_chains_only():
 WORST = {"gsm": 20.0, "sparse_evolutionary": 15.0, "l1": 15.0, "deep_rewiring": 15.0}
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", recipes.METHODS)
 def test_every_method_trains_at_its_exact_count(method):
     """A method added to the registry is trained here, whatever it is."""
-    recipe = methods.METHODS[method].recipe
+    recipe = recipes.METHODS[method].recipe
     stages = {
         "scratch": dict(epochs=20, drop_epochs=(14,)),
         "trained": dict(epochs=8, drop_epochs=(5,), base=configs.Base(epochs=12)),

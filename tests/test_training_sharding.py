@@ -30,9 +30,9 @@ from mesh_helpers import (
 
 import sparse_optax
 from sparse_optax import regrowth, selection
-from sparse_optax.gsm import saliency
-from sparse_optax.leaves import is_hole
-from sparse_optax.mask_trees import is_mask, unpack
+from sparse_optax.gsm.gate import saliency
+from sparse_optax.layers import is_hole
+from sparse_optax.masks.tree import is_mask, unpack
 
 pytestmark = pytest.mark.core
 

@@ -1,4 +1,4 @@
-"""Draws gsm_decay.png: how weights go to zero under GSM, from the records.
+"""Draw gsm_decay.png: how weights decay to zero under GSM, from the records.
 
 Run from the root of a checkout: ``python docs/images/gsm_decay.py``.
 """
@@ -17,7 +17,7 @@ TITLES = {
 
 
 def main():
-    """Reads the records of one seed and writes the figure beside this file."""
+    """Reads the records of one seed and writes the figure next to this file."""
     found = records.read_folder(Path("results/gsm_lenet300"))
     canvas = Figure(figsize=(12, 3.4), layout="constrained")
     for axes, (name, title) in zip(canvas.subplots(1, 3), TITLES.items(), strict=True):

@@ -3,9 +3,10 @@
     python docs/images/methods.py
 
 Reads ``results/methods_lenet300`` and ``results/mnist_lenet300`` and writes
-``methods.png`` beside this file: geometric means over the seeds, since the axis of
-errors is logarithmic, with their 95% interval (Student's distribution of logarithms)
-as a band, where there are three or more. Methods without a record are left out.
+``methods.png`` next to this file. The lines are geometric means over the seeds, because
+the axis of errors is logarithmic. The bands are their 95% intervals (Student's
+distribution of the logarithms), where there are three seeds or more. Methods without a
+record are left out.
 """
 
 import math
@@ -26,7 +27,7 @@ REFERENCE = "sparse_momentum"
 
 
 def band(errors: list[float]) -> tuple[float, float, float]:
-    """Geometric mean and its 95% interval; no width for one or two runs."""
+    """Geometric mean and its 95% interval, of width zero for one or two runs."""
     logs, n = np.log(errors), len(errors)
     mean, half = float(np.mean(logs)), 0.0
     if n >= table.LEAST:
@@ -36,7 +37,7 @@ def band(errors: list[float]) -> tuple[float, float, float]:
 
 
 def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
-    """One line and band a method, over the density on a logarithmic axis."""
+    """One line and one band per method, over the density on a logarithmic axis."""
     dense, low, high = band(table.errors(records, "dense", 1.0))
     axes.axhspan(low, high, color="#bbbbbb", lw=0)
     axes.axhline(dense, color="#666666", lw=1, label="dense")
@@ -64,7 +65,7 @@ def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Draws what there are records of."""
+    """Draws all methods that have records."""
     records = readme.read_table(table.TABLE, RESULTS)
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)

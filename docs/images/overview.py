@@ -1,10 +1,11 @@
-"""Draw the picture of the README: what sparse momentum does to a small network.
+"""Draw the figure of the README: what sparse momentum does to a small network.
 
     python docs/images/overview.py
 
-Trains LeNet-300-100 on the digits that come with scikit-learn, five seeds each of:
-dense; 5% of the weights by sparse momentum; the same random 5% never moved. Takes about
-two minutes on two CPU cores and writes ``overview.png`` beside this file.
+Trains LeNet-300-100 on the digits that come with scikit-learn, with five seeds of
+each variant: all weights; 5% of the weights with sparse momentum; the first masks of
+the same runs, kept fixed. Takes about two minutes on two CPU cores and writes
+``overview.png`` next to this file.
 """
 
 import pathlib
@@ -28,7 +29,7 @@ COLOURS = dict(zip(RUNS, ("#666666", "#0b5394", "#cc6600"), strict=True))
 
 
 def train_all() -> dict[str, list[train.Trained]]:
-    """Every run of the picture, by its name in the legend."""
+    """Every run of the figure, by its name in the legend."""
     trained = {}
     for name, values in RUNS.items():
         trained[name] = []
@@ -55,13 +56,13 @@ def errors(axes: Axes, trained: dict[str, list[train.Trained]]) -> None:
 
 
 def per_pixel(run: train.Trained) -> np.ndarray:
-    """Share of its outgoing weights that each input pixel keeps, in percent."""
+    """Share of the outgoing weights that each input pixel keeps, in percent."""
     kernel = np.asarray(run.params["fc1"]["kernel"])
     return 100 * np.mean(kernel != 0, axis=1).reshape(SIDE, SIDE)
 
 
 def layers(axes: Axes, start: train.Trained, end: train.Trained) -> None:
-    """Share of its weights that each layer keeps, at the start and at the end."""
+    """Share of the weights that each layer keeps, at the start and at the end."""
     names = [layer["name"].removesuffix("/kernel") for layer in end.record.layers]
     for run, offset, colour, label in (
         (start, -0.2, COLOURS["5%, fixed random mask"], "start"),
@@ -79,7 +80,7 @@ def layers(axes: Axes, start: train.Trained, end: train.Trained) -> None:
 
 
 def draw(trained: dict[str, list[train.Trained]]) -> Figure:
-    """The picture: error by epoch, weights per pixel, weights per layer."""
+    """The figure: error by epoch, weights per pixel, weights per layer."""
     start = trained["5%, fixed random mask"][0]
     end = trained["5%, sparse momentum"][0]
     canvas = Figure(figsize=(13, 3.1), layout="constrained")

@@ -1,9 +1,8 @@
-r"""How many weights each layer may keep.
+"""How many weights each layer may keep.
 
-A *budget* is a small immutable record with a method ``counts(params)`` that gives a
-tree of whole numbers, one for each leaf that takes part. Wherever this package takes a
-``density``, a float in (0, 1] means ``uniform(density)`` and a budget may stand in its
-place. What it is asked for is what the network gets, exactly:
+A *budget* is a small immutable record; its method ``counts(params)`` gives a tree of
+whole numbers, one for each leaf that takes part. Every argument ``density`` of this
+package takes a budget, or a float in (0, 1] for ``uniform(density)``:
 
 ================================  ==============================================
 ``uniform(d)``                    the same density in every layer
@@ -15,33 +14,28 @@ place. What it is asked for is what the network gets, exactly:
 ``num_flops(n, costs)``           what costs at most n FLOPs at one density
 ================================  ==============================================
 
-Counts are worked out on the host, in integers and fractions, from shapes alone. The
-rules that all budgets keep: the total is exact; every layer keeps at least one weight
-and at most its size; what is left over by rounding down goes to the layers with the
-largest fractional part, ties to the earlier one. A *layer* is a leaf, or one slice of a
-leaf named in ``stacked``. Budgets are not callable, since ``optax.inject_hyperparams``
-takes anything callable for a schedule.
+Counts are computed on the host from shapes alone, in integers and fractions. The total
+is exact. Every layer keeps at least one weight and at most its size. What rounding down
+leaves over goes to the layers with the largest fractional part, ties to the earlier
+one. A *layer* is a leaf, or one slice of a leaf named in ``stacked``. Budgets are not
+callable, since ``optax.inject_hyperparams`` takes every callable for a schedule.
+
+- ``kinds``: the kinds of budgets and the counts that they ask for.
+- ``resolve``: counts, or the size of one pool, from whatever gives a density.
+- ``water_filling``: exact shares of a total in whole numbers.
 """
 
-from sparse_optax.budgets.densities import Pool as Pool
-from sparse_optax.budgets.densities import check_static as check_static
-from sparse_optax.budgets.densities import pool as pool
-from sparse_optax.budgets.densities import pool_size as pool_size
-from sparse_optax.budgets.densities import resolve as resolve
-from sparse_optax.budgets.densities import total as total
-from sparse_optax.budgets.factories import count as count
-from sparse_optax.budgets.factories import erdos_renyi as erdos_renyi
-from sparse_optax.budgets.factories import erdos_renyi_kernel as erdos_renyi_kernel
-from sparse_optax.budgets.factories import linear as linear
-from sparse_optax.budgets.factories import nonzeros as nonzeros
-from sparse_optax.budgets.factories import num_bytes as num_bytes
-from sparse_optax.budgets.factories import num_flops as num_flops
-from sparse_optax.budgets.factories import uniform as uniform
-from sparse_optax.budgets.records import Budget as Budget
-from sparse_optax.budgets.records import ErdosRenyi as ErdosRenyi
-from sparse_optax.budgets.records import ErdosRenyiKernel as ErdosRenyiKernel
-from sparse_optax.budgets.records import Linear as Linear
-from sparse_optax.budgets.records import Nonzeros as Nonzeros
-from sparse_optax.budgets.records import NumBytes as NumBytes
-from sparse_optax.budgets.records import NumFlops as NumFlops
-from sparse_optax.budgets.records import Uniform as Uniform
+from sparse_optax.budgets.kinds import Budget as Budget
+from sparse_optax.budgets.kinds import Shares as Shares
+from sparse_optax.budgets.kinds import count as count
+from sparse_optax.budgets.kinds import erdos_renyi as erdos_renyi
+from sparse_optax.budgets.kinds import erdos_renyi_kernel as erdos_renyi_kernel
+from sparse_optax.budgets.kinds import linear as linear
+from sparse_optax.budgets.kinds import nonzeros as nonzeros
+from sparse_optax.budgets.kinds import num_bytes as num_bytes
+from sparse_optax.budgets.kinds import num_flops as num_flops
+from sparse_optax.budgets.kinds import uniform as uniform
+from sparse_optax.budgets.resolve import Pool as Pool
+from sparse_optax.budgets.resolve import pool as pool
+from sparse_optax.budgets.resolve import resolve as resolve
+from sparse_optax.budgets.resolve import total as total

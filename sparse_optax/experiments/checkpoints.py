@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sparse_optax.experiments import records
+from sparse_optax.export.file import write_atomically
 
 
 class RunFolder:
@@ -114,7 +115,9 @@ class RunFolder:
         }
         buffer = io.BytesIO()
         np.savez(buffer, **flat)
-        records.write_atomically(self.path / "weights.npz", buffer.getvalue())
+        write_atomically(
+            self.path / "weights.npz", lambda file: file.write(buffer.getvalue())
+        )
         records.write(self.path / "record.json", record)
         if not self._shared:
             self.clear()

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sparse_optax.experiments import data, methods, models
+from sparse_optax.experiments import data, models, recipes
 
-BUDGETS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
 if TYPE_CHECKING:
     DatasetName = ModelName = MethodName = BudgetName = str
     PruneName = RedistributeName = GrowName = str
 else:  # the registries are the choices of the command line
     DatasetName = Literal[data.NAMES]
     ModelName = Literal[tuple(models.MODELS)]
-    MethodName = Literal[tuple(methods.METHODS)]
-    PruneName = Literal[methods.PRUNE]
-    RedistributeName = Literal[methods.REDISTRIBUTE]
-    GrowName = Literal[methods.GROW]
-    BudgetName = Literal[BUDGETS]
+    MethodName = Literal[tuple(recipes.METHODS)]
+    PruneName = Literal[recipes.PRUNE]
+    RedistributeName = Literal[recipes.REDISTRIBUTE]
+    GrowName = Literal[recipes.GROW]
+    BudgetName = Literal[recipes.BUDGETS]
 
 
 def _flag(metavar: str, default: str) -> Any:
@@ -122,7 +121,8 @@ class TrainConfig:
     redistribute: RedistributeName = "momentum"
     grow: GrowName = "momentum"
     budget: Annotated[
-        BudgetName | None, _flag("{" + ",".join(BUDGETS) + "}", "the method's own")
+        BudgetName | None,
+        _flag("{" + ",".join(recipes.BUDGETS) + "}", "the method's own"),
     ] = None
     update_epochs: int = 1
     l1: float = 1e-5
@@ -171,97 +171,6 @@ class Resolved(TrainConfig):
     init: Literal["torch", "xavier"] = "torch"
 
 
-_DENSE: dict[str, Any] = dict(method="dense", density=1.0)
-_SGD: dict[str, Any] = dict(momentum=0.9, weight_decay=5e-4, decay="all", init="torch")
-_LEE_MNIST: dict[str, Any] = dict(
-    epochs=100, batch_size=100, learning_rate=0.1, drop_steps=(25_000, 50_000)
-)
-# Recipes by data set: the protocol of Lee et al. as the sparse momentum paper ran it
-# (https://arxiv.org/abs/1907.04840), and a short one for the digits.
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(epochs=100, batch_size=32, learning_rate=0.1, drop_epochs=(60, 85)),
-    "mnist": _LEE_MNIST,
-    "fashion-mnist": _LEE_MNIST,
-    "cifar10": dict(
-        epochs=250, batch_size=128, learning_rate=0.1, drop_steps=(30_000, 60_000)
-    ),
-}
-# GSM starts from a trained network and needs a momentum near one to carry the passive
-# weights to zero (https://arxiv.org/abs/1909.12778).
-_GSM: dict[str, Any] = dict(
-    momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier"
-)
-_GSM_MNIST: dict[str, Any] = dict(
-    epochs=240,
-    batch_size=256,
-    learning_rate=3e-2,
-    drop_epochs=(160, 200),
-    base=dict(
-        epochs=100,
-        batch_size=256,
-        learning_rate=3e-2,
-        drop_epochs=(20, 40, 60, 80),
-        momentum=0.9,
-    ),
-)
-GSM_RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        # Few steps: decay is four times as strong, to reach zero all the same.
-        weight_decay=2e-3,
-        epochs=300,
-        batch_size=64,
-        learning_rate=1e-2,
-        drop_epochs=(200, 250),
-        base=dict(
-            epochs=40,
-            batch_size=64,
-            learning_rate=3e-2,
-            drop_epochs=(20, 30),
-            momentum=0.9,
-        ),
-    ),
-    "mnist": _GSM_MNIST,
-    "fashion-mnist": _GSM_MNIST,
-    "cifar10": _GSM_MNIST,
-}
-
-
-# Methods that start from a trained network: the same learning rates and as many epochs
-# in all, of which the dense training has those before the first drop.
-_TRAINED_MNIST: dict[str, Any] = dict(
-    epochs=54,
-    batch_size=100,
-    learning_rate=0.01,
-    drop_steps=(25_000,),
-    base=dict(
-        epochs=46, batch_size=100, learning_rate=0.1, drop_epochs=(), momentum=0.9
-    ),
-)
-TRAINED_RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(
-        epochs=40,
-        batch_size=32,
-        learning_rate=0.01,
-        drop_epochs=(25,),
-        base=dict(
-            epochs=60, batch_size=32, learning_rate=0.1, drop_epochs=(), momentum=0.9
-        ),
-    ),
-    "mnist": _TRAINED_MNIST,
-    "fashion-mnist": _TRAINED_MNIST,
-    "cifar10": dict(
-        epochs=165,
-        batch_size=128,
-        learning_rate=0.01,
-        drop_steps=(30_000,),
-        base=dict(
-            epochs=85, batch_size=128, learning_rate=0.1, drop_epochs=(), momentum=0.9
-        ),
-    ),
-}
-_BY_METHOD = {"scratch": RECIPES, "trained": TRAINED_RECIPES, "gsm": GSM_RECIPES}
-
-
 def resolve(config: TrainConfig) -> Resolved:
     """Fills what was left out from the recipe, and checks every value.
 
@@ -282,18 +191,18 @@ def resolve(config: TrainConfig) -> Resolved:
     """
     _choose("dataset", config.dataset, data.NAMES)
     _choose("model", config.model, models.MODELS)
-    _choose("method", config.method, methods.METHODS)
-    _choose("prune_decay", config.prune_decay, methods.DECAYS)
-    _choose("prune", config.prune, methods.PRUNE)
-    _choose("redistribute", config.redistribute, methods.REDISTRIBUTE)
+    _choose("method", config.method, recipes.METHODS)
+    _choose("prune_decay", config.prune_decay, recipes.DECAYS)
+    _choose("prune", config.prune, recipes.PRUNE)
+    _choose("redistribute", config.redistribute, recipes.REDISTRIBUTE)
     if config.budget is not None:
-        _choose("budget", config.budget, BUDGETS)
-    _choose("grow", config.grow, methods.GROW)
+        _choose("budget", config.budget, recipes.BUDGETS)
+    _choose("grow", config.grow, recipes.GROW)
     if config.drop_steps and config.drop_epochs:
         raise ValueError(
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
-    method = methods.METHODS[config.method]
+    method = recipes.METHODS[config.method]
     if method.pooled and config.budget not in (None, method.budget):
         raise ValueError(
             f"TrainConfig: budget={config.budget!r} must be left out for "
@@ -303,15 +212,19 @@ def resolve(config: TrainConfig) -> Resolved:
     if config.method == "thin":
         config = dataclasses.replace(config, model=_thin_model(config))
     recipe = {
-        **(_GSM if method.recipe == "gsm" else _SGD),
-        **_BY_METHOD[method.recipe][config.dataset],
+        **(recipes.GSM if method.recipe == "gsm" else recipes.SGD),
+        **recipes.BY_METHOD[method.recipe][config.dataset],
         "budget": method.budget,
     }
     # Drops that are given replace the drops of the recipe, whatever their unit.
     if config.drop_steps is not None or config.drop_epochs is not None:
         recipe |= {"drop_steps": (), "drop_epochs": ()}
     recipe["base"] = _resolve_base(config, recipe.get("base"))
-    given = _given(config) if config.method != "dense" else {**_given(config), **_DENSE}
+    given = (
+        _given(config)
+        if config.method != "dense"
+        else {**_given(config), **recipes.DENSE}
+    )
     resolved = Resolved(**{**recipe, **given, "base": recipe["base"]})
     _check(resolved)
     return resolved
@@ -345,7 +258,7 @@ def _resolve_base(config, recipe) -> ResolvedBase:
     if given.get("epochs") == 0:
         return ResolvedBase()
     if recipe is None and "epochs" in given:
-        recipe = GSM_RECIPES[config.dataset]["base"]
+        recipe = recipes.GSM_RECIPES[config.dataset]["base"]
     if recipe is None and given:
         raise ValueError(
             f"TrainConfig: base has {sorted(given)} but no epochs, and the recipe of "
@@ -440,7 +353,7 @@ def base_of(config: Resolved) -> Resolved | None:
     # What only the later stage reads goes back to its default.
     return dataclasses.replace(
         config,
-        **_DENSE,
+        **recipes.DENSE,
         drop_steps=(),
         prune_rate=plain.prune_rate,
         prune_decay=plain.prune_decay,

@@ -8,7 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_optax.experiments.records import Record, check_writable, write_atomically
+from sparse_optax.experiments.records import Record, check_writable
+from sparse_optax.export.file import write_atomically
 
 # Colours told apart by most readers, in grey as well.
 COLOURS = ("#0b5394", "#cc6600", "#38761d", "#741b47", "#666666")
@@ -152,4 +153,4 @@ def save(canvas: Figure, path: str | Path) -> None:
     check_writable(path.parent)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=144)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

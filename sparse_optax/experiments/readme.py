@@ -6,6 +6,7 @@ from pathlib import Path
 from sparse_optax.experiments import records
 from sparse_optax.experiments.tables import TABLES, methods_lenet300
 from sparse_optax.experiments.tables.common import Table
+from sparse_optax.export.file import write_atomically
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
@@ -118,5 +119,5 @@ def update(
             f"tables: {readme} is not what the records in {results} say; run "
             "'sparse-optax tables'."
         )
-    records.write_atomically(readme, new.encode())
+    write_atomically(readme, lambda file: file.write(new.encode()))
     return True

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import sparse_optax
+from sparse_optax.export.file import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ def write(path: str | Path, record: Record) -> None:
             lines.append(' "history": {\n' + ",\n".join(columns) + "\n }")
         else:
             lines.append(f" {_dump(key)}: {_dump(value)}")
-    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    content = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _dump(value) -> str:
@@ -134,21 +136,6 @@ def read_folder(folder: str | Path) -> dict[str, Record]:
     return {path.stem: read(path) for path in sorted(Path(folder).glob("*.json"))}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file by one step of the file system: all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def check_writable(folder: str | Path) -> None:
     """Makes a folder and raises at once if nothing can be written there.
 
@@ -187,20 +174,23 @@ def layers(params: Any, masks: Any = None) -> list[dict[str, Any]]:
       >>> layer["name"], layer["weights"], layer["nonzero"]
       ('fc/kernel', 9, 3)
     """
-    chosen = jax.tree.leaves(sparse_optax.eligible(params))
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    kernels = [pair for pair, kept in zip(flat, chosen, strict=True) if kept]
-    # Holes of a mask tree are no leaves: its leaves are the kernels, in their order.
-    kept = [leaf for _, leaf in kernels] if masks is None else jax.tree.leaves(masks)
+    # Without masks the report counts what is not zero.
+    kept = sparse_optax.report.summary(params, masks=masks).layers
+    nonzero = sparse_optax.report.summary(params).layers
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in paths
+    }
     return [
         {
-            "name": jax.tree_util.keystr(path, simple=True, separator="/"),
-            "shape": list(leaf.shape),
-            "weights": leaf.size,
-            "kept": int(np.count_nonzero(np.asarray(mask))),
-            "nonzero": int(np.count_nonzero(np.asarray(leaf))),
+            "name": layer.name,
+            "shape": shapes[layer.name],
+            "weights": layer.weights,
+            "kept": layer.kept,
+            "nonzero": counted.kept,
         }
-        for (path, leaf), mask in zip(kernels, kept, strict=True)
+        for layer, counted in zip(kept, nonzero, strict=True)
     ]
 
 

@@ -24,10 +24,12 @@ from sparse_optax.experiments import (
     data,
     methods,
     models,
+    recipes,
     records,
     units,
 )
 from sparse_optax.experiments import config as configs
+from sparse_optax.experiments.setup import Build, Setup
 
 # Shares of |w| under these are recorded every epoch: what GSM drives to zero.
 SMALL = (1e-3, 1e-4, 1e-6)
@@ -170,7 +172,7 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     if earlier is not None:
         base = _train(earlier, setting, stage="base")
         params, stats = base.params, base.stats
-    setup = methods.Setup(
+    setup = Setup(
         config,
         len(dataset.train_x) // config.batch_size,
         method_key,
@@ -180,13 +182,13 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         lambda key: draw(key=key)[1],
         init_key,
     )
-    plan = methods.METHODS[config.method].build(setup)
+    plan = methods.BUILDERS[config.method](setup)
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     if setting.runs is None:
         return run.train(params, stats, folder=None)
     # Where the density is read after training only, all of them go on from one run.
     shared = None
-    if methods.METHODS[config.method].cut_only:
+    if recipes.METHODS[config.method].cut_only:
         whole = dataclasses.replace(config, density=1.0)
         shared = setting.runs / configs.default_name(whole)
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
@@ -220,7 +222,7 @@ class _Run(NamedTuple):
     setting: _Setting
     stage: str
     apply: Callable[..., tuple[jax.Array, Any]]
-    plan: methods.Plan
+    plan: Build
     order_key: jax.Array
     base: Trained | None
 

@@ -1,4 +1,4 @@
-"""One short file per paper: what it does, where it differs, one composition."""
+"""The methods, one file per paper."""
 
 from sparse_optax.methods.ac_dc import ac_dc as ac_dc
 from sparse_optax.methods.deep_rewiring import deep_rewiring as deep_rewiring

@@ -6,8 +6,9 @@ from typing import Any
 import optax
 
 from sparse_optax import schedules
-from sparse_optax.leaves import Where
-from sparse_optax.masks import Key
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
@@ -15,6 +16,7 @@ from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import Rule
 
 
+@boundary("ac_dc")
 def ac_dc(
     inner: optax.GradientTransformation,
     *,
@@ -30,49 +32,42 @@ def ac_dc(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains sparse and dense in turn, and ends sparse.
+    r"""Alternates sparse and dense phases of training and ends with a sparse one.
 
-    After a dense warm-up, phases of one period each alternate, sparse first. A sparse
-    phase begins with
+    After a dense warm-up, phases of one period alternate; the first is sparse. At its
+    start each layer keeps only its k largest weights:
 
-    .. math::
-        w \leftarrow w \text{ where among the } k \text{ largest } |w|
-        \text{ of its layer, } 0 \text{ elsewhere}
+    .. math:: w \leftarrow w \text{ among the } k \text{ largest } |w|
+              \text{ of the layer, } 0 \text{ elsewhere}
 
-    and a dense one lets all weights train, the missing ones from zero. The last phase
-    is sparse, to the end of training.
+    In a dense phase all weights train, the pruned ones from zero. The last phase is
+    sparse and lasts to the end of training.
 
-    .. note::
-      Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
-      with ``packed``.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer. Memory: one byte per weight,
+      one bit with ``packed``. All arguments are static under
+      ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped.
-      density: Fraction of weights kept in sparse phases, in (0, 1], in every layer,
-        or a budget.
+      inner: The wrapped optimizer.
+      density: Fraction of weights kept per layer when sparse, in (0, 1], or a budget.
       update_period: Length of a phase in updates.
-      update_start: The warm-up: the first phase begins at the first multiple of
-        ``update_period`` that is as large.
-      update_stop: The last phase begins at the last multiple of ``update_period``
-        below it. Where a dense phase would, the sparse one before it goes on.
-      prune: Which weights go: a rule that prunes what a budget asks for.
-      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights that
-        come back, which saw the dense gradient meanwhile; or ``"none"``.
-      key: Integer seed or random key; only a rule that draws needs one.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
-        out ``density``.
+      update_start: Warm-up: the first phase begins at the first multiple of
+        ``update_period`` that is not smaller.
+      update_stop: The last phase begins at the last multiple of ``update_period`` below
+        it. If that phase would be dense, the sparse one before it continues.
+      prune: Which weights are pruned: a rule that follows a budget.
+      reset_moments: See ``regrow``; weights that come back have dense moments.
+      key: Integer seed or random key, for rules that draw random numbers.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``; with N:M leave out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters,
-        or no cycle would come between ``update_start`` and ``update_stop``.
+      ValueError: If an argument does not fit, or no cycle would come.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -89,19 +84,17 @@ def ac_dc(
       [20, 20, 5, 5, 20, 20, 5, 5]
 
     References:
-      Peste et al, `AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
-      Networks <https://arxiv.org/abs/2106.12379>`_, 2021.
+      Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, 2021.
 
-    Differences from the paper: phases have one length; the paper's last ones are
-    longer, which ``update_stop`` gives to the last. The moments of weights that were
-    never missing go on at a decompression. ``prune`` chooses per layer or globally.
+    Differences from the paper: all phases have one length; the paper's last ones are
+    longer, here ``update_stop`` can lengthen the last. A dense phase does not reset the
+    moments of kept weights. ``prune`` may rank globally.
     """
-    name = "ac_dc"
-    first = schedules.first_due(update_period, update_start, caller=name)
-    last = schedules.last_due(
-        update_period, update_start, stop=update_stop, caller=name
+    first = unnamed(schedules.first_due)(update_period, update_start)
+    last = unnamed(schedules.last_due)(
+        update_period, update_start, update_stop=update_stop
     )
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune,
@@ -122,5 +115,4 @@ def ac_dc(
                 end, phase=update_period, start=first, stop=last
             )
         ),
-        caller=name,
     )

@@ -5,14 +5,17 @@ from typing import Any
 
 import optax
 
-from sparse_optax.leaves import PyTree, Where
-from sparse_optax.masks import Key
+from sparse_optax import checks
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
-from sparse_optax.regrowth.signed import signed_step
+from sparse_optax.transforms.signed_step import signed_step
 
 
+@boundary("deep_rewiring")
 def deep_rewiring(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -30,53 +33,46 @@ def deep_rewiring(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A random walk of connections with fixed signs, rewired at every update.
+    r"""Rewires connections at random at every update; their signs are fixed.
 
     A weight is w = sign * theta. With the inner optimizer's update u:
 
-    .. math::
-        \theta \leftarrow \theta + sign \cdot u - \eta \lambda + \sqrt{2 \eta T} \, \nu,
-        \quad \nu \sim N(0, 1)
+    .. math:: \theta \leftarrow \theta + sign \cdot u - \eta \lambda
+              + \sqrt{2 \eta T} \, \nu, \quad \nu \sim N(0, 1)
 
-    A weight whose theta would be negative becomes dormant, exactly zero, and at the
-    next update as many dormant ones, chosen at random, start from zero and take it.
-    The number of weights never changes.
+    A weight whose theta would become negative is set to exactly zero and is dormant. At
+    the next update as many dormant weights, chosen at random, become active: they start
+    from zero and take that update. The number of weights never changes.
 
-    .. note::
-      Last in the chain: wrap what you train with, usually plain SGD. A cycle opens
-      every update and reads weights and random bits a few dozen times. Memory: two
-      bytes a weight, for masks and signs. On a mesh, it needs small all-reduces.
-
-      Under ``optax.inject_hyperparams`` only ``learning_rate``, ``l1`` and
-      ``temperature`` may be injected; name all others in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer, usually plain SGD. Every update
+      has a cycle, which reads weights and random bits a few dozen times. Memory: two
+      bytes per weight, for masks and signs. Under ``optax.inject_hyperparams`` only
+      ``learning_rate``, ``l1`` and ``temperature`` vary.
 
     Args:
-      inner: The optimizer that is wrapped, or None behind one in a chain.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget. May be
-        left out where ``masks`` are given.
-      learning_rate: eta of ``inner``, for the L1 and the noise; a number or a schedule
-        of the number of finished updates, as the next two.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget.
+      learning_rate: eta of ``inner``, for L1 and noise: a number or a schedule of the
+        number of finished updates, as the next two.
       l1: lambda, at least 0.
-      temperature: T, at least 0. The paper lowers it in steps; the released code's
-        noise at its eta of 0.5 is T = 2.5e-11.
-      scope: ``"layer"`` keeps every layer's number, as the released code;
-        ``"global"`` reactivates uniformly among all dormant weights of the network.
-      update_stop: No rewiring from this many updates on; None never stops.
+      temperature: T, at least 0. The paper lowers it in steps; the noise of the
+        released code, with eta = 0.5, is T = 2.5e-11.
+      scope: ``"layer"`` keeps the count of every layer, as the released code;
+        ``"global"`` chooses uniformly among all dormant weights of the network.
+      update_stop: No cycle from this many updates on; None never stops.
       key: Integer seed or random key, for masks, signs, noise and growth.
-      masks: First masks instead of random ones; their count is the budget.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
-        reactivated; ``"none"`` leaves them. Plain SGD has none.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``: a unit is dormant
-        once all its weights have crossed zero.
+      masks: First masks instead of random ones; ``density`` may then be left out.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      reset_moments: See ``regrow``; plain SGD has no moments.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``; a unit is dormant once all its weights crossed zero.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -92,33 +88,22 @@ def deep_rewiring(
       5
 
     References:
-      Bellec et al, `Deep Rewiring: Training very sparse deep networks
-      <https://arxiv.org/abs/1711.05136>`_, 2018.
+      Bellec et al, `Deep Rewiring <https://arxiv.org/abs/1711.05136>`_, 2018.
 
-    Differences from the paper: a weight that has become dormant is not reactivated at
-    once in its own place, where there is any other; where more cross zero at once than
-    there is room, the others go on from zero. Differences from the released code: the
-    noise is that of the paper, and a reactivated weight starts from 0, not 1e-12. The
-    paper's step is that of plain gradient descent; with another ``inner`` its update
-    takes that step's place.
+    Differences from the paper: a weight that has just become dormant is chosen again
+    only where no other is dormant. If more weights cross zero than there are dormant
+    ones to replace them, the rest stay active at zero. The paper's step is plain
+    gradient descent; another ``inner`` replaces it. Differences from the released code:
+    the noise is the paper's, and a weight becomes active at 0, not 1e-12.
     """
     given = {"learning_rate": learning_rate, "l1": l1, "temperature": temperature}
     for name, value in given.items():
-        if isinstance(value, str) or (
-            isinstance(value, int | float) and not 0 <= value < float("inf")
-        ):
-            raise ValueError(
-                f"deep_rewiring: `{name}` must be at least 0 and finite, or a "
-                f"schedule; got {value!r}. Use 0 to leave it out."
-            )
-    if scope not in ("layer", "global"):
-        raise ValueError(
-            f'deep_rewiring: `scope` must be "layer" or "global"; got {scope!r}. Use '
-            '"layer" to keep the number of every layer.'
-        )
+        checks.number(name, value, 0, schedule=True, cure="Use 0 to leave it out.")
+    cure = 'Use "layer" to keep the number of every layer.'
+    checks.choice("scope", scope, ("layer", "global"), cure=cure)
     signed = signed_step(learning_rate, l1=l1, temperature=temperature, key=key)
     pool = scope == "global"
-    return regrow(
+    return unnamed(regrow)(
         optax.chain(inner or optax.identity(), signed),
         density=density,
         prune=prune.global_zeros if pool else prune.zeros,
@@ -126,7 +111,7 @@ def deep_rewiring(
         grow=grow.global_random_elsewhere if pool else grow.random_elsewhere,
         update_period=1,
         update_stop=update_stop,
-        prune_rate=0.0,  # the zeros are what goes
+        prune_rate=0.0,  # only zeros are pruned
         key=key,
         masks=masks,
         where=where,
@@ -134,5 +119,4 @@ def deep_rewiring(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        caller="deep_rewiring",
     )

@@ -5,13 +5,15 @@ from typing import Any
 
 import optax
 
-from sparse_optax.leaves import PyTree, Where
-from sparse_optax.masks import Key
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
 
+@boundary("dynamic_sparse")
 def dynamic_sparse(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -30,53 +32,45 @@ def dynamic_sparse(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""One adaptive threshold prunes; weights move to the layers that keep theirs.
+    r"""Prunes by one adaptive threshold and grows where most weights were kept.
 
-    Each period, with R_i the weights left in layer i:
+    Each period, with R_i the weights that are left in layer i:
 
-    .. math::
-        \text{prune } K_i = \#\{|w| < H\}, \quad
-        \text{grow } \sum_j K_j \, R_i / \sum_j R_j \text{ at random}
+    .. math:: \text{prune } K_i = \#\{|w| < H\}, \quad
+              \text{grow } \sum_j K_j \, R_i / \sum_j R_j \text{ at random}
 
-    and H is halved where the sum of K_i is above (1 + delta) N_p, doubled where it is
-    below (1 - delta) N_p. A layer that would be emptied keeps its largest weight. The
-    total number of weights never changes. Nothing is ranked but in such a layer.
+    H is halved if the sum of K_i is above (1 + delta) N_p, and doubled if it is below
+    (1 - delta) N_p. A layer that would lose all weights keeps the largest; only there
+    are weights ranked. The total number of weights never changes.
 
-    .. note::
-      Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
-      with ``packed``. A cycle reads weights and random bits a few dozen times, once a
-      period; other steps cost one pass. On a mesh, a cycle needs small all-reduces.
-
-      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
-      all others in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer. Memory: one byte per weight,
+      one bit with ``packed``. A cycle reads weights and random bits a few dozen times,
+      other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
     Args:
-      inner: The optimizer that is wrapped, or None behind one in a chain.
-      density: Fraction of weights kept, in (0, 1], in every layer at the start, or a
-        budget. May be left out where ``masks`` are given.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: Fraction of weights per layer at the start, in (0, 1], or a budget.
       update_period: Updates between two cycles.
-      update_stop: No cycle from this many updates on; None never stops. The paper
-        stops a few epochs before the end.
+      update_stop: No cycle from then on, a few epochs before the end; None never stops.
       prune_rate: N_p as a fraction of the active weights, in [0, 1], or a schedule of
         the number of finished updates.
-      prune_number: N_p as a number, as in the paper: 600 on MNIST, 20,000 for
-        WRN-28-2, 400,000 for ResNet-50. None takes ``prune_rate``.
-      threshold: H at the start, above 0. The rules' state in the optimizer's has H.
+      prune_number: N_p as a number, as in the paper: 600 on MNIST, 20,000 for WRN-28-2,
+        400,000 for ResNet-50. None uses ``prune_rate``.
+      threshold: H at the start, above 0; ``state.rules[0]`` holds the current H.
       tolerance: delta, in [0, 1).
       key: Integer seed or random key, for the first masks and the growth.
-      masks: First masks instead of random ones; their count is the budget.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
-        of weights just grown.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      masks: First masks instead of random ones; ``density`` may then be left out.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      reset_moments: See ``regrow``.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -95,18 +89,17 @@ def dynamic_sparse(
       Networks by Dynamic Sparse Reparameterization
       <https://arxiv.org/abs/1902.05967>`_, 2019.
 
-    Differences from the released code: what the shares' floors leave over goes to the
-    largest remainders instead of a random layer, what a full layer cannot take is
-    spread over the others at once, a place just pruned grows again where a layer has
-    no other room, H is compared with what was removed after a layer kept its last
-    weight, and the period is constant. The wrapped optimizer sees the dense gradient:
-    where it has momentum, that of missing weights gathers too and acts once they have
-    grown, unless ``reset_moments="grown"``.
+    Differences from the released code: what rounding leaves over goes to the largest
+    remainders, not to a random layer; what a full layer cannot take is spread over the
+    others at once; a weight just pruned can grow again if its layer has no other place;
+    H is compared with what was removed, after layers kept a last weight; the period is
+    constant. The wrapped optimizer sees the dense gradient: any momentum also collects
+    at missing weights and acts when they grow, unless ``reset_moments="grown"``.
     """
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
-        prune=prune.adaptive_threshold(
+        prune=unnamed(prune.adaptive_threshold)(
             threshold, tolerance=tolerance, number=prune_number
         ),
         redistribute=redistribute.nonzeros,
@@ -121,5 +114,4 @@ def dynamic_sparse(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        caller="dynamic_sparse",
     )

@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_optax import scored_masks
-from sparse_optax.criteria import batches as over
-from sparse_optax.criteria.curvature import quadratic_saliency
-from sparse_optax.leaves import PyTree, Where
+from sparse_optax.checks import boundary
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
+from sparse_optax.scoring import batches as over
+from sparse_optax.scoring.curvature import quadratic_saliency
 
 
+@boundary("fisher_masks")
 def fisher_masks(
     loss: Callable[[PyTree, Any], jax.Array],
     params: PyTree,
@@ -26,35 +28,31 @@ def fisher_masks(
 ) -> PyTree:
     r"""Keeps the weights whose removal would raise the loss most, by the Fisher matrix.
 
-    With :math:`g_{nk}` the gradient of example n's loss,
+    With :math:`g_{nk}` the gradient of example n's loss, on a trained network, whose
+    mean gradient is zero:
 
-    .. math::
-        \Delta L_k \approx \tfrac{1}{2} w_k^2 F_{kk}, \quad
-        F_{kk} = \frac{1}{N} \sum_n g_{nk}^2
+    .. math:: \Delta L_k \approx \tfrac{1}{2} w_k^2 F_{kk}, \quad
+              F_{kk} = \frac{1}{N} \sum_n g_{nk}^2
 
-    on a trained network, whose mean gradient is zero.
-
-    .. note::
-      Gradients example by example take the memory of the scored weights times the
-      batch: give small batches. Every example weighs the same, whatever its batch.
+    .. note:: Gradients per example take the memory of the scored weights times the
+      batch size: give small batches. All examples have the same weight.
 
     Args:
       loss: ``loss(params, example)`` gives the loss of ONE example, a scalar; an
         example is a batch without its first axis.
       params: The trained parameters.
-      batches: An iterable of batches, trees of arrays whose first axis counts examples.
+      batches: An iterable of batches: trees of arrays whose first axis counts examples.
       density: Fraction of weights to keep, in (0, 1], or a budget.
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
-      where: Which leaves take part, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves that stack several layers.
-      pattern: Which weights stand and fall together, see ``masks.score_masks``.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      pattern: See ``masks.score_masks``.
 
     Returns:
       A mask tree.
 
     Raises:
-      ValueError: If an argument does not fit, there is no batch, or a score is not
-        finite.
+      ValueError: If an argument does not fit, no batch comes, or a score is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -69,41 +67,38 @@ def fisher_masks(
       Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
       <https://arxiv.org/abs/1801.05787>`_, 2018.
 
-    Differences from the paper: single weights instead of feature maps, one cut instead
-    of one map at a time with scores summed up during fine-tuning, and no cost term; a
-    budget in FLOPs (``budgets.num_flops``) weighs what a weight costs instead.
+    Differences from the paper: single weights instead of feature maps; one cut instead
+    of one map at a time with scores summed during fine-tuning; no cost term, but a
+    budget in FLOPs (``budgets.num_flops``) takes the cost into account.
     """
-    caller = "fisher_masks"
-    wanted = scored_masks.ranking(
+    wanted = ranking(
         params,
         density,
         scope=scope,
         where=where,
         stacked=stacked,
         pattern=pattern,
-        caller=caller,
     )
-    parts = over.split(params, wanted.plan.index)
+    parts = over.split(params, wanted.layers.index)
 
     def squares(chosen, example):
         def of(chosen):
             value = loss(parts.rebuild(chosen), example)
-            over.check_scalar(value, caller=caller)
+            over.check_scalar(value)
             return value
 
         gradient = jax.grad(of)(chosen)
         return [jnp.square(g.astype(_wide(g))) for g in gradient]
 
-    fisher = over.mean_over_examples(squares, parts.chosen, batches, caller=caller)
+    fisher = over.mean_over_examples(squares, parts.chosen, batches)
     over.check_finite(
         fisher,
-        wanted.plan.names,
-        caller=caller,
+        wanted.layers.names,
         cure="Check the loss and its gradient at `params`; a squared gradient must fit "
         "its float: scale the loss down.",
     )
     pairs = list(zip(fisher, parts.chosen, strict=True))
-    return scored_masks.highest(wanted, pairs, quadratic_saliency)
+    return highest(wanted, pairs, quadratic_saliency)
 
 
 def _wide(x: jax.Array) -> Any:

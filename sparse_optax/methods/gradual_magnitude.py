@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from sparse_optax import schedules
-from sparse_optax.leaves import Where
-from sparse_optax.masks import Key
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
@@ -16,6 +17,7 @@ from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import Rule
 
 
+@boundary("gradual_magnitude")
 def gradual_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -31,46 +33,39 @@ def gradual_magnitude(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Prunes a dense network while it trains, fast at first and gently at the end.
+    r"""Prunes a dense network while it trains, fast at first and slowly at the end.
 
-    Each period from t_0 to t_1, the first and the last at which a cycle comes, the
-    smallest weights of each layer go until its density is
+    At each cycle, from the first t_0 to the last t_1, the smallest weights of each
+    layer are pruned until its density is
 
-    .. math::
-        d_t = d_f + (d_i - d_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
+    .. math:: d_t = d_f + (d_i - d_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
 
-    in terms of sparsity s = 1 - d the paper's formula. A weight that is gone stays
-    away. The target is met exactly, at the last cycle.
+    This is the paper's formula, there for the sparsity s = 1 - d. Pruned weights stay
+    zero. The last cycle meets the target exactly.
 
-    .. note::
-      Last in the chain: wrap what you train with. Each prune opens an update, none
-      follows the last. Memory: one byte a weight, one bit with ``packed``.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer. Memory: one byte per weight,
+      one bit with ``packed``. All arguments are static under
+      ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped. None stands behind one in a chain.
-      density: d_f, the fraction of weights kept in the end, in (0, 1], in every
-        layer, or a budget.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: d_f, the final fraction of weights per layer, in (0, 1], or a budget.
       update_period: Updates between two prunes.
       update_start: No prune before this many updates; until then all weights train.
-      update_stop: No prune from this many updates on. A third of training or more
-        should follow.
+      update_stop: No prune from this many updates on; train a third or more after it.
       initial_density: d_i, the density that the first prune leaves, in (0, 1].
-      prune: Which weights go: a rule that prunes what a budget asks for.
-      key: Integer seed or random key; only a rule that draws needs one.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
-        out ``density``.
+      prune: Which weights are pruned: a rule that follows a budget.
+      key: Integer seed or random key, for rules that draw random numbers.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``; with N:M leave out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters,
-        or no cycle would come between ``update_start`` and ``update_stop``.
+      ValueError: If an argument does not fit, or no cycle would come.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -87,24 +82,23 @@ def gradual_magnitude(
       [20, 20, 20, 20, 6, 6, 5, 5]
 
     References:
-      Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning for
-      model compression <https://arxiv.org/abs/1710.01878>`_, 2017.
+      Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_,
+      2017.
 
-    Differences from the paper: t_1 is a count at which a prune comes, so that the
-    ramp cannot end short of its target; counts are exact, and of equal weights the
-    first stays. Released code evaluates the ramp one step later.
+    Differences from the paper: t_1 is a count at which a prune comes, so that the ramp
+    always reaches its target; counts are exact, and of equal weights the first stays.
+    Released code evaluates the ramp one step later.
     """
-    name = "gradual_magnitude"
-    first = schedules.first_due(update_period, update_start, caller=name)
-    last = schedules.last_due(
-        update_period, update_start, stop=update_stop, caller=name
+    first = unnamed(schedules.first_due)(update_period, update_start)
+    last = unnamed(schedules.last_due)(
+        update_period, update_start, update_stop=update_stop
     )
 
     def make(end):
         ramp = schedules.cubic_density(initial_density, end, min(first, last - 1), last)
         return lambda count: jnp.where(count < first, 1.0, ramp(count))
 
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune,
@@ -120,5 +114,4 @@ def gradual_magnitude(
         packed=packed,
         pattern=pattern,
         budget=schedules.Towards(make),
-        caller=name,
     )

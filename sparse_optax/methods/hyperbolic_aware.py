@@ -1,15 +1,17 @@
-"""Hyperbolic aware minimization, HAM: an exponential step after any optimizer."""
+"""Hyperbolic aware minimization, HAM: an exponential step after an optimizer's step."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from sparse_optax.following import follow
-from sparse_optax.leaves import Where
+from sparse_optax import checks
+from sparse_optax.checks import boundary
+from sparse_optax.layers import Where
+from sparse_optax.transforms.follow import follow
 
 
+@boundary("ham")
 def ham(
     inner: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -18,40 +20,33 @@ def ham(
     beta: float = 1e-3,
     where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Follows each step of an optimizer by one that is multiplicative in the weights.
+    r"""Adds a step that is multiplicative in the weights to each optimizer step.
 
-    With the gradient g at the weights :math:`\theta` handed in and the inner update u,
+    With the weights :math:`\theta`, their gradient g and the inner update u,
 
-    .. math::
-        \theta \leftarrow (\theta + u) \,
-        \exp\!\left(-\eta \, (\alpha \, \mathrm{sign}(\theta) \, g + \beta)\right)
+    .. math:: \theta \leftarrow (\theta + u) \,
+              \exp\!\left(-\eta \, (\alpha \, \mathrm{sign}(\theta) \, g + \beta)\right)
 
-    A weight whose gradient points to zero gets there faster, one that the gradient
-    enlarges grows faster, and beta is a decay of all: a push towards sparsity that
-    costs no extra gradient. At zero the sign is zero: the gradient has no part there.
+    A weight that the gradient moves to zero gets there faster, one that it enlarges
+    grows faster, and beta is a decay of all: a bias to sparsity without an extra
+    gradient. At zero the sign is zero, and the gradient term vanishes.
 
-    .. note::
-      It wraps the optimizer, since it needs the gradient besides the update. Nothing
-      may change the gradient in front of it that is meant for the inner optimizer only:
-      weight decay belongs inside, ``ham(optax.chain(optax.add_decayed_weights(5e-4),
-      optax.sgd(lr)), lr)``. Inside a sparse method,
-      ``sparse_momentum_regrow(ham(...), ...)``, and around one,
-      ``ham(sparse_momentum_regrow(...), lr)``, missing weights stay exactly zero. A
-      step costs one pass over weights, gradients and updates and stores no array. The
-      factor overflows where ``learning_rate * alpha * |g|`` passes 88 (float32): clip
-      gradients before.
-
-      Under ``optax.inject_hyperparams`` the three numbers may be injected; name
-      ``where`` in ``static_args``.
+    .. note:: It wraps the optimizer, since it needs gradient and update. Put inside
+      whatever changes the gradient of the inner optimizer only, such as weight decay:
+      ``ham(optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(lr)), lr)``. Missing
+      weights stay exactly zero inside a sparse method, ``rigl(ham(...), ...)``, and
+      around one, ``ham(rigl(...), lr)``. A step costs one pass over weights, gradients
+      and updates and stores no array. The factor overflows where
+      ``learning_rate * alpha * |g|`` is above 88 (float32): clip gradients before.
+      ``where`` is static under ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer.
+      inner: The wrapped optimizer.
       learning_rate: :math:`\eta`, that of the inner optimizer: a number or a schedule
         of the number of finished updates.
-      alpha: Strength of the gradient's part, at least 0. About 200 on ImageNet.
+      alpha: Strength of the gradient term, at least 0. About 200 on ImageNet.
       beta: Strength of the decay, at least 0. About 1e-3 on ImageNet.
-      where: Which leaves take the step, see ``leaves.resolve_where``. By default
-        kernels; biases and norms get the inner update unchanged.
+      where: Which leaves take the step, see ``eligible``; by default kernels.
 
     Returns:
       A transformation with a ``FollowState``.
@@ -70,20 +65,16 @@ def ham(
       [0.896, -1.116, -0.01]
 
     References:
-      HAM: Hyperbolic Aware Minimization, 2026, `OpenReview XKB5Hu0ACY
-      <https://openreview.net/forum?id=XKB5Hu0ACY>`_.
+      Jacobs et al, `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
+      <https://openreview.net/forum?id=XKB5Hu0ACY>`_, 2026.
 
-    Differences from the paper, known from a second source: the sign is taken where the
-    gradient was, before the inner step; after it the sign differs only where the step
-    crosses zero. Biases and norms are left out by default.
+    Differences from the paper: the sign is that before the inner step; it differs after
+    the step only where the step crosses zero. Biases and norms are left out by default.
     """
-    given = {"learning_rate": learning_rate, "alpha": alpha, "beta": beta}
-    for name, value in given.items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise ValueError(
-                f"ham: `{name}` must be at least 0 and finite; got {value!r}. Use the "
-                "optimizer's learning rate, alpha=200 and beta=1e-3 as on ImageNet."
-            )
+    cure = "Use the optimizer's learning rate, alpha=200 and beta=1e-3 as on ImageNet."
+    checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
+    checks.number("alpha", alpha, 0, cure=cure)
+    checks.number("beta", beta, 0, cure=cure)
 
     def step(count, weight, gradient, update):
         rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -91,4 +82,4 @@ def ham(
         # (w + u) exp(x) - w, without the cancellation where x is small.
         return update + (weight + update) * jnp.expm1(exponent)
 
-    return follow(inner, step, where=where, caller="ham")
+    return follow(inner, step, where=where)

@@ -5,17 +5,18 @@ from typing import Any
 
 import optax
 
-from sparse_optax import schedules
-from sparse_optax.leaves import Where
-from sparse_optax.masks import Key
+from sparse_optax import checks, schedules
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import Rule
-from sparse_optax.schedules.parts import check_whole
 
 
+@boundary("iterative_magnitude")
 def iterative_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -29,45 +30,35 @@ def iterative_magnitude(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
-    caller: str = "iterative_magnitude",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Prunes the same fraction of what is left n times, and trains in between.
+    """Prunes the same fraction of the remaining weights n times and trains between.
 
-    For a final density d, the k-th of n prunes removes the smallest weights of each
-    layer, a fraction of
+    For a final density d, each of n prunes removes the smallest weights of each layer,
+    a fraction of :math:`1 - d^{1/n}`; the k-th leaves :math:`d^{k/n}`. Pruned weights
+    stay zero. The n-th prune meets the target exactly.
 
-    .. math:: 1 - d^{1/n}, \quad \text{and leaves } d^{k/n}.
-
-    A weight that is gone stays away. The n-th prune meets the target exactly.
-
-    .. note::
-      Last in the chain: wrap what you train with, usually on a trained network, and
-      train on after the last prune. Memory: one byte a weight, one bit with
-      ``packed``.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer, usually for a trained network.
+      Continue to train after the last prune. Memory: one byte per weight, one bit with
+      ``packed``. All arguments are static under ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped. None stands behind one in a chain.
-      density: d, the fraction of weights kept in the end, in (0, 1], in every layer,
-        or a budget.
-      prunes: n, how often weights go, at least 1.
-      update_period: Updates between two prunes; the first comes after as many.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: d, the fraction of weights per layer at the end, in (0, 1], or a budget.
+      prunes: n, the number of prunes, at least 1.
+      update_period: Updates between two prunes, and before the first.
       update_start: No prune before this many updates.
-      prune: Which weights go: a rule that prunes what a budget asks for.
-      key: Integer seed or random key; only a rule that draws needs one.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
-        out ``density``.
-      caller: The name that errors start with.
+      prune: Which weights are pruned: a rule that follows a budget.
+      key: Integer seed or random key, for rules that draw random numbers.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``; with N:M leave out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -84,20 +75,18 @@ def iterative_magnitude(
       [20, 20, 20, 10, 10, 10, 5, 5]
 
     References:
-      Han et al, `Learning both Weights and Connections for Efficient Neural Networks
-      <https://arxiv.org/abs/1506.02626>`_, 2015; Mostafa and Wang, `Parameter
-      Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
-      Reparameterization <https://arxiv.org/abs/1902.05967>`_, 2019 ("compressed
-      sparse": n = 20, every 2 epochs, then 10 epochs).
+      Han et al, `Learning both Weights and Connections
+      <https://arxiv.org/abs/1506.02626>`_, 2015. Mostafa and Wang, 2019, see
+      ``dynamic_sparse`` ("compressed sparse": n = 20, every 2 epochs, then 10 epochs).
 
     Differences from the papers: Han et al prune below a multiple of each layer's
-    standard deviation, and lower learning rate and dropout by hand; here the number
-    is given, and the optimizer is the caller's.
+    standard deviation, and lower learning rate and dropout by hand; here the number is
+    given, and the optimizer is the caller's.
     """
-    check_whole(caller, "prunes", prunes, least=1)
-    first = schedules.first_due(update_period, update_start, caller=caller)
+    checks.whole("prunes", prunes, 1, cure="Give 20, for instance.")
+    first = unnamed(schedules.first_due)(update_period, update_start)
     last = first + (prunes - 1) * update_period
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune,
@@ -117,10 +106,10 @@ def iterative_magnitude(
                 1.0, end, first - update_period, last
             )
         ),
-        caller=caller,
     )
 
 
+@boundary("one_shot_magnitude")
 def one_shot_magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -133,28 +122,27 @@ def one_shot_magnitude(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes once, the smallest weights of each layer, and trains on.
+    """Prunes the smallest weights of each layer once; training continues.
 
-    .. note:: Last in the chain; the prune opens the update after ``at`` of them.
+    .. note:: Last in the chain; the prune comes at the start of update ``at + 1``.
 
     Args:
-      inner: The optimizer that is wrapped. None stands behind one in a chain.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget.
-      at: Number of updates after which weights go, at least 1. To prune a trained
-        network before the first update, use ``masks.magnitude_masks``.
-      prune: Which weights go: a rule that prunes what a budget asks for.
-      key: Integer seed or random key; only a rule that draws needs one.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``; with N:M leave
-        out ``density``.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget.
+      at: Number of updates before the prune, at least 1. For a trained network, before
+        the first update, use ``masks.magnitude_masks``.
+      prune: Which weights are pruned: a rule that follows a budget.
+      key: Integer seed or random key, for rules that draw random numbers.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``; with N:M leave out ``density``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -169,8 +157,8 @@ def one_shot_magnitude(
       >>> counts
       [20, 20, 5, 5]
     """
-    check_whole("one_shot_magnitude", "at", at, least=1)
-    return iterative_magnitude(
+    checks.whole("at", at, 1, cure="Give a number of updates.")
+    return unnamed(iterative_magnitude)(
         inner,
         density=density,
         prunes=1,
@@ -181,5 +169,4 @@ def one_shot_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        caller="one_shot_magnitude",
     )

@@ -1,4 +1,4 @@
-"""Layer-wise Optimal Brain Surgeon: prune one layer, mend the rest (Dong, 2017)."""
+"""Layer-wise Optimal Brain Surgeon: prunes one layer, adjusts the rest (Dong, 2017)."""
 
 import functools
 
@@ -7,10 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from sparse_optax.criteria import one_layer
-from sparse_optax.patterns import Pattern
+from sparse_optax import checks
+from sparse_optax.budgets.resolve import unit_counts
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.layers import layers_of
+from sparse_optax.masks.make import Ranking, highest
+from sparse_optax.patterns import Pattern, pattern_of
 
 
+@boundary("layerwise_obs")
 def layerwise_obs(
     kernel: jax.Array,
     inputs: jax.Array,
@@ -19,51 +24,45 @@ def layerwise_obs(
     damping: float,
     pattern: Pattern | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Prunes a dense layer so that its outputs change least, and mends what is left.
+    r"""Prunes a dense layer with least change of its outputs; adjusts other weights.
 
     With X the n inputs of the layer and w one column of its kernel (one output unit),
 
-    .. math::
-        H = \tfrac{1}{n} X^T X + \text{damping} \cdot I, \quad
-        L_q = \frac{w_q^2}{2 [H^{-1}]_{qq}}
+    .. math:: H = \tfrac{1}{n} X^T X + \text{damping} \cdot I, \quad
+              L_q = \frac{w_q^2}{2 [H^{-1}]_{qq}}
 
-    all weights of the layer are ranked by :math:`L_q` at once, the smallest go until
-    ``keep`` are left, and the survivors S of each column are set to
+    all weights of the layer are ranked by :math:`L_q` at once, and the smallest are
+    pruned. The kept weights S of each column, with P the pruned ones, are set to
 
-    .. math::
-        \arg\min_{v : v_q = 0,\; q \notin S} \tfrac{1}{2} (v - w)^T H (v - w),
-        \quad \text{i.e.} \quad
-        v_S = w_S + H_{SS}^{-1} H_{SP} w_P
+    .. math:: \arg\min_{v : v_q = 0,\; q \notin S} \tfrac{1}{2} (v - w)^T H (v - w),
+              \quad \text{i.e.} \quad
+              v_S = w_S + H_{SS}^{-1} H_{SP} w_P
 
-    with P the pruned. This is the joint solution. For one pruned weight in a column it
-    is the paper's update :math:`-(w_q / [H^{-1}]_{qq}) H^{-1} e_q`. For several, adding
-    up such updates, each made for a full column, moves pruned weights away from zero
-    again and is not the minimum; applying them one after the other with a new
-    :math:`H^{-1}` each time ends at the joint solution for the same set, in more work.
-    The ranking is the paper's and is not taken anew after each weight.
+    This is the joint solution. For one pruned weight in a column it is the paper's
+    update :math:`-(w_q / [H^{-1}]_{qq}) H^{-1} e_q`. For several, the sum of such
+    updates, each made for a full column, moves pruned weights away from zero and is not
+    the minimum; applying them one by one with a new :math:`H^{-1}` each time gives the
+    joint solution at a higher cost. The ranking, as in the paper, is made once.
 
-    .. note::
-      One inverse and, for each output unit, one Cholesky factor of a matrix of inputs
-      by inputs, one unit at a time; memory of a few such matrices. Computed in float32,
-      or float64 for a float64 kernel. The bias is left as it is.
-
-      Give the layers one after the other, each with the inputs that it has in the
-      dense network, as in the paper, or in the network pruned so far, which lets a
-      layer mend what those before it changed.
+    .. note:: Cost: one inverse and, one output unit after the other, one Cholesky
+      factor of a matrix of inputs by inputs; memory of a few such matrices. Computed in
+      float32, or float64 for a float64 kernel. The bias is left as it is. Prune the
+      layers one by one, each with its inputs in the dense network, as in the paper, or
+      in the network pruned so far, where each layer corrects those before it.
 
     Args:
       kernel: Weights, shape (in, out).
-      inputs: What the layer sees, shape (n, in), or with more axes before the last.
+      inputs: Inputs of the layer, shape (n, in), or with more axes before the last.
       keep: Number of weights kept in the layer, from 0 to in * out; left out with N:M.
-      damping: Added to the diagonal of H, at least 0, in units of squared inputs; above
-        0 where inputs are dependent or constant zero. 1e-4 times the mean square of
-        the inputs is a start.
-      pattern: Which weights stand and fall together, see ``patterns``: units are
-        ranked by the sum of their :math:`L_q`, as many as fit into ``keep``.
+      damping: Added to the diagonal of H, at least 0, in units of squared inputs. It
+        must be above 0 if inputs are dependent or constant zero; 1e-4 times the mean
+        square of the inputs is a start.
+      pattern: See ``patterns``. Units are ranked by the sum of their :math:`L_q`; as
+        many are kept as fit into ``keep``.
 
     Returns:
-      ``(mask, new kernel)``: boolean, True where kept, and the mended kernel in its own
-      dtype, exactly zero where pruned.
+      ``(mask, new kernel)``: boolean, True where kept, and the adjusted kernel in its
+      own dtype, exactly zero where pruned.
 
     Raises:
       ValueError: If an argument does not fit, or H is not positive definite.
@@ -91,56 +90,46 @@ def layerwise_obs(
       20
 
     References:
-      Dong et al., `Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain
+      Dong et al, `Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain
       Surgeon <https://arxiv.org/abs/1705.07565>`_, 2017.
 
-    Differences from the paper: the survivors are set to the joint minimum, see above;
-    H is summed and inverted at once, where the paper updates its inverse input by
-    input; the number of weights is given, where the paper prunes up to an error.
+    Differences from the paper: the kept weights are set to the joint minimum, see
+    above. H is summed and inverted at once; the paper updates its inverse input by
+    input. The number of weights is given; the paper prunes up to an error.
     """
-    caller = "layerwise_obs"
     if jnp.ndim(kernel) != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise ValueError(
-            f"{caller}: `kernel` must be floating, of shape (in, out); got "
+        raise ArgumentError(
+            f"`kernel` must be floating, of shape (in, out); got "
             f"{jnp.asarray(kernel).dtype} of shape {jnp.shape(kernel)}. Reshape the "
             "kernel of a convolution and give patches, see the example."
         )
     if jnp.ndim(inputs) < 2 or inputs.shape[-1] != kernel.shape[0]:
-        raise ValueError(
-            f"{caller}: `inputs` must have shape (n, {kernel.shape[0]}), for a kernel "
+        raise ArgumentError(
+            f"`inputs` must have shape (n, {kernel.shape[0]}), for a kernel "
             f"of shape {kernel.shape}; got {jnp.shape(inputs)}. Pass what the layer "
             "multiplies by its kernel."
         )
-    if isinstance(damping, str) or (
-        isinstance(damping, (int, float)) and not 0 <= damping < float("inf")
-    ):
-        raise ValueError(
-            f"{caller}: `damping` must be at least 0 and finite; got {damping!r}. "
-            "Use 1e-4 times the mean square of the inputs."
-        )
-    keep = one_layer.number(pattern, kernel.shape, keep, caller=caller)
-    whole = isinstance(keep, int) and not isinstance(keep, bool)
-    if isinstance(keep, int) and whole and not 0 <= keep <= kernel.size:
-        raise ValueError(
-            f"{caller}: `keep` must be in [0, {kernel.size}]; got {keep}. Give the "
-            "number of weights to keep, for instance budgets.count(0.05, kernel.size)."
-        )
-    if keep is None or not (whole or hasattr(keep, "dtype")):
-        raise ValueError(
-            f"{caller}: `keep` must be an integer in [0, {kernel.size}]; got {keep!r}. "
-            "Turn a density into a number with budgets.count(density, kernel.size)."
-        )
-    mask, new = _prune(kernel, inputs, keep, damping, pattern)
+    cure = "Use 1e-4 times the mean square of the inputs."
+    checks.number("damping", damping, 0, cure=cure)
+    layers = layers_of({"kernel": kernel}, None, None, pattern_of(pattern))
+    fixed = layers.pattern.density
+    if fixed is None:
+        cure = "Give the number to keep, such as budgets.count(0.05, kernel.size)."
+        checks.whole("keep", keep, 0, kernel.size, cure=cure)
+    elif keep not in (None, round(fixed * kernel.size)):
+        cure = f"Leave it out: {layers.pattern.name} says it."
+        checks.fail("keep", keep, f"{round(fixed * kernel.size)} or None", cure)
+    mask, new = _prune(kernel, inputs, keep, damping, layers)
     if not isinstance(new, Tracer) and not bool(jnp.isfinite(new).all()):
-        raise ValueError(
-            f"{caller}: with `damping`={damping!r} H is not positive definite to the "
+        raise ArgumentError(
+            f"with `damping`={damping!r} H is not positive definite to the "
             "precision of its dtype, or an argument is not finite. Raise `damping`."
         )
     return mask, new
 
 
-@functools.partial(jax.jit, static_argnames="pattern")
-def _prune(kernel, inputs, keep, damping, pattern):
+@functools.partial(jax.jit, static_argnames="layers")
+def _prune(kernel, inputs, keep, damping, layers):
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     weights = kernel.astype(dtype)
     x = inputs.astype(dtype).reshape(-1, kernel.shape[0])
@@ -151,7 +140,11 @@ def _prune(kernel, inputs, keep, damping, pattern):
     factor = jax.scipy.linalg.cho_factor(hessian)
     spread = jnp.diagonal(jax.scipy.linalg.cho_solve(factor, identity))
     loss = jnp.square(weights) / (2 * spread[:, None])
-    mask = one_layer.highest(pattern, loss, keep)
+    # A pattern N:M fixes the count; units are kept whole.
+    limit = unit_counts([0], layers)
+    if layers.pattern.density is None:
+        limit = [keep // size for size in layers.unit_sizes]
+    mask = highest(Ranking(layers, (loss,), limit), [(loss,)])["kernel"]
 
     def mend(column):
         stays, w = column
@@ -164,6 +157,6 @@ def _prune(kernel, inputs, keep, damping, pattern):
         return jnp.where(stays, w + change, 0)
 
     new = lax.map(mend, (mask.T, weights.T)).T
-    # A NaN hides in no pruned entry.
+    # Checked here: zeros in pruned entries would hide a NaN.
     broken = jnp.logical_not(jnp.isfinite(spread).all())
     return mask, jnp.where(broken, jnp.nan, new).astype(kernel.dtype)

@@ -6,12 +6,14 @@ from typing import Any
 import optax
 
 from sparse_optax import schedules
-from sparse_optax.leaves import Where
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
 
+@boundary("network_surgery")
 def network_surgery(
     inner: optax.GradientTransformation,
     *,
@@ -26,46 +28,41 @@ def network_surgery(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Prunes and splices: what was cut trains on, and returns when it has grown.
+    r"""Prunes weights that keep training, and restores them when they have grown.
 
-    All weights take the step of the dense gradient, missing ones behind a zero. With
-    probability :math:`(1 + \gamma t)^{-power}` before an update, the mask becomes
+    All weights take the step of the dense gradient, hidden ones too. Before an update,
+    with probability :math:`(1 + \gamma t)^{-power}`, the mask becomes
 
-    .. math::
-        T = [\, |w| \text{ where } T, \; \tfrac{a}{b} |w| \text{ elsewhere, among the }
-        k \text{ largest of the layer} \,]
+    .. math:: T = [\, |w| \text{ where } T, \; \tfrac{a}{b} |w| \text{ elsewhere, }
+              \text{among the } k \text{ largest of the layer} \,]
 
-    so that a weight leaves only when it has fallen clearly below one that waits, and
-    comes back only when it has risen clearly above one that is there.
+    The factor a / b is a hysteresis: only a clearly larger weight replaces another.
 
-    .. note::
-      Last in the chain, around the whole optimizer: weight decay inside it reaches
-      hidden weights too. Memory: one more copy of the weights, and a byte or, with
-      ``packed``, a bit each. Cost: one selection an update.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain, around the whole optimizer: weight decay inside it acts
+      on hidden weights too. Memory: one copy of the weights and one byte per weight,
+      one bit with ``packed``. Cost: one selection per update. All arguments are static
+      under ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget. Left
-        out with ``patterns.n_m``.
-      budget: A schedule of the density that ends at ``density``, or None: the weights
-        kept are as many from the start, first the largest.
-      ratio: a / b, in (0, 1], how much a missing weight counts.
-      gamma: Of the probability, at least 0; 0 is every update.
-      power: Of the probability, at least 0.
+      inner: The wrapped optimizer.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
+      budget: A schedule of the density that ends at ``density``. None keeps that many
+        weights from the start, first the largest.
+      ratio: a / b, in (0, 1], the factor of missing weights in the ranking.
+      gamma: In the probability above, at least 0; 0 is every update.
+      power: Exponent of the probability, at least 0.
       update_stop: No mask changes from this many updates on; None never stops. A
         ``budget`` must have ended by then.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -83,19 +80,19 @@ def network_surgery(
       Guo, Yao and Chen, `Dynamic Network Surgery for Efficient DNNs
       <https://arxiv.org/abs/1608.04493>`_, 2016.
 
-    Differences from the paper: a layer keeps a given number of weights, exactly,
-    where the paper has two thresholds (0.9 and 1.1 times the mean plus c standard
-    deviations of |w| at the start in the released code, of kernel and bias together, of
-    which both are pruned; here biases stay dense) and takes what they leave:
-    for those ``regrow(density=1.0, prune=prune.below_spread(c),
-    grow=grow.above_spread(c), hidden=True, prune_rate=0.0, update_period=1, ...)``.
-    The coin is the same in all runs. Where a budget falls the smallest go without
-    a coin, so that the number holds at every update.
+    Differences from the paper: a layer keeps exactly a given number of weights. The
+    paper has two thresholds instead and keeps what they leave; in the released code
+    they are 0.9 and 1.1 times the mean plus c standard deviations of |w| at the start,
+    of kernel and bias together, and both are pruned. Here biases stay dense. For such
+    thresholds use ``regrow(density=1.0, prune=prune.below_spread(c),
+    grow=grow.above_spread(c), hidden=True, prune_rate=0.0, update_period=1, ...)``. The
+    random decision depends on the step alone and is the same in all runs. While a
+    budget falls, the smallest weights are pruned at every update.
     """
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
-        prune=prune.outranked(ratio, gamma=gamma, power=power),
+        prune=unnamed(prune.outranked)(ratio, gamma=gamma, power=power),
         redistribute=redistribute.none,
         grow=grow.magnitude,
         update_period=1,
@@ -108,5 +105,4 @@ def network_surgery(
         pattern=pattern,
         budget=budget,
         hidden=True,
-        caller="network_surgery",
     )

@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_optax import scored_masks
-from sparse_optax.criteria import batches as over
-from sparse_optax.criteria.curvature import gauss_newton_diagonal, quadratic_saliency
-from sparse_optax.leaves import PyTree, Where
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
+from sparse_optax.scoring import batches as over
+from sparse_optax.scoring.curvature import gauss_newton_diagonal, quadratic_saliency
 
 
+@boundary("optimal_brain_damage_masks")
 def optimal_brain_damage_masks(
     forward: Callable[[PyTree, Any], jax.Array],
     params: PyTree,
@@ -35,20 +37,17 @@ def optimal_brain_damage_masks(
                = \frac{1}{N} \sum_n \sum_c \lambda_{nc} (J_n^T v_{nc})_k^2, \quad
         H_n = \sum_c \lambda_{nc} v_{nc} v_{nc}^T
 
-    For softmax cross-entropy with probabilities p the factors are known,
-    :math:`\lambda_c = p_c` and :math:`v_c = e_c - p`; for another criterion they are
-    the eigenvalues and eigenvectors of H.
+    For softmax cross-entropy with probabilities p, :math:`\lambda_c = p_c` and
+    :math:`v_c = e_c - p`; for others they are the eigenvalues and eigenvectors of H.
 
-    One call is one deletion on a trained network. The paper's loop of deleting,
-    retraining and deleting again is the caller's: train with
-    ``static_sparse(inner, masks=...)`` and call again with a smaller density. What is
-    deleted stays so, since its weight is zero and so is its saliency, as long as every
-    other weight has a positive one.
+    One call is one deletion on a trained network. For the paper's loop of deletion and
+    retraining, train with ``static_sparse(inner, masks=...)`` and call again with a
+    smaller density. Deleted weights are zero and have saliency zero, so they stay
+    deleted as long as every other saliency is positive.
 
-    .. note::
-      As many backward passes as the network has outputs, example by example: the memory
-      of the scored weights times the batch. Give small batches. On an Explicit mesh
-      outputs must not be sharded along C.
+    .. note:: As many backward passes as the network has outputs, per example: this
+      takes the memory of the scored weights times the batch size, so give small
+      batches. On an Explicit mesh outputs must not be sharded along C.
 
     Args:
       forward: ``forward(params, inputs)`` gives the outputs of a batch, shape (n, C);
@@ -56,20 +55,19 @@ def optimal_brain_damage_masks(
       params: The trained parameters.
       batches: An iterable of ``(inputs, targets)`` whose first axis counts examples.
       density: Fraction of weights to keep, in (0, 1], or a budget.
-      criterion: ``criterion(outputs, target)`` gives the loss of ONE example; it should
+      criterion: ``criterion(outputs, target)`` gives the loss of ONE example. It should
         be convex in the outputs, else a saliency may be negative. None is softmax
         cross-entropy on logits, whose Hessian needs no target.
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
-      where: Which leaves take part, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves that stack several layers.
-      pattern: Which weights stand and fall together, see ``masks.score_masks``.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      pattern: See ``masks.score_masks``.
 
     Returns:
       A mask tree.
 
     Raises:
-      ValueError: If an argument does not fit, there is no batch, or a score is not
-        finite.
+      ValueError: If an argument does not fit, no batch comes, or a score is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -85,27 +83,24 @@ def optimal_brain_damage_masks(
       LeCun, Denker and Solla, `Optimal Brain Damage
       <https://papers.nips.cc/paper/250-optimal-brain-damage>`_, 1989.
 
-    Differences from the paper: the diagonal is that of the whole Gauss-Newton matrix,
-    where the paper propagates a diagonal back layer by layer and drops what crosses
-    units on the way; weights that share a parameter (convolutions) are summed within
-    the square, exactly.
+    Differences from the paper: the diagonal is that of the whole Gauss-Newton matrix.
+    The paper propagates a diagonal back layer by layer and drops the terms between
+    units. Weights that share a parameter (convolutions) are summed within the square.
     """
-    caller = "optimal_brain_damage_masks"
-    wanted = scored_masks.ranking(
+    wanted = ranking(
         params,
         density,
         scope=scope,
         where=where,
         stacked=stacked,
         pattern=pattern,
-        caller=caller,
     )
-    parts = over.split(params, wanted.plan.index)
+    parts = over.split(params, wanted.layers.index)
 
     def diagonal(chosen, example):
         if not isinstance(example, (tuple, list)) or len(example) != 2:
-            raise ValueError(
-                f"{caller}: each of `batches` must be (inputs, targets); got "
+            raise ArgumentError(
+                f"each of `batches` must be (inputs, targets); got "
                 f"{type(example).__name__}. Pass [(inputs, targets)]."
             )
         inputs, target = example
@@ -114,8 +109,8 @@ def optimal_brain_damage_masks(
             one = jax.tree.map(lambda x: x[None], inputs)
             z = forward(parts.rebuild(chosen), one)
             if jnp.ndim(z) != 2 or z.shape[0] != 1:
-                raise ValueError(
-                    f"{caller}: `forward` gave an output of shape {jnp.shape(z)} for "
+                raise ArgumentError(
+                    f"`forward` gave an output of shape {jnp.shape(z)} for "
                     "one example; it must be (1, C), a row for each example. Pass "
                     "a function that flattens other outputs."
                 )
@@ -123,12 +118,11 @@ def optimal_brain_damage_masks(
 
         return gauss_newton_diagonal(outputs, chosen, criterion, target)
 
-    curvature = over.mean_over_examples(diagonal, parts.chosen, batches, caller=caller)
+    curvature = over.mean_over_examples(diagonal, parts.chosen, batches)
     over.check_finite(
         curvature,
-        wanted.plan.names,
-        caller=caller,
+        wanted.layers.names,
         cure="Check the outputs and their derivatives at `params`.",
     )
     pairs = list(zip(curvature, parts.chosen, strict=True))
-    return scored_masks.highest(wanted, pairs, quadratic_saliency)
+    return highest(wanted, pairs, quadratic_saliency)

@@ -5,14 +5,16 @@ from typing import Any
 
 import optax
 
-from sparse_optax import schedules
-from sparse_optax.leaves import PyTree, Where
-from sparse_optax.masks import Key
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.schedules.prune_rate import cosine_unless
 
 
+@boundary("rigl")
 def rigl(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -28,53 +30,45 @@ def rigl(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rewiring by the dense gradient at constant sparsity, layer by layer.
+    r"""Rewires by the dense gradient at constant sparsity, layer by layer.
 
     Each period until T_end, with a_i the active weights of layer i and g the gradient
-    of the batch at hand:
+    of the current batch:
 
-    .. math::
-        k_i = \lfloor f(t) a_i \rfloor, \quad
-        f(t) = \frac{\alpha}{2} \left(1 + \cos \frac{\pi t}{T_{end}}\right), \quad
-        \text{prune the } k_i \text{ smallest } |w|, \text{ grow the } k_i
-        \text{ missing of largest } |g|
+    .. math:: k_i = \lfloor f(t) a_i \rfloor, \quad
+              f(t) = \frac{\alpha}{2} \left(1 + \cos \frac{\pi t}{T_{end}}\right), \quad
+              \text{prune the } k_i \text{ smallest } |w|, \text{ grow the } k_i
+              \text{ missing of largest } |g|
 
     New weights start from zero. Every layer keeps its number of weights.
 
-    .. note::
-      Last in the chain: wrap what you train with; the gradient that reaches it must
-      be dense. Memory: one byte a weight, one bit with ``packed``. A cycle reads
-      weights and gradient a few dozen times, once a period; other steps cost one pass.
-      On a mesh, a cycle needs small all-reduces.
-
-      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
-      all others in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer. The gradient that reaches it
+      must be dense. Memory: one byte per weight, one bit with ``packed``. A cycle reads
+      weights and gradient a few dozen times, other steps once. Under
+      ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
     Args:
-      inner: The optimizer that is wrapped. None, behind an optimizer in a chain, grows
-        by the incoming update; it needs ``reset_moments="none"``.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget; the
-        paper's best is ``budgets.erdos_renyi_kernel(density)``. May be left out where
-        ``masks`` are given.
+      inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
+        incoming update and needs ``reset_moments="none"``.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; the paper's
+        best is ``budgets.erdos_renyi_kernel(density)``.
       update_period: Delta T, updates between two cycles; 100 in the paper.
-      update_stop: T_end, no cycle from this many updates on; three quarters of
-        training in the paper.
+      update_stop: T_end, no cycle from then on; 75 % of training in the paper.
       prune_rate: A number in [0, 1] or a schedule of the number of finished updates;
         None is f(t) with alpha = 0.3.
       key: Integer seed or random key, for the first masks.
-      masks: First masks instead of random ones; their count is the budget.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
-        grown, whatever the optimizer; ``"none"`` leaves them.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      masks: First masks instead of random ones; ``density`` may then be left out.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      reset_moments: See ``regrow``.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -90,15 +84,13 @@ def rigl(
       5
 
     References:
-      Evci et al, `Rigging the Lottery: Making All Tickets Winners
-      <https://arxiv.org/abs/1911.11134>`_, 2020.
+      Evci et al, `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
 
-    Differences from the paper: what was just pruned may grow again, as in the released
-    code. Differences from that code: the update that opens a cycle still trains the
-    weights that stay, a weight pruned and regrown in one cycle starts from zero, and no
-    noise breaks ties of |w|.
+    Differences from the paper: weights just pruned may grow again, as in the released
+    code. Differences from that code: kept weights also train at the update of a cycle,
+    a weight pruned and regrown in one cycle starts from zero, and no noise breaks ties.
     """
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune.magnitude,
@@ -106,7 +98,7 @@ def rigl(
         grow=grow.gradient,
         update_period=update_period,
         update_stop=update_stop,
-        prune_rate=schedules.cosine_unless(prune_rate, 0.3, update_stop),
+        prune_rate=cosine_unless(prune_rate, 0.3, update_stop),
         key=key,
         masks=masks,
         where=where,
@@ -114,5 +106,4 @@ def rigl(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        caller="rigl",
     )

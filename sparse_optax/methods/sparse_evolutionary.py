@@ -5,13 +5,15 @@ from typing import Any
 
 import optax
 
-from sparse_optax.leaves import PyTree, Where
-from sparse_optax.masks import Key
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
 
+@boundary("sparse_evolutionary")
 def sparse_evolutionary(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -27,48 +29,40 @@ def sparse_evolutionary(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Random rewiring at constant sparsity, layer by layer.
+    r"""Rewires at random at constant sparsity, layer by layer.
 
     Each period, in a layer with a+ positive and a- negative active weights:
 
-    .. math::
-        \text{prune the } \lfloor \zeta a^+ \rfloor \text{ smallest positive and the }
-        \lfloor \zeta a^- \rfloor \text{ largest negative weights, grow as many at
-        random}
+    .. math:: \text{prune } \lfloor \zeta a^+ \rfloor \text{ smallest positive and }
+              \lfloor \zeta a^- \rfloor \text{ largest negative weights,}
+              \text{ grow as many at random}
 
-    All missing places may grow, those just pruned included. Every layer keeps its
-    number of weights.
+    Weights just pruned may grow again. Every layer keeps its number of weights.
 
-    .. note::
-      Last in the chain: wrap what you train with. Memory: one byte a weight, one bit
-      with ``packed``. A cycle reads weights and random bits a few dozen times, once a
-      period; other steps cost one pass. On a mesh, a cycle needs small all-reduces.
-
-      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
-      all others in ``static_args``.
+    .. note:: Last in the chain; it wraps the optimizer. Memory: one byte per weight,
+      one bit with ``packed``. A cycle reads weights and random bits a few dozen times,
+      other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
     Args:
-      inner: The optimizer that is wrapped, or None behind one in a chain.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget; the
-        paper's is ``budgets.erdos_renyi(density)``. May be left out where ``masks``
-        are given.
+      inner: The wrapped optimizer, or None behind an optimizer in a chain.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; the paper's
+        is ``budgets.erdos_renyi(density)``.
       update_period: Updates between two cycles, the paper's epoch.
       update_stop: No cycle from this many updates on; None never stops.
       prune_rate: zeta, in [0, 1], or a schedule of the number of finished updates.
       key: Integer seed or random key, for the first masks and the growth.
-      masks: First masks instead of random ones; their count is the budget.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's moments
-        of weights just grown.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      masks: First masks instead of random ones; ``density`` may then be left out.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      reset_moments: See ``regrow``.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -85,17 +79,16 @@ def sparse_evolutionary(
 
     References:
       Mocanu et al, `Scalable Training of Artificial Neural Networks with Adaptive
-      Sparse Connectivity inspired by Network Science
-      <https://arxiv.org/abs/1707.04780>`_, 2018.
+      Sparse Connectivity <https://arxiv.org/abs/1707.04780>`_, 2018.
 
-    Differences from the paper: the first masks have exact counts instead of coin flips,
-    and an active weight of exactly zero counts as positive. Differences from the
-    released code: a weight pruned and regrown in one cycle starts from zero. The SET of
-    the sparse momentum code is another method: it prunes one sign alone. The wrapped
-    optimizer sees the dense gradient: where it has momentum, that of missing weights
-    gathers too and acts once they have grown, unless ``reset_moments="grown"``.
+    Differences from the paper: the first masks have exact counts, not independent
+    random draws, and an active weight of exactly zero counts as positive. Differences
+    from the released code: a weight pruned and regrown in one cycle starts from zero.
+    The SET of the sparse momentum code is another method, which prunes one sign only.
+    The wrapped optimizer sees the dense gradient: any momentum also collects at missing
+    weights and acts when they grow, unless ``reset_moments="grown"``.
     """
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune.two_sided,
@@ -111,5 +104,4 @@ def sparse_evolutionary(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        caller="sparse_evolutionary",
     )

@@ -1,4 +1,4 @@
-"""Static sparse training: masks that never change, the baseline of every paper."""
+"""Static sparse training with masks that never change, the usual baseline."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,20 +6,23 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from sparse_optax.leaves import PyTree, Where
-from sparse_optax.masks import Key
+from sparse_optax import checks
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import stateless
 
-# No cycle is ever due; rules that do nothing leave little to compile for it.
+# No cycle is ever due, and rules that do nothing keep its compilation cheap.
 _KEEP = stateless(lambda evidence: evidence.masks)
 _NONE = stateless(
     lambda evidence: tuple(jnp.zeros_like(m) for m in evidence.masks), exact=True
 )
 
 
+@boundary("static_sparse")
 def static_sparse(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -31,37 +34,35 @@ def static_sparse(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains a sparse network whose mask never changes.
+    r"""Trains a sparse network whose masks never change.
 
-    .. math::
-        \Delta w = u \text{ where } m, \quad -w \text{ elsewhere}
+    .. math:: \Delta w = u \text{ where } m, \quad -w \text{ elsewhere}
 
-    The masks are random, an exact number in each layer, or given: those of
+    The masks are random, with an exact count in each layer, or given: those of
     ``snip_masks``, of a lottery ticket, of a control.
 
-    .. note::
-      Last in the chain: wrap what you train with. It is ``regrow`` without a cycle: a
-      step costs one pass over weights, updates and masks, and ``get_masks``,
-      ``set_masks`` and ``sparsify`` work on its state. Give every argument in
-      ``static_args`` of ``optax.inject_hyperparams``.
+    .. note:: Last in the chain; it wraps the optimizer. It is ``regrow`` without a
+      cycle: a step costs one pass over weights, updates and masks, and ``get_masks``,
+      ``set_masks`` and ``sparsify`` take its state. All arguments are static under
+      ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped; it sees the dense gradient and the masked
-        weights. None, behind an optimizer in a chain.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget such as
-        ``budgets.erdos_renyi_kernel(0.1)``. May be left out where ``masks`` are given.
-      key: Integer seed or random key for the masks; needed unless they are given.
-      masks: Masks instead of random ones.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      inner: The wrapped optimizer, which sees the dense gradient and the masked
+        weights, or None behind an optimizer in a chain.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget such as
+        ``budgets.erdos_renyi_kernel(0.1)``.
+      key: Integer seed or random key for random masks.
+      masks: Masks instead of random ones; ``density`` and ``key`` may then be left out.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -72,17 +73,12 @@ def static_sparse(
       5
 
     References:
-      Mostafa and Wang, `Parameter Efficient Training of Deep Convolutional Neural
-      Networks by Dynamic Sparse Reparameterization
-      <https://arxiv.org/abs/1902.05967>`_, 2019, who train it, uniform in each layer,
-      for twice the epochs.
+      Mostafa and Wang, 2019, see ``dynamic_sparse``: uniform, for twice the epochs.
     """
     if key is None and masks is None:
-        raise ValueError(
-            "static_sparse: `key` must be a seed or a random key where the masks are "
-            "random; got None. Pass key=0, or masks=."
-        )
-    return regrow(
+        allowed = "a seed or a random key where the masks are random"
+        checks.fail("key", key, allowed, "Pass key=0, or masks=.")
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=_KEEP,
@@ -97,5 +93,4 @@ def static_sparse(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        caller="static_sparse",
     )

@@ -6,12 +6,14 @@ from typing import Any
 import optax
 
 from sparse_optax import schedules
-from sparse_optax.leaves import Where
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 
 
+@boundary("straight_through_magnitude")
 def straight_through_magnitude(
     inner: optax.GradientTransformation,
     *,
@@ -23,42 +25,35 @@ def straight_through_magnitude(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains all weights and shows the largest, chosen anew before each update.
+    r"""Trains all weights with the gradient at the largest, chosen before each update.
 
-    With k the weights that a layer keeps and g the gradient at the weights shown,
+    With k the weights that a layer keeps and g the gradient at the masked weights,
 
-    .. math::
-        w \leftarrow w - \text{step}(g), \qquad
-        \text{shown} = w \text{ among the } k \text{ largest } |w|, \text{ else } 0
+    .. math:: w \leftarrow w - \text{step}(g), \qquad \text{masked} = w
+              \text{ among the } k \text{ largest } |w|, \text{ else } 0
 
-    the gradient passes the choice as if it were not there. The choice is that of the
-    weights before the step.
+    The gradient ignores the masking. The mask is that of the weights before the step.
 
-    .. note::
-      Last in the chain, around the whole optimizer. Memory: one more copy of the
-      weights, and a byte or, with ``packed``, a bit each. Cost: one selection an
-      update.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain, around the whole optimizer. Memory: one copy of the
+      weights and one byte per weight, one bit with ``packed``. Cost: one selection per
+      update. All arguments are static under ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget. Left
-        out with ``patterns.n_m``.
-      budget: A schedule of the density that ends at ``density``, or None: the weights
-        kept are as many from the start.
-      update_stop: The mask stays from this many updates on; None never stops. A
+      inner: The wrapped optimizer.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
+      budget: A schedule of the density that ends at ``density``; None is constant.
+      update_stop: The masks stay from this many updates on; None never stops. A
         ``budget`` must have ended by then.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -74,13 +69,12 @@ def straight_through_magnitude(
 
     References:
       Bengio, Leonard and Courville, `Estimating or Propagating Gradients Through
-      Stochastic Neurons for Conditional Computation
-      <https://arxiv.org/abs/1308.3432>`_, 2013, for the estimator.
+      Stochastic Neurons <https://arxiv.org/abs/1308.3432>`_, 2013, for the estimator.
 
-    Differences from other libraries: the weights handed to the loss are the sparse
-    ones; the dense ones are in the state.
+    Differences from other libraries: the parameters are the sparse weights, and the
+    state holds the dense ones.
     """
-    return regrow(
+    return unnamed(regrow)(
         inner,
         density=density,
         prune=prune.outranked(1.0),
@@ -96,5 +90,4 @@ def straight_through_magnitude(
         pattern=pattern,
         budget=budget,
         hidden=True,
-        caller="straight_through_magnitude",
     )

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from sparse_optax import scored_masks
-from sparse_optax.criteria import batches as over
-from sparse_optax.criteria.rounds import in_rounds
-from sparse_optax.leaves import PyTree, Where
+from sparse_optax import checks
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.layers import PyTree, Where
+from sparse_optax.masks.make import ranking
 from sparse_optax.patterns import Pattern
+from sparse_optax.scoring import batches as over
+from sparse_optax.scoring.rounds import in_rounds
 
 
+@boundary("synflow_masks")
 def synflow_masks(
     forward: Callable[[PyTree, Any], Any],
     params: PyTree,
@@ -29,44 +32,42 @@ def synflow_masks(
 ) -> PyTree:
     r"""Keeps the weights through which the most synaptic strength flows.
 
-    Every parameter is replaced by its absolute value, and the network sees ones:
+    Every parameter is replaced by its absolute value, and the input by ones:
 
-    .. math::
-        R = \mathbf{1}^T f(\mathbf{1}; |m \odot w|), \quad
-        s_j = \left| \frac{\partial R}{\partial |w_j|} \, |w_j| \right|
+    .. math:: R = \mathbf{1}^T f(\mathbf{1}; |m \odot w|), \quad
+              s_j = \left| \frac{\partial R}{\partial |w_j|} \, |w_j| \right|
 
-    In each round r = 1 ... n the :math:`\lfloor N d^{r/n} \rfloor` largest scores stay,
-    and the next scores are taken on the network that is left. What was pruned never
-    comes back. In one round a whole layer can be lost; in many it cannot as long as
-    there are enough weights, since a layer that shrinks concentrates the flow.
+    In each round r = 1 ... n the :math:`\lfloor N d^{r/n} \rfloor` largest scores are
+    kept, and the next scores are taken on the remaining network. Pruned weights never
+    come back. One round can remove a whole layer. Many rounds cannot, if there are
+    enough weights, since the flow concentrates in a layer that shrinks.
 
-    .. note::
-      One backward pass and one selection a round; no data, no sort. Masked weights are
-      set to zero, not multiplied. R is a sum over all paths and grows by about the
-      square root of the fan-in in each layer: past 3e38 it leaves float32 (some fifty
-      wide layers do), and past that is an error, not a mask. Scores are not rescaled
+    .. note:: One backward pass and one selection per round; no data, no sort. Masked
+      weights are set to zero, not multiplied. R is a sum over all paths and grows by
+      about the square root of the fan-in in each layer. Above 3e38, after some fifty
+      wide layers, it overflows float32, which is an error. Scores are not rescaled
       layer by layer: with biases, norms or shortcuts that would change the ranking.
       Within ``jax.jit`` nothing is checked.
 
     Args:
       forward: ``forward(params, inputs)`` gives the outputs, an array or a tree of
         them. Norm layers must use fixed statistics, dropout must be off.
-      params: The parameters at initialisation. Halves are computed in float32.
+      params: The parameters at initialisation; 16-bit floats are computed in float32.
       inputs: Shape of the input with its batch axis, such as ``(1, 784)``, or a tree of
         arrays or ``jax.ShapeDtypeStruct``, of which only shapes and dtypes are used.
       density: d, the fraction of weights to keep, in (0, 1], or a budget.
-      rounds: n, at least 1; the paper takes 100.
-      scope: ``"global"``, as in the paper, or ``"leaf"`` to rank each layer alone,
-        where each layer falls to its own count by the same rule.
-      where: Which leaves take part, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves that stack several layers.
-      pattern: Which weights stand and fall together, see ``masks.score_masks``.
+      rounds: n, at least 1; 100 in the paper.
+      scope: ``"global"``, as in the paper, or ``"leaf"``, which brings each layer to
+        its own count by the same rule.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      pattern: See ``masks.score_masks``.
 
     Returns:
       A mask tree.
 
     Raises:
-      ValueError: If an argument does not fit, R is zero, or a score is not finite.
+      ValueError: If an argument does not fit, R is 0 or a score is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -78,30 +79,23 @@ def synflow_masks(
       ([[True, False]], [[True], [False]])
 
     References:
-      Tanaka et al., `Pruning neural networks without any data by iteratively
-      conserving synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020.
+      Tanaka et al, `Pruning neural networks without any data by iteratively conserving
+      synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020.
 
     Differences from the paper: its networks have no biases. Here biases and norm scales
-    take part in the flow by their absolute value and are never pruned, unless ``where``
-    chooses them.
+    join the flow by their absolute value and are not pruned by default.
     """
-    caller = "synflow_masks"
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(
-            f"{caller}: `rounds` must be an integer of at least 1; got {rounds!r}. Use "
-            "100, as in the paper."
-        )
-    wanted = scored_masks.ranking(
+    checks.whole("rounds", rounds, 1, cure="Use 100, as in the paper.")
+    wanted = ranking(
         params,
         density,
         scope=scope,
         where=where,
         stacked=stacked,
         pattern=pattern,
-        caller=caller,
     )
-    ones = over.ones(inputs, caller=caller)
-    parts = over.split(jax.tree.map(_strength, params), wanted.plan.index)
+    ones = over.ones(inputs)
+    parts = over.split(jax.tree.map(_strength, params), wanted.layers.index)
 
     def flow(strengths):
         outputs = forward(parts.rebuild(strengths), ones)
@@ -115,8 +109,8 @@ def synflow_masks(
 
     def checked(kept, r):
         total, scores = score(parts.chosen, kept)
-        _check_flow(total, r, caller)
-        over.check_finite(scores, wanted.plan.names, caller=caller, cure=_CURE)
+        _check_flow(total, r)
+        over.check_finite(scores, wanted.layers.names, cure=_CURE)
         return scores
 
     return in_rounds(wanted, parts.chosen, checked, rounds)
@@ -135,11 +129,11 @@ def _strength(x: Any) -> Any:
     return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
-def _check_flow(total: jax.Array, r: int, caller: str) -> None:
+def _check_flow(total: jax.Array, r: int) -> None:
     if isinstance(total, Tracer):
         return
     if not math.isfinite(total) or (r == 1 and float(total) == 0):
-        raise ValueError(
-            f"{caller}: in round {r} the flow R is {float(total):g}; it must be "
+        raise ArgumentError(
+            f"in round {r} the flow R is {float(total):g}; it must be "
             f"finite and, at first, above zero, within its dtype {total.dtype}. {_CURE}"
         )

@@ -1,18 +1,20 @@
 """Top-KAST: top-k always sparse training (Jayakumar et al, 2020)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import optax
 
-from sparse_optax.leaves import Where
-from sparse_optax.patterns import Pattern
+from sparse_optax import checks
+from sparse_optax.checks import boundary, unnamed
+from sparse_optax.layers import Where
+from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import grow, prune, redistribute
-from sparse_optax.regrowth.backward import backward_set
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.transforms.backward_set import backward_set
 
 
+@boundary("top_kast")
 def top_kast(
     inner: optax.GradientTransformation,
     *,
@@ -26,48 +28,43 @@ def top_kast(
     packed: bool = False,
     pattern: Pattern | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Forward with the largest weights, backward with some more, the rest at rest.
+    r"""Uses the largest weights in the forward pass and some more in the backward.
 
-    In each layer, A are the weights of largest |w|, a fraction D, chosen every period,
-    and B are A and the next largest, a fraction D + M, chosen at each update. With g
-    the gradient at the weights of A and :math:`\lambda` the penalty,
+    In each layer, A are the weights of largest |w|, a fraction D, chosen every period.
+    B are A and the next largest, a fraction D + M, chosen at each update. With g the
+    gradient at the weights of A and :math:`\lambda` the penalty, the optimizer gets
 
-    .. math::
-        g_i + \lambda w_i \text{ in } A, \quad g_i + \tfrac{\lambda}{D} w_i
-        \text{ in } B \setminus A, \quad 0 \text{ elsewhere}
+    .. math:: g_i + \lambda w_i \text{ in } A, \quad g_i + \tfrac{\lambda}{D} w_i
+              \text{ in } B \setminus A, \quad 0 \text{ elsewhere}
 
-    goes to the optimizer, and its step moves the weights in B alone. So a weight of A
-    that shrinks meets one of B that has grown; the larger penalty outside of A keeps
-    the order from changing by noise.
+    and its step moves only the weights in B. So weights of B can grow past those of A
+    that shrink; the larger penalty outside of A keeps noise from changing the order.
 
-    .. note::
-      Last in the chain, around the whole optimizer. The dense gradient is computed
-      and masked: it is the method that is simulated, not its saving. Memory: one
-      more copy of the weights, and a byte or, with ``packed``, a bit each. Cost: one
-      selection an update, another each period.
-
-      Under ``optax.inject_hyperparams`` name all arguments in ``static_args``.
+    .. note:: Last in the chain, around the whole optimizer. The dense gradient is
+      computed and masked: the method is simulated, without its saving. Memory: one copy
+      of the weights and one byte per weight, one bit with ``packed``. Cost: one
+      selection per update and one per period. All arguments are static under
+      ``optax.inject_hyperparams``.
 
     Args:
-      inner: The optimizer that is wrapped.
-      density: D, the fraction of weights kept, in (0, 1], in every layer, or a budget.
-        Left out with ``patterns.n_m``.
-      backward_density: D + M, the fraction that trains, at least D in every layer; of
-        each group of N:M, rounded down.
-      penalty: The coefficient of the exploration loss
+      inner: The wrapped optimizer.
+      density: D, the fraction kept per layer, in (0, 1], or a budget; None for N:M.
+      backward_density: D + M, the fraction that trains, at least D in every layer;
+        rounded down in each group of N:M.
+      penalty: :math:`\lambda` of the exploration loss
         :math:`\frac{\lambda}{2} (\sum_A w^2 + \frac{1}{D} \sum_{B \setminus A} w^2)`.
       update_period: Updates between two choices of A.
       update_stop: A stays from this many updates on; None never stops.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      packed: Stores one bit a weight.
-      pattern: Which weights stand and fall together, see ``regrow``.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      packed: Stores one bit per weight.
+      pattern: See ``regrow``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: If an argument is out of its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -83,28 +80,22 @@ def top_kast(
       ([[0.0, 5.0, 0.0, 0.0]], [[2.0, 5.0, 2.0, 1.0]])
 
     References:
-      Jayakumar et al, `Top-KAST: Top-K Always Sparse Training
-      <https://arxiv.org/abs/2106.03517>`_, 2020.
+      Jayakumar et al, `Top-KAST <https://arxiv.org/abs/2106.03517>`_, 2020.
 
-    Differences from the paper: counts are exact in each layer. The weights of the
-    exploration loss, 1 on A and 1/D on the rest of B, are from memory of the paper and
-    not confirmed.
+    Differences from the paper: counts are exact in each layer. The exploration loss has
+    the paper's factors 1 and 1/D; it is quadratic, as in its text (L2), not linear.
     """
-    if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
-        raise ValueError(
-            "top_kast: `penalty` must be a number of at least 0; got "
-            f"{penalty!r}. Give 1e-4, as for weight decay."
-        )
+    checks.transformation("inner", inner)
+    checks.number("penalty", penalty, 0, cure="Give 1e-4, as for weight decay.")
     within = backward_set(
         inner,
         density,
         backward_density,
         penalty=penalty,
         stacked=stacked,
-        pattern=pattern,
-        caller="top_kast",
+        pattern=pattern_of(pattern),
     )
-    return regrow(
+    return unnamed(regrow)(
         within,
         density=density,
         prune=prune.outranked(1.0),
@@ -119,5 +110,4 @@ def top_kast(
         packed=packed,
         pattern=pattern,
         hidden=True,
-        caller="top_kast",
     )

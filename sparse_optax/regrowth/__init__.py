@@ -1,22 +1,24 @@
-"""The engine of dynamic sparsity: prune, redistribute, grow.
+"""The engine of dynamic sparsity, ``regrow``, and its rules.
 
-``regrow`` is the one transformation, ``cycle`` one cycle as a pure function; the
-rules are in ``prune``, ``redistribute`` and ``grow``. README.md in this folder has
-the algebra in one page and how to write a rule.
+README.md in this folder explains the algebra and how to write a rule.
+
+- ``engine``: ``regrow``: what happens at ``init``, at an update, at a cycle.
+- ``start``: the arguments, checked, and the first masks.
+- ``targets``: the counts that a moving budget asks for.
+- ``cycle``: prune, redistribute, grow, as one pure function.
+- ``rules``: ``Evidence``, what a rule sees, and ``Rule``, what it is.
+- ``prune``, ``redistribute``, ``grow``: the rules.
+- ``under_pattern``: the rules that keep the number of weights under a pattern.
+- ``allocate``: whole counts for each layer, in integer arithmetic.
+- ``momentum``: finds the momentum that an optimizer keeps already.
+- ``guard``: runs a cycle only where it is due, also under ``vmap``.
 """
 
-from sparse_optax.regrowth import allocate as allocate
 from sparse_optax.regrowth import grow as grow
-from sparse_optax.regrowth import guard as guard
-from sparse_optax.regrowth import momentum as momentum
 from sparse_optax.regrowth import prune as prune
 from sparse_optax.regrowth import redistribute as redistribute
-from sparse_optax.regrowth import rules as rules
-from sparse_optax.regrowth import signed as signed
-from sparse_optax.regrowth import units as units
 from sparse_optax.regrowth.cycle import Cycle as Cycle
 from sparse_optax.regrowth.cycle import cycle as cycle
-from sparse_optax.regrowth.cycle import init_rules as init_rules
 from sparse_optax.regrowth.engine import RegrowState as RegrowState
 from sparse_optax.regrowth.engine import regrow as regrow
 from sparse_optax.regrowth.rules import Evidence as Evidence

@@ -8,29 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax.regrowth import allocate
-from sparse_optax.regrowth.rules import (
-    Evidence,
-    Rule,
-    axes_of,
-    layer_sizes,
-    split_layers,
-    tally_layers,
-)
+from sparse_optax.regrowth.rules import Evidence, Rule, tally_layers
 from sparse_optax.selection.tally import all_true
 
 
 class Cycle(NamedTuple):
-    """What a cycle decided.
+    """The result of a cycle.
 
     Attributes:
-      masks: The new masks, one a leaf.
-      kept: The masks after the prune, before the growth. A weight of ``masks``
-        that is not in ``kept`` was grown, and starts from zero.
+      masks: The new masks, one per leaf.
+      kept: The masks after the prune. Weights of ``masks`` not in ``kept`` have grown.
       removed: int32 vector, weights removed from each layer.
-      grown: int32 vector, weights grown in each layer; the sum is the same, but for
-        a target.
-      ok: Whether all evidence was finite. Where it is False the masks are those
-        from before the cycle, and the counts zero.
+      grown: int32 vector, weights grown in each layer; the same sum without a target.
+      ok: Whether all evidence was finite. If False, masks stay and counts are zero.
       states: The states of the three rules.
     """
 
@@ -47,31 +37,9 @@ def init_rules(
     params: tuple[jax.Array, ...],
     masks: tuple[jax.Array, ...],
 ) -> tuple[Any, Any, Any]:
-    """Initial states of the prune, the redistribution and the growth rule.
-
-    Args:
-      rules: The three rules.
-      params: One array a sparse leaf.
-      masks: Their masks.
-
-    Returns:
-      The three states.
-
-    Examples:
-      >>> from sparse_optax import regrowth
-      >>> rules = regrowth.prune.magnitude, regrowth.redistribute.none, None
-      >>> rules = (*rules[:2], regrowth.grow.random)
-      >>> regrowth.init_rules(rules, (), ())
-      ((), (), ())
-    """
+    """Initial states of the three rules."""
     prune, redistribute, grow = (rule.init(params, masks) for rule in rules)
     return prune, redistribute, grow
-
-
-def _active_and_broken(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Active weights, and those of which any number is not finite."""
-    finite = [jnp.isfinite(x) for x in arrays]
-    return mask, jnp.logical_not(functools.reduce(jnp.logical_and, finite))
 
 
 def cycle(
@@ -85,125 +53,69 @@ def cycle(
     target: jax.Array | None = None,
     enabled: jax.Array | bool = True,
 ) -> Cycle:
-    """One cycle: prune, redistribute, grow, with exactly as many grown as removed.
+    """One cycle as a pure function; it grows exactly as many weights as it removes.
 
     With p the prune rate, a_i the active weights of layer i and c_i its share::
 
-        removed_i = floor(p_i * a_i)           (p_i: ``allocate.prune_counts``)
-        grown_i   ~ sum(removed) * c_i / sum(c)       (``allocate.apportion``)
+        removed_i = floor(p_i * a_i)
+        grown_i   ~ sum(removed) * c_i / sum(c)
 
-    With a ``target`` t_i of active weights, a_i - t_i more are removed where that is
-    positive, and sum(t) - sum(a) more are grown: in the end sum(t) are active.
+    where p_i is p, but at most the sparsity in a layer that is nearly dense and has a
+    large share. With a ``target`` t_i of active weights, max(a_i - t_i, 0) more are
+    removed, and sum(t) - sum(a) more grow, so that sum(t) are active at the end.
 
     Args:
-      evidence: What the rules may look at; ``counts`` is filled in here.
+      evidence: What the rules may read; ``counts`` is filled in here.
       prune: The prune rule.
       redistribute: The redistribution rule.
       grow: The growth rule.
       prune_rate: p, a scalar in [0, 1].
-      states: The rules' states, from ``init_rules``; None makes fresh ones.
-      target: int32 vector, how many weights of each layer should be active after the
-        cycle; None keeps their number.
-      enabled: Where False, masks and states stay as where evidence is broken.
+      states: The states of the rules; None makes new ones.
+      target: int32 vector, active weights per layer at the end; None keeps the number.
+      enabled: If False, masks and states stay, as with evidence that is not finite.
 
     Returns:
       A ``Cycle``.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> evidence = regrowth.Evidence(
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> evidence = sparse_optax.regrowth.Evidence(
       ...     params=(jnp.array([3.0, 1.0, 0.0, 0.0]),),
       ...     masks=(jnp.array([True, True, False, False]),),
       ...     momentum=(jnp.array([1.0, 1.0, 2.0, 5.0]),))
-      >>> new = regrowth.cycle(
-      ...     evidence, prune=regrowth.prune.magnitude,
-      ...     redistribute=regrowth.redistribute.momentum,
-      ...     grow=regrowth.grow.momentum, prune_rate=0.5)
+      >>> new = sparse_optax.regrowth.cycle(
+      ...     evidence, prune=sparse_optax.regrowth.prune.magnitude,
+      ...     redistribute=sparse_optax.regrowth.redistribute.momentum,
+      ...     grow=sparse_optax.regrowth.grow.momentum, prune_rate=0.5)
       >>> new.masks[0].tolist()
       [True, False, False, True]
     """
+    before, moving = evidence.masks, target is not None
     if states is None:
-        states = init_rules(
-            (prune, redistribute, grow), evidence.params, evidence.masks
-        )
-    axes, before = axes_of(evidence), evidence.masks
-    whole = layer_sizes(before, axes)
-    sizes = jnp.asarray(whole.astype(np.int32))
-    rate = jnp.asarray(prune_rate, jnp.float32)
-    # One pass over all evidence: how many weights each layer has, and whether every
-    # number is sound.
-    groups = (before, evidence.params, evidence.gradient, evidence.momentum)
-    leaves = list(zip(*(group for group in groups if group is not None), strict=True))
-    active, ok = sizes, jnp.isfinite(rate)
-    if leaves:
-        active, broken = tally_layers(leaves, axes, _active_and_broken)
-        active = active.astype(jnp.int32)
-        ok = jnp.logical_and(ok, jnp.all(broken == 0))
-    goal = active if target is None else target
+        rules = prune, redistribute, grow
+        states = init_rules(rules, evidence.params, before)
+    prune_state, share_state, grow_state = states
+    evidence, ok = _counted(evidence, prune_rate, target)
 
-    def split(vector: jax.Array) -> tuple[jax.Array, ...]:
-        return split_layers(vector, before, axes)
-
-    evidence = evidence._replace(
-        counts=None,
-        active=split(active),
-        target=split(goal),
-        before=before,
-        rate=rate,
-    )
-
-    def keyed(evidence: Evidence, rule: int) -> Evidence:
-        # A key for each rule: a random prune and a random growth must not agree.
-        if evidence.key is None:
-            return evidence
-        return evidence._replace(key=jax.random.fold_in(evidence.key, rule))
-
-    shares, share_state = None, states[1]
+    # Prune active weights only. Most redistribution rules see the masks before that.
+    shares = None
     if not redistribute.after_prune:
-        shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
-    even = jnp.zeros_like(sizes, dtype=jnp.uint32)
-    staying = active if target is None else jnp.minimum(active, target)
-    to_remove = allocate.prune_counts(
-        rate, staying, sizes, even if shares is None else allocate.as_shares(shares)
-    )
-    if target is not None:
-        to_remove += active - staying
-    kept, prune_state = prune.apply(
-        keyed(evidence._replace(counts=split(to_remove)), 0), states[0]
-    )
-    # A rule prunes what is active and nothing else.
-    removed = to_remove
-    if before and not prune.exact:
-        pairs = list(zip(kept, before, strict=True))
-        removed = active - tally_layers(pairs, axes, all_true)[0].astype(jnp.int32)
-        kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
+        shares, share_state = redistribute.apply(_keyed(evidence, 1), share_state)
+    kept, removed, prune_state = _pruned(evidence, prune, prune_state, shares, moving)
     evidence = evidence._replace(masks=kept)
-    if redistribute.after_prune:
-        shares, share_state = redistribute.apply(keyed(evidence, 1), states[1])
-    own = removed if target is None else removed + target - active
-    if shares is None and (prune.exact or prune.covers or target is None):
-        to_grow = own  # each layer gets back its own: never negative, always room
-    else:
-        to_grow = allocate.apportion(
-            allocate.signed_sum(own),
-            even if shares is None else allocate.as_shares(shares),
-            sizes - active + removed,
-            jnp.maximum(own, 0),
-            most=int(whole.sum()),
-        )
-    added, grow_state = grow.apply(
-        keyed(evidence._replace(counts=split(to_grow)), 2), states[2]
-    )
-    grown = to_grow
-    if before and not grow.exact:
-        missing = [jnp.logical_not(k) for k in kept]
-        pairs = list(zip(added, missing, strict=True))
-        grown = tally_layers(pairs, axes, all_true)[0].astype(jnp.int32)
-    new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, added, strict=True))
 
+    # Redistribute.
+    if redistribute.after_prune:
+        shares, share_state = redistribute.apply(_keyed(evidence, 1), share_state)
     if shares is not None and jnp.issubdtype(shares.dtype, jnp.floating):
         ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
+    own = removed if not moving else removed + evidence.target - evidence.active
+    keeps_own = shares is None and (prune.exact or prune.covers or not moving)
+    to_grow = own if keeps_own else _spread_over_layers(evidence, own, removed, shares)
+
+    # Grow.
+    added, grown, grow_state = _grown(evidence, grow, grow_state, to_grow)
+    new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, added, strict=True))
 
     go = jnp.logical_and(ok, enabled)
 
@@ -218,3 +130,92 @@ def cycle(
         ok=ok,
         states=if_ok((prune_state, share_state, grow_state), states),
     )
+
+
+def _keyed(evidence: Evidence, rule: int) -> Evidence:
+    # A key per rule: random prunes and random growth must be independent.
+    if evidence.key is None:
+        return evidence
+    return evidence._replace(key=jax.random.fold_in(evidence.key, rule))
+
+
+def _active_and_broken(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Active weights, and those with a number that is not finite."""
+    finite = [jnp.isfinite(x) for x in arrays]
+    return mask, jnp.logical_not(functools.reduce(jnp.logical_and, finite))
+
+
+def _counted(
+    evidence: Evidence, prune_rate: Any, target: jax.Array | None
+) -> tuple[Evidence, jax.Array]:
+    """The evidence with its counts, and whether every number is finite: one pass."""
+    rate = jnp.asarray(prune_rate, jnp.float32)
+    groups = (evidence.masks, evidence.params, evidence.gradient, evidence.momentum)
+    leaves = list(zip(*(group for group in groups if group is not None), strict=True))
+    active = jnp.asarray(evidence.sizes.astype(np.int32))
+    ok = jnp.isfinite(rate)
+    if leaves:
+        axes = evidence.layer_axes
+        active, broken = tally_layers(leaves, axes, _active_and_broken)
+        active = active.astype(jnp.int32)
+        ok = jnp.logical_and(ok, jnp.all(broken == 0))
+    return (
+        evidence._replace(
+            counts=None,
+            active=active,
+            target=active if target is None else target,
+            before=evidence.masks,
+            rate=rate,
+        ),
+        ok,
+    )
+
+
+def _pruned(evidence: Evidence, prune: Rule, state: Any, shares: Any, moving: bool):
+    """Masks after the prune, the number removed per layer, and the rule's state."""
+    active, before = evidence.active, evidence.before
+    sizes = jnp.asarray(evidence.sizes.astype(np.int32))
+    staying = jnp.minimum(active, evidence.target) if moving else active
+    counts = allocate.prune_counts(evidence.rate, staying, sizes, _whole(shares, sizes))
+    if moving:
+        counts += active - staying
+    kept, state = prune.apply(_keyed(evidence._replace(counts=counts), 0), state)
+    if before and not prune.exact:
+        pairs = list(zip(kept, before, strict=True))
+        left = tally_layers(pairs, evidence.layer_axes, all_true)[0]
+        counts = active - left.astype(jnp.int32)
+        kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
+    return kept, counts, state
+
+
+def _spread_over_layers(
+    evidence: Evidence, own: jax.Array, removed: jax.Array, shares: Any
+) -> jax.Array:
+    """How many weights grow in each layer, by shares and within its room."""
+    whole = evidence.sizes
+    sizes = jnp.asarray(whole.astype(np.int32))
+    return allocate.apportion(
+        allocate.signed_sum(own),
+        _whole(shares, sizes),
+        sizes - evidence.active + removed,
+        jnp.maximum(own, 0),
+        most=int(whole.sum()),
+    )
+
+
+def _whole(shares: Any, sizes: jax.Array) -> jax.Array:
+    """Shares as uint32; all zero if there are none."""
+    if shares is None:
+        return jnp.zeros_like(sizes, dtype=jnp.uint32)
+    return allocate.as_shares(shares)
+
+
+def _grown(evidence: Evidence, grow: Rule, state: Any, counts: jax.Array):
+    """Masks of the new weights, their number per layer, and the rule's state."""
+    added, state = grow.apply(_keyed(evidence._replace(counts=counts), 2), state)
+    if evidence.masks and not grow.exact:
+        missing = [jnp.logical_not(k) for k in evidence.masks]
+        pairs = list(zip(added, missing, strict=True))
+        counted = tally_layers(pairs, evidence.layer_axes, all_true)[0]
+        counts = counted.astype(jnp.int32)
+    return added, counts, state

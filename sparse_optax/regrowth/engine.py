@@ -1,65 +1,55 @@
-"""The engine: one transformation for every prune-redistribute-grow method.
+"""The engine: wraps any optimizer with a prune, a redistribution and a growth rule."""
 
-A step of sparse training is an ordinary optimizer step on the weights that exist.
-Now and then a cycle moves the mask:
-
-    prune      which active weights go
-    redistribute   how many come back in each layer
-    grow       which missing weights come
-
-A method is a triple of rules. ``regrow`` wraps any optimizer with such a triple.
-"""
-
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
-from sparse_optax import masks as mask_trees
-from sparse_optax import schedules
-from sparse_optax.leaves import PyTree, Where, is_hole, layout, leaf_names
-from sparse_optax.patterns import Pattern
+from sparse_optax import checks, schedules
+from sparse_optax.checks import boundary
+from sparse_optax.layers import Layers, PyTree, Where, is_hole, leaf_names
+from sparse_optax.masks.make import Key, as_key
+from sparse_optax.masks.tree import (
+    PackedMask,
+    check_shapes,
+    is_mask,
+    layers_of_masks,
+    pack,
+    unpack,
+)
+from sparse_optax.patterns import Pattern, pattern_of
+from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
-from sparse_optax.regrowth.arguments import (
-    check_arguments,
-    rate_schedule,
-    refuse_multi_steps,
-)
-from sparse_optax.regrowth.beginning import first_masks
-from sparse_optax.regrowth.cycle import init_rules
-from sparse_optax.regrowth.goals import rules_under, targets
-from sparse_optax.regrowth.opening import (
-    How,
-    Operands,
-    cycle_if,
-    no_cycle,
-    reset_grown,
-    seen,
-    zip_equal,
-)
-from sparse_optax.regrowth.rules import Rule, map_weights
+from sparse_optax.regrowth.cycle import cycle, init_rules
+from sparse_optax.regrowth.rules import Evidence, Rule, map_weights, tally_layers
+from sparse_optax.regrowth.start import Method, check, first_masks, refuse_multi_steps
+from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
+from sparse_optax.regrowth.under_pattern import rules_under
+from sparse_optax.schedules.timing import never_due
 
 OWN_DECAY = 0.9
 
 
 class RegrowState(NamedTuple):
-    """State of ``regrow``. Trees have the parameters' structure, with holes.
+    """State of ``regrow``. Trees are like the parameters, with holes.
 
     Attributes:
-      count: Finished updates.  # shape=(), int32
+      count: Finished updates. # shape=(), int32
       inner_state: State of the wrapped optimizer.
       regrow_masks: Boolean arrays, or ``PackedMask``.
-      key: Random key data.  # uint32
-      momentum: The engine's own average of the gradient, float32; ``()`` where the
-        inner optimizer's momentum serves.
+      key: Random key data. # uint32
+      momentum: The engine's own average of the gradient, float32; ``()`` if the inner
+        optimizer's momentum is used.
       rules: States of the prune, the redistribution and the growth rule.
-      skipped: Cycles left out because of numbers that are not finite.  # int32
-      removed: Per leaf, weights removed in the last cycle.  # int32
-      grown: Per leaf, weights grown in the last cycle.  # int32
-      hidden: With ``hidden=True`` the weights that go on behind missing ones; else
-        ``()``.
+      skipped: Cycles left out because of numbers that are not finite. # int32
+      removed: Per leaf, weights removed in the last cycle. # int32
+      grown: Per leaf, weights grown in the last cycle. # int32
+      hidden: With ``hidden=True`` the values of missing weights, else ``()``.
     """
 
     count: jax.Array
@@ -74,6 +64,7 @@ class RegrowState(NamedTuple):
     hidden: PyTree
 
 
+@boundary("regrow")
 def regrow(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -85,7 +76,7 @@ def regrow(
     update_start: int = 0,
     update_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
-    key: mask_trees.Key,
+    key: Key,
     masks: PyTree | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
@@ -96,88 +87,78 @@ def regrow(
     hidden: bool = False,
     pattern: Pattern | None = None,
     regrown: str = "zero",
-    caller: str = "regrow",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sparse training by a triple of rules, around any optimizer.
+    r"""Sparse training by three rules, around any optimizer.
 
     With masks m, weights w and the inner optimizer's update u, each step emits
 
-    .. math::
-        \Delta w = u \text{ where } m, \quad -w \text{ elsewhere},
+    .. math:: \Delta w = u \text{ where } m, \quad -w \text{ elsewhere},
 
-    so that missing weights are exactly zero after ``optax.apply_updates``. A cycle
-    opens update ``k * update_period + 1``, k >= 1, on the weights handed in and the
-    momentum stored: what is evaluated at the end of a period is a trained network,
-    and no cycle follows the last step. At an opening update a kept weight and one
-    grown from missing get u; a pruned weight, regrown in the same cycle or not,
-    gets -w and moves again from the next step. The inner optimizer sees the dense
-    gradient and the newly masked weights.
+    so that missing weights are exactly zero after ``optax.apply_updates``. A cycle runs
+    at the start of update ``k * update_period + 1``, k >= 1, on the weights handed in
+    and the stored momentum. So the network at the end of a period is a trained one, and
+    no cycle follows the last update. At this update, kept weights and those grown from
+    missing get u. A pruned weight gets -w, even if it grows again in the same cycle,
+    and moves from the next update on. The inner optimizer sees the dense gradient and
+    the newly masked weights.
 
-    .. note::
-      It must be the last transformation of a chain: whatever scales its updates
-      breaks the exact zeros. Without ``inner`` it is chained behind an optimizer,
-      and its evidence is the incoming update, one step newer than a stored
-      momentum; where that is all zero no cycle runs. Accumulate gradients outside,
-      ``optax.MultiSteps(regrow(...), k)``.
+    .. note:: Last in the chain: scaling its updates would break the exact zeros.
+      Without ``inner`` it stands behind an optimizer in a chain; the rules then see the
+      incoming update, one step newer than a stored momentum, and no cycle runs if that
+      is all zero. Accumulate gradients outside, ``optax.MultiSteps(regrow(...), k)``.
 
       Between cycles a step costs one pass over weights, updates and masks. A cycle
-      reads weights and momentum a few dozen times. Memory: one byte a weight, one
-      bit with ``packed``.
-
-      Under ``optax.inject_hyperparams`` only ``prune_rate`` may be injected; name
-      all others in ``static_args``.
+      reads weights and momentum a few dozen times; on a mesh it needs small
+      all-reduces. Memory: one byte per weight, one bit with ``packed``. Under
+      ``optax.inject_hyperparams`` only ``prune_rate`` varies; name the others in
+      ``static_args``.
 
     Args:
-      inner: The optimizer that is wrapped.
-      density: Fraction of weights kept, in (0, 1], in every layer, or a budget.
-        May be left out where ``masks`` are given.
-      prune: Which active weights go.
-      redistribute: How many come back in each layer.
-      grow: Which missing weights come.
+      inner: The wrapped optimizer.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget.
+      prune: Which active weights are pruned.
+      redistribute: How many weights grow in each layer.
+      grow: Which missing weights grow.
       update_period: Updates between two cycles, at least 1.
       update_start: No cycle before this many updates.
       update_stop: No cycle from this many updates on; None never stops.
-      prune_rate: Fraction of a layer's active weights that a cycle prunes, in
-        [0, 1], or a schedule of the number of finished updates. None is the cosine
-        from 0.5 at the start to 0 at ``update_stop``.
+      prune_rate: Fraction of a layer's active weights that a cycle prunes, in [0, 1],
+        or a schedule of the finished updates. None: cosine from 0.5 to 0 at
+        ``update_stop``.
       key: Integer seed or random key, for the first masks and random growth.
-      masks: First masks, instead of random ones; their count is the budget.
-      where: Which leaves become sparse, see ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      momentum: ``"auto"`` reads the momentum that ``inner`` keeps (trace, mu, or
-        mu / (sqrt(nu) + 1e-8)) and keeps an average of its own (decay 0.9) where
-        there is none or several kinds; a number in [0, 1) keeps an average of that
-        decay.
-      reset_moments: ``"none"``, or ``"grown"`` to zero the inner optimizer's
-        moments of weights just grown.
-      packed: Stores one bit a weight.
-      budget: A schedule of the density by the number of finished updates, for
-        methods that become sparse while they train. At a cycle, with d the density
-        that it gives and D that of ``density``, layer i is to have
-        ``c_i + floor(x (n_i - c_i))`` of its n_i weights, x = (d - D) / (1 - D) cut
-        to [0, 1], where c_i is its final count: all at d = 1, exactly the counts of
-        ``density`` at d <= D. The first masks follow it at 0. None keeps the number.
-        ``schedules.Towards`` makes one that ends at D, whatever ``density`` is.
-      hidden: Keeps a weight behind each missing one, which the inner optimizer goes
-        on training with the dense gradient and the rules see: where its weight
-        comes back it brings that value. First masks that are not given are of the
-        largest weights. Memory: one more copy of the weights.
-      pattern: Which weights stand and fall together, see ``patterns``: rules then see
-        the sum of magnitudes of each unit in the place of weights. Where units of
-        different layers differ in size, and with N:M, nothing is redistributed: the
-        number of weights would change. With N:M ``density`` is left out; a cycle
-        prunes its share of a whole layer, and each group gets back what it lost.
-        Under a ``budget`` a group has n + floor(x (m - n)) of its m weights.
-      regrown: What a weight that is pruned and grown back in one cycle goes on with:
-        ``"zero"``, or its ``"value"``, so that only the growth's choice counts.
-      caller: The name that errors start with.
+      masks: First masks instead of random ones; their count replaces ``density``.
+      where: Which leaves become sparse, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers: each slice is a layer.
+      momentum: ``"auto"`` reads the momentum that ``inner`` keeps (trace, mu, or mu /
+        (sqrt(nu) + 1e-8)), or keeps an average with decay 0.9 if there is none or
+        several kinds. A number in [0, 1) keeps an average with that decay.
+      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
+        grown; ``"none"`` leaves them.
+      packed: Stores one bit per weight.
+      budget: A schedule of the density by the number of finished updates, for methods
+        that become sparse while they train. With d its value at a cycle and D the
+        density of ``density``, layer i gets ``c_i + floor(x (n_i - c_i))`` of its n_i
+        weights, with x = (d - D) / (1 - D) clipped to [0, 1] and c_i its final count:
+        all weights at d = 1, exactly the counts of ``density`` at d <= D. The first
+        masks follow it at step 0. None keeps the number of weights.
+        ``schedules.Towards`` makes a schedule that ends at D, for any ``density``.
+      hidden: Keeps a hidden value for each missing weight, which the inner optimizer
+        trains with the dense gradient and the rules see; a weight that grows starts
+        from it. First masks are of the largest weights. Memory: a copy of the weights.
+      pattern: Which weights are kept or removed together, see ``patterns``. Rules then
+        see the sum of magnitudes of each unit. If units differ in size between layers,
+        and with N:M, nothing is redistributed, since the number of weights would
+        change. With N:M leave out ``density``; a cycle prunes its share of a whole
+        layer, and each group grows what it lost. Under a ``budget`` a group has n +
+        floor(x (m - n)) of its m weights.
+      regrown: The value of a weight that is pruned and grows again in one cycle:
+        ``"zero"``, or its own ``"value"``.
 
     Returns:
       A transformation with a ``RegrowState``.
 
     Raises:
-      ValueError: At construction, ``init`` or trace time, if an argument is out of
-        its range or does not fit the parameters.
+      ValueError: If an argument is out of range or does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -195,209 +176,389 @@ def regrow(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
-    check_arguments(
-        caller,
+    method = Method(
         inner,
         density,
-        masks,
+        prune,
+        redistribute,
+        grow,
         update_period,
         update_start,
         update_stop,
         prune_rate,
+        key,
+        masks,
+        where,
+        stacked,
         momentum,
         reset_moments,
-        (prune, redistribute, grow),
+        packed,
         budget,
         hidden,
-        pattern,
+        pattern_of(pattern),
         regrown,
     )
-    inner_tx = optax.with_extra_args_support(inner or optax.identity())
-    moving = budget is not None
-    given = (prune, redistribute, grow)
-    needs = {name for rule in given for name in rule.needs}
-    rate_at = rate_schedule(prune_rate, update_stop)
+    check(method)
 
     def init_fn(params):
-        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-        seed = mask_trees.as_key(key, caller=caller)
-        plan, kept = first_masks(
-            params,
-            density,
-            masks,
-            seed,
-            where,
-            stacked,
-            budget,
-            hidden,
-            pattern,
-            caller=caller,
-        )
-        sparse = tuple(flat[i] for i in plan.index)
-        rules = rules_under(pattern, given, sparse, plan, moving, caller=caller)
-        inner_state = inner_tx.init(params)
-        refuse_multi_steps(inner_state, caller)
-
-        def tree(values):
-            return mask_trees.rebuild(structure, len(flat), plan.index, values)
-
-        def zeros():
-            return tree([_layer_zeros(x, a) for x, a in zip_equal(sparse, plan.axes)])
-
-        own = ()
-        if inner is not None and "momentum" in needs:
-            found = None
-            if momentum == "auto":
-                found = _find(inner_state, plan, sparse, caller)
-            if found is None:
-                own = tree([jnp.zeros_like(x, dtype=jnp.float32) for x in sparse])
-        return RegrowState(
-            count=jnp.zeros([], jnp.int32),
-            inner_state=inner_state,
-            regrow_masks=tree([mask_trees.pack(m) for m in kept] if packed else kept),
-            # Copied: the state may be donated, the caller's key may not.
-            key=jnp.array(jax.random.key_data(seed), copy=True),
-            momentum=own,
-            rules=map_weights(
-                tree, init_rules(rules, *seen(pattern, plan, sparse, kept))
-            ),
-            skipped=jnp.zeros([], jnp.int32),
-            removed=zeros(),
-            grown=zeros(),
-            hidden=tree([_copy(x) for x in sparse]) if hidden else (),
-        )
+        return _init(method, params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                f"{caller}: `params` is None; the update of a missing weight is "
-                "minus the weight. Call tx.update(grads, state, params)."
-            )
-        stored, mask_structure = mask_trees.flatten(state.regrow_masks)
-        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-        gradient = jax.tree.leaves(updates, is_leaf=is_hole)
-        names = leaf_names(params)
-        mask_trees.check_names(mask_structure, names, caller=caller)
-        mask_trees.check_shapes(stored, flat, names, caller=caller)
-        mask_trees.check_shapes(stored, gradient, names, caller=caller)
-        sparse_leaves = [not is_hole(m) for m in stored]
-        plan = layout(params, sparse_leaves, stacked, caller=caller)
-
-        def pick(tree):
-            leaves = jax.tree.leaves(tree, is_leaf=mask_trees.is_mask)
-            return tuple(leaves[i] for i in plan.index)
-
-        def tree(values):
-            return mask_trees.rebuild(mask_structure, len(flat), plan.index, values)
-
-        moments = None
-        if "momentum" not in needs:
-            pass
-        elif inner is None:
-            moments = tuple((g, None) for g in pick(updates))
-        elif jax.tree.leaves(state.momentum):
-            moments = tuple((m, None) for m in pick(state.momentum))
-        else:
-            found = _find(state.inner_state, plan, pick(params), caller) or ()
-            moments = tuple((f.first, f.second) for f in found)
-
-        weights = pick(params)
-        if hidden:
-            # What exists is what was handed in; the rest is as it was left.
-            columns = zip_equal(pick(state.regrow_masks), weights, pick(state.hidden))
-            weights = tuple(
-                jnp.where(mask_trees.unpack(m), w, h) for m, w, h in columns
-            )
-        goal = None
-        if budget is not None and plan.index:
-            now = state.count
-            goal = targets(budget, density, now, params, plan, pattern, caller=caller)
-        operands = Operands(
-            params=weights,
-            masks=tuple(_as_stored(m) for m in pick(state.regrow_masks)),
-            gradient=pick(updates) if "gradient" in needs else None,
-            moments=moments,
-            rules=map_weights(pick, state.rules),
-            key=state.key.astype(jnp.uint32),
-            step=state.count,
-            rate=jnp.asarray(rate_at(state.count)),
-            removed=pick(state.removed),
-            grown=pick(state.grown),
-            skipped=state.skipped,
-            goal=goal,
-        )
-
-        due = schedules.is_due(state.count, update_period, update_start, update_stop)
-        after = no_cycle(operands)
-        if not schedules.never_due(update_period, update_start, update_stop):
-            rules = rules_under(pattern, given, weights, plan, moving, caller=caller)
-            stays = hidden or regrown == "value"
-            how = How(plan, rules, inner is None, stays, pattern)
-            after = cycle_if(due, operands, how=how)
-        moves = tuple(mask_trees.unpack(m) for m in after.moves)
-
-        masked = list(flat)
-        for i, w, move in zip_equal(plan.index, weights, moves):
-            masked[i] = w if hidden else jnp.where(move, w, jnp.zeros((), w.dtype))
-        inner_state = state.inner_state
-        if reset_moments == "grown":
-            inner_state = reset_grown(
-                inner_tx, inner_state, params, due, operands.masks, after, plan
-            )
-        new_updates, inner_state = inner_tx.update(
-            updates,
-            inner_state,
-            jax.tree.unflatten(structure, masked),
-            **{**extra_args, "regrow_masks": tree(moves)},
-        )
-        emitted, update_structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
-        behind = []
-        for i, w, move in zip_equal(plan.index, weights, moves):
-            # In the parameter's dtype: a rounded -p would leave a remainder.
-            step = emitted[i].astype(flat[i].dtype)
-            if hidden:
-                behind.append(w + step)
-                # A weight that comes back brings what was hidden; others just move.
-                step += w - flat[i]
-            emitted[i] = jnp.where(move, step, -flat[i])
-        own = state.momentum
-        if jax.tree.leaves(own):
-            decay = OWN_DECAY if isinstance(momentum, str) else momentum
-            own = tree(momenta.average(pick(own), pick(updates), decay))
-        return jax.tree.unflatten(update_structure, emitted), RegrowState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            inner_state=inner_state,
-            regrow_masks=tree(after.masks),
-            key=operands.key,
-            momentum=own,
-            rules=map_weights(tree, after.rules),
-            skipped=after.skipped,
-            removed=tree(after.removed),
-            grown=tree(after.grown),
-            hidden=tree(behind) if hidden else (),
-        )
+        return _update(method, updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _as_stored(mask: Any) -> Any:
-    """A stored mask in its own dtype, whatever arithmetic a wrapper did on states."""
-    if isinstance(mask, mask_trees.PackedMask):
-        return mask_trees.PackedMask(*(x.astype(jnp.uint8) for x in mask))
-    return mask_trees.unpack(mask)
+# --- init -----------------------------------------------------------------------------
+def _init(method: Method, params: PyTree) -> RegrowState:
+    seed = as_key(method.key)
+    layers, kept = first_masks(method, params, seed)
+    leaves = layers.pick(params)
+    rules = rules_under(layers, method.rules, method.budget is not None)
+    inner_state = method.inner_tx.init(params)
+    refuse_multi_steps(inner_state)
+    own: Any = ()
+    if method.inner is not None and "momentum" in method.needs:
+        if _found_momentum(method, inner_state, layers) is None:
+            own = layers.rebuild([jnp.zeros_like(x, jnp.float32) for x in leaves])
+    states = init_rules(rules, layers.view(leaves), layers.view(kept))
+    return RegrowState(
+        count=jnp.zeros([], jnp.int32),
+        inner_state=inner_state,
+        regrow_masks=layers.rebuild(map(pack, kept) if method.packed else kept),
+        # Copied, since the state may be donated and the caller keeps the key.
+        key=jnp.array(jax.random.key_data(seed), copy=True),
+        momentum=own,
+        rules=map_weights(layers.rebuild, states),
+        skipped=jnp.zeros([], jnp.int32),
+        removed=_no_counts(layers),
+        grown=_no_counts(layers),
+        hidden=layers.rebuild(map(_copied, leaves)) if method.hidden else (),
+    )
 
 
-def _copy(leaf: Any) -> jax.Array:
-    """A copy, since the state may be donated with the parameters beside it."""
+def _no_counts(layers: Layers) -> PyTree:
+    shapes = [() if x.axis is None else (x.copies,) for x in layers.leaves]
+    return layers.rebuild(jnp.zeros(shape, jnp.int32) for shape in shapes)
+
+
+def _copied(leaf: Any) -> jax.Array:
+    """A copy, since the state may be donated together with the parameters."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.zeros_like(leaf)
     return jnp.array(leaf, leaf.dtype, copy=True)
 
 
-def _layer_zeros(leaf: Any, axis: int | None) -> jax.Array:
-    return jnp.zeros(() if axis is None else (leaf.shape[axis],), jnp.int32)
+def _found_momentum(method: Method, inner_state: Any, layers: Layers):
+    """The momentum that the inner optimizer keeps, one entry per leaf, or None."""
+    if method.momentum != "auto":
+        return None
+    shapes = tuple(leaf.shape for leaf in layers.leaves)
+    return momenta.find(inner_state, layers.names, shapes)
 
 
-def _find(inner_state, plan, sparse, caller):
-    shapes = tuple(tuple(x.shape) for x in sparse)
-    return momenta.find(inner_state, plan.names, shapes, caller=caller)
+# --- update ---------------------------------------------------------------------------
+class _Seen(NamedTuple):
+    """What a cycle reads besides the state, as it is stored."""
+
+    params: tuple[jax.Array, ...]  # with the hidden values of missing weights
+    gradient: tuple[jax.Array, ...] | None  # dense; None if no rule needs it
+    # First and second moments of each leaf.
+    moments: tuple[tuple[jax.Array, jax.Array | None], ...] | None
+    rate: jax.Array  # the prune rate
+    goal: Goal | None  # what a moving budget asks for
+
+
+def _update(
+    method: Method, updates: PyTree, state: RegrowState, params: PyTree, extra: Any
+) -> tuple[PyTree, RegrowState]:
+    """One step: perhaps a cycle, then the inner update, then exact zeros."""
+    checks.needs_params(params, "the update of a missing weight is minus the weight")
+    layers = layers_of_masks(state.regrow_masks, params, method.stacked, method.pattern)
+    gradient = jax.tree.leaves(updates, is_leaf=is_hole)
+    stored = jax.tree.leaves(state.regrow_masks, is_leaf=is_mask)
+    check_shapes(stored, gradient, leaf_names(params))
+    state = _as_stored(state)
+    seen = _look(method, layers, updates, state, params)
+
+    # Perhaps a cycle. Only the masks and counts go through the guard.
+    timing = method.update_period, method.update_start, method.update_stop
+    due = schedules.is_due(state.count, *timing)
+    lean = state._replace(inner_state=(), momentum=(), hidden=())
+    after, moves = _no_cycle((lean, seen), layers)
+    if not never_due(*timing):
+        how = _How(
+            layers,
+            rules_under(layers, method.rules, method.budget is not None),
+            idle=method.inner is None,
+            stays=method.hidden or method.regrown == "value",
+        )
+        after, moves = _cycle_if(due, (lean, seen), how=how)
+    moves = tuple(map(unpack, moves))
+
+    # The inner update, on the newly masked weights.
+    inner_state = state.inner_state
+    if method.reset_moments == "grown":
+        grown = _grown_masks(layers, params, due, state, after, moves)
+        inner_state = _reset_moments(method.inner_tx, inner_state, grown)
+    masked, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    for i, w, move in zip(layers.index, seen.params, moves, strict=True):
+        zero = jnp.zeros((), w.dtype)
+        masked[i] = w if method.hidden else jnp.where(move, w, zero)
+    new_updates, inner_state = method.inner_tx.update(
+        updates,
+        inner_state,
+        jax.tree.unflatten(structure, masked),
+        **{**extra, "regrow_masks": layers.rebuild(moves)},
+    )
+
+    emitted, hidden = _emit(method, layers, new_updates, params, seen.params, moves)
+    own = state.momentum
+    if jax.tree.leaves(own):
+        decay = OWN_DECAY if isinstance(method.momentum, str) else method.momentum
+        averaged = momenta.average(layers.pick(own), layers.pick(updates), decay)
+        own = layers.rebuild(averaged)
+    return emitted, after._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        inner_state=inner_state,
+        momentum=own,
+        hidden=hidden,
+    )
+
+
+def _as_stored(state: RegrowState) -> RegrowState:
+    """The state in its own dtypes, after any arithmetic of a wrapper on states."""
+
+    def mask(x):
+        if isinstance(x, PackedMask):
+            return PackedMask(*(part.astype(jnp.uint8) for part in x))
+        return x if is_hole(x) else unpack(x)
+
+    return state._replace(
+        regrow_masks=jax.tree.map(mask, state.regrow_masks, is_leaf=is_mask),
+        key=state.key.astype(jnp.uint32),
+    )
+
+
+def _look(
+    method: Method,
+    layers: Layers,
+    updates: PyTree,
+    state: RegrowState,
+    params: PyTree,
+) -> _Seen:
+    """Collects what the rules need, and nothing else."""
+    moments = None
+    if "momentum" not in method.needs:
+        pass
+    elif method.inner is None:
+        moments = tuple((g, None) for g in layers.pick(updates))
+    elif jax.tree.leaves(state.momentum):
+        moments = tuple((m, None) for m in layers.pick(state.momentum))
+    else:
+        found = _found_momentum(method, state.inner_state, layers) or ()
+        moments = tuple((f.first, f.second) for f in found)
+    weights = layers.pick(params)
+    if method.hidden:
+        # Active weights as handed in, the others with their hidden values.
+        masks, behind = layers.pick(state.regrow_masks), layers.pick(state.hidden)
+        columns = zip(masks, weights, behind, strict=True)
+        weights = tuple(jnp.where(unpack(m), w, h) for m, w, h in columns)
+    goal = None
+    if method.budget is not None and layers.index:
+        goal = goal_at(method.budget, method.density, state.count, layers, params)
+    return _Seen(
+        params=weights,
+        gradient=layers.pick(updates) if "gradient" in method.needs else None,
+        moments=moments,
+        rate=method.rate_at(state.count),
+        goal=goal,
+    )
+
+
+def _emit(
+    method: Method,
+    layers: Layers,
+    new_updates: PyTree,
+    params: PyTree,
+    weights: tuple[jax.Array, ...],
+    moves: tuple[jax.Array, ...],
+) -> tuple[PyTree, PyTree]:
+    """The updates, minus the weight where it is missing, and the hidden values."""
+    emitted, structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
+    hidden = []
+    columns = zip(layers.index, layers.pick(params), weights, moves, strict=True)
+    for i, p, w, move in columns:
+        # In the parameter's dtype: a rounded -p would not cancel p.
+        step = emitted[i].astype(p.dtype)
+        if method.hidden:
+            hidden.append(w + step)
+            # A weight that grows starts from its hidden value.
+            step += w - p
+        emitted[i] = jnp.where(move, step, -p)
+    tree = jax.tree.unflatten(structure, emitted)
+    return tree, layers.rebuild(hidden) if method.hidden else ()
+
+
+# --- the guarded cycle ----------------------------------------------------------------
+class _How(NamedTuple):
+    """What is static when a cycle is traced; hashable."""
+
+    layers: Layers
+    rules: tuple[Rule, Rule, Rule]
+    idle: bool = False  # whether no cycle runs on evidence that is all zero
+    stays: bool = False  # whether regrown weights keep a value and move at once
+
+
+def _no_cycle(operands: tuple[RegrowState, _Seen], layers: Layers):
+    """The result of an ordinary update: the same state, and all active weights move."""
+    state, _ = operands
+    return state, layers.pick(state.regrow_masks)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _cycle_if(due: jax.Array, operands: tuple[RegrowState, _Seen], *, how: _How):
+    """``_open_cycle`` if due, else ``_no_cycle``. Jitted at module level, so that a
+    training step that is not jitted compiles the cycle once and not at each step.
+    """
+    opened = functools.partial(_open_cycle, how=how)
+    ordinary = functools.partial(_no_cycle, layers=how.layers)
+    return guard.run_if(due, opened, ordinary, operands)
+
+
+def _open_cycle(operands: tuple[RegrowState, _Seen], how: _How):
+    """Runs a cycle on the stored state; gives the new state and which weights move."""
+    state, seen = operands
+    layers = how.layers
+    stored = layers.pick(state.regrow_masks)
+    old = tuple(map(unpack, stored))
+    evidence = _evidence(layers, state, seen, old)
+    target, rate = _target(layers, seen)
+    enabled: Any = True
+    evident = evidence.momentum or evidence.gradient
+    if how.idle and evident:
+        # An update that is all zero (a learning rate of 0) is no evidence.
+        leaves = [(x,) for x in evident]
+        (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
+        enabled = jnp.any(moving > 0)
+    prune, redistribute, grow = how.rules
+    result = cycle(
+        evidence,
+        prune=prune,
+        redistribute=redistribute,
+        grow=grow,
+        prune_rate=rate,
+        states=map_weights(layers.pick, state.rules),
+        target=target,
+        enabled=enabled,
+    )
+
+    # The barrier stores the masks; recomputing them would double the kernels.
+    new_masks, kept_masks = lax.optimization_barrier(
+        (layers.spread(result.masks), layers.spread(result.kept))
+    )
+    moves = new_masks
+    if not how.stays:
+        moves = tuple(
+            # Kept, or grown from missing. Pruned weights do not move at this update,
+            # even if they grew again.
+            jnp.logical_and(new, jnp.logical_or(kept, jnp.logical_not(was)))
+            for new, kept, was in zip(new_masks, kept_masks, old, strict=True)
+        )
+
+    def store(plain):
+        pairs = zip(plain, stored, strict=True)
+        return tuple(pack(x) if isinstance(m, PackedMask) else x for x, m in pairs)
+
+    go = jnp.logical_and(result.ok, enabled)
+
+    def counts(vector, previous):
+        new = layers.rebuild(layers.weights(vector))
+        return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, previous)
+
+    after = state._replace(
+        regrow_masks=layers.rebuild(store(new_masks)),
+        rules=map_weights(layers.rebuild, result.states),
+        removed=counts(result.removed, state.removed),
+        grown=counts(result.grown, state.grown),
+        skipped=state.skipped + jnp.logical_not(result.ok).astype(jnp.int32),
+    )
+    return after, store(moves)
+
+
+def _evidence(
+    layers: Layers, state: RegrowState, seen: _Seen, masks: tuple[jax.Array, ...]
+) -> Evidence:
+    """What the rules see: one number per unit."""
+    momentum = gradient = None
+    if seen.moments is not None:
+        momentum = layers.view([momenta.value(*m) for m in seen.moments])
+    if seen.gradient is not None:
+        gradient = layers.view(seen.gradient)
+    key = jax.random.wrap_key_data(state.key)
+    return Evidence(
+        params=layers.view(seen.params),
+        masks=layers.view(masks),
+        gradient=gradient,
+        momentum=momentum,
+        key=jax.random.fold_in(key, state.count),
+        step=state.count,
+        names=layers.names,
+        axes=layers.units.axes,
+    )
+
+
+def _target(layers: Layers, seen: _Seen) -> tuple[jax.Array | None, jax.Array]:
+    """The target number of units of each layer, or None, and the prune rate."""
+    if seen.goal is None:
+        return None, seen.rate
+    final, excess, whole = seen.goal
+    sizes = jnp.asarray(layers.units.sizes.astype(np.int32))
+    target = allocate.target_counts(excess, whole, jnp.asarray(final), sizes)
+    # NaN prevents a cycle if the schedule is not finite.
+    return target, jnp.where(excess == BROKEN, jnp.nan, seen.rate)
+
+
+def _not_zero(x: jax.Array) -> tuple[jax.Array]:
+    return (x != 0,)
+
+
+# --- moments of grown weights ---------------------------------------------------------
+def _grown_masks(
+    layers: Layers,
+    params: PyTree,
+    due: jax.Array,
+    before: RegrowState,
+    after: RegrowState,
+    moves: tuple[jax.Array, ...],
+) -> PyTree:
+    """Which weights have grown at this update: a tree of boxed masks."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    full: list[Any] = [optax.MaskedNode()] * len(flat)
+    old, new = layers.pick(before.regrow_masks), layers.pick(after.regrow_masks)
+    for i, was, now, move in zip(layers.index, old, new, moves, strict=True):
+        stayed = jnp.logical_and(move, unpack(was))
+        grown = jnp.logical_and(unpack(now), jnp.logical_not(stayed))
+        full[i] = jnp.logical_and(due, grown)
+    return jax.tree.unflatten(structure, [_Boxed(m) for m in full])
+
+
+def _reset_moments(inner_tx: Any, inner_state: Any, grown: PyTree) -> Any:
+    """Zeroes the moments of grown weights; leaves entries of other shapes alone."""
+
+    def zero(moment, box):
+        # Factored or stacked statistics have no entry per weight.
+        if is_hole(moment) or is_hole(box.mask) or moment.shape != box.mask.shape:
+            return moment
+        if not jnp.issubdtype(moment.dtype, jnp.inexact):
+            return moment  # signs, masks and counters are not moments
+        return jnp.where(box.mask, jnp.zeros((), moment.dtype), moment)
+
+    return optax.tree.map_params(inner_tx, zero, inner_state, grown, is_leaf=is_hole)
+
+
+class _Boxed:
+    """A leaf that is opaque to ``jax.tree.map``, so that holes stay in place."""
+
+    def __init__(self, mask):
+        self.mask = mask

@@ -1,135 +1,145 @@
-"""Growth rules: which missing weights come back."""
+"""Growth rules: which missing weights grow."""
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sparse_optax import masks, selection
-from sparse_optax.regrowth import allocate, units
+from sparse_optax import checks, selection
+from sparse_optax.checks import boundary
+from sparse_optax.layers import layer_sizes
+from sparse_optax.masks.make import top_of_layers
+from sparse_optax.regrowth import allocate
+from sparse_optax.regrowth.prune import check_spread, thresholds
+from sparse_optax.regrowth.redistribute import mean_magnitudes
 from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
     Rule,
-    axes_of,
     coin,
     layer_counts,
-    layer_vector,
-    random_bits,
-    require,
-    split_layers,
     stateless,
 )
-from sparse_optax.regrowth.spread import check_spread, thresholds
+
+__all__ = [
+    "Explored",
+    "above_spread",
+    "global_gradient",
+    "global_momentum",
+    "global_random_elsewhere",
+    "gradient",
+    "magnitude",
+    "momentum",
+    "momentum_per_neuron",
+    "random",
+    "random_elsewhere",
+    "unexplored",
+]
 
 _TOP = np.uint32(1 << 31)
 
 
+def _with_masks(evidence: Evidence, values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(values, evidence.masks, strict=True))
+
+
+# --- the largest in each layer --------------------------------------------------------
 def _missing_magnitude(value: jax.Array, mask: jax.Array) -> jax.Array:
-    # Below every magnitude, so that an active weight is never among the grown.
+    # Active weights rank below every magnitude and never grow.
     return jnp.where(mask, -1.0, jnp.abs(value))
 
 
-def _missing_random(bits: jax.Array, mask: jax.Array) -> jax.Array:
-    # The top bit sets candidates apart; 31 random bits order them.
-    return jnp.where(mask, jnp.uint32(0), _TOP | bits)
-
-
-def _elsewhere(bits: jax.Array, mask: jax.Array, before: jax.Array) -> jax.Array:
-    # Below all other missing weights those that were just pruned.
-    missing = jnp.where(before, bits >> 2 | jnp.uint32(1 << 30), _TOP | bits)
-    return jnp.where(mask, jnp.uint32(0), missing)
-
-
-def _largest(evidence: Evidence, values, rule: str) -> tuple[jax.Array, ...]:
-    return tuple(
-        masks.select(
-            list(zip(values, evidence.masks, strict=True)),
-            list(require(evidence, "counts", rule=rule)),
-            axes_of(evidence),
-            _missing_magnitude,
-        )
-    )
+def _largest(evidence: Evidence, values: Any, rule: str) -> tuple[jax.Array, ...]:
+    counts = evidence.need("counts", rule)
+    return evidence.select(_with_masks(evidence, values), counts, _missing_magnitude)
 
 
 def _momentum(evidence: Evidence) -> tuple[jax.Array, ...]:
-    values = require(evidence, "momentum", rule="grow.momentum")
+    values = evidence.need("momentum", "grow.momentum")
     return _largest(evidence, values, "grow.momentum")
 
 
 def _gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
-    values = require(evidence, "gradient", rule="grow.gradient")
+    values = evidence.need("gradient", "grow.gradient")
     return _largest(evidence, values, "grow.gradient")
-
-
-def _momentum_per_neuron(evidence: Evidence) -> tuple[jax.Array, ...]:
-    values = require(evidence, "momentum", rule="grow.momentum_per_neuron")
-    counts = require(evidence, "counts", rule="grow.momentum_per_neuron")
-    axes = axes_of(evidence)
-    by_unit = [
-        (units.fold(v, axis), units.fold(m, axis))
-        for v, m, axis in zip(values, evidence.masks, axes, strict=True)
-    ]
-    chosen = masks.select(
-        by_unit,
-        units.split_counts(counts, values, evidence.masks, axes),
-        [0] * len(by_unit),
-        _missing_magnitude,
-    )
-    return tuple(
-        units.unfold(new, m, axis)
-        for new, m, axis in zip(chosen, evidence.masks, axes, strict=True)
-    )
-
-
-def _pooled(evidence: Evidence, operands, score, rule: str) -> tuple[jax.Array, ...]:
-    """The best ``sum(counts)`` of all layers as one pool."""
-    counts = layer_vector(require(evidence, "counts", rule=rule))
-    if not operands:
-        return ()
-    k = allocate.signed_sum(counts)
-    return tuple(selection.top_k_mask(operands, k, score=score))
-
-
-def _global_momentum(evidence: Evidence) -> tuple[jax.Array, ...]:
-    values = require(evidence, "momentum", rule="grow.global_momentum")
-    pairs = list(zip(values, evidence.masks, strict=True))
-    return _pooled(evidence, pairs, _missing_magnitude, "grow.global_momentum")
-
-
-def _global_gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
-    values = require(evidence, "gradient", rule="grow.global_gradient")
-    pairs = list(zip(values, evidence.masks, strict=True))
-    return _pooled(evidence, pairs, _missing_magnitude, "grow.global_gradient")
 
 
 def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
     return _largest(evidence, evidence.params, "grow.magnitude")
 
 
+#: Grows, in each layer, the missing weights of largest absolute momentum. Ties go to
+#: the lower index.
+momentum = stateless(_momentum, needs=("momentum",), exact=True)
+
+#: Grows, in each layer, the missing weights of largest absolute gradient.
+gradient = stateless(_gradient, needs=("gradient",), exact=True)
+
+#: Grows, in each layer, the missing weights of largest |w|, for ``hidden=True``.
+#: Without it all are zero, and the lowest indices grow.
+magnitude = stateless(_magnitude, exact=True)
+
+
+# --- at random ------------------------------------------------------------------------
+def _missing_random(bits: jax.Array, mask: jax.Array) -> jax.Array:
+    # The top bit marks missing weights; 31 random bits order them.
+    return jnp.where(mask, jnp.uint32(0), _TOP | bits)
+
+
+def _elsewhere(bits: jax.Array, mask: jax.Array, before: jax.Array) -> jax.Array:
+    # Weights just pruned rank below all other missing weights.
+    missing = jnp.where(before, bits >> 2 | jnp.uint32(1 << 30), _TOP | bits)
+    return jnp.where(mask, jnp.uint32(0), missing)
+
+
+def _by_chance(evidence: Evidence, rule: str) -> list[tuple[jax.Array, ...]]:
+    before, bits = evidence.need("before", rule), evidence.random_bits(rule)
+    return list(zip(bits, evidence.masks, before, strict=True))
+
+
 def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
-    bits = random_bits(evidence, "grow.random")
-    return tuple(
-        masks.select(
-            list(zip(bits, evidence.masks, strict=True)),
-            list(require(evidence, "counts", rule="grow.random")),
-            axes_of(evidence),
-            _missing_random,
-        )
-    )
+    pairs = _with_masks(evidence, evidence.random_bits("grow.random"))
+    counts = evidence.need("counts", "grow.random")
+    return evidence.select(pairs, counts, _missing_random)
 
 
 def _random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
-    return tuple(
-        masks.select(
-            _by_chance(evidence, "grow.random_elsewhere"),
-            list(require(evidence, "counts", rule="grow.random_elsewhere")),
-            axes_of(evidence),
-            _elsewhere,
-        )
-    )
+    arrays = _by_chance(evidence, "grow.random_elsewhere")
+    counts = evidence.need("counts", "grow.random_elsewhere")
+    return evidence.select(arrays, counts, _elsewhere)
+
+
+#: Grows, in each layer, missing weights uniformly at random, an exact number.
+random = stateless(_random, exact=True)
+
+#: The same, but weights just pruned grow only if their layer has no other room.
+random_elsewhere = stateless(_random_elsewhere, exact=True)
+
+
+# --- one pool over all layers ---------------------------------------------------------
+def _pooled(evidence: Evidence, arrays, score, rule: str) -> tuple[jax.Array, ...]:
+    """The best ``sum(counts)`` weights of all layers as one pool."""
+    counts = evidence.need("counts", rule)
+    if not arrays:
+        return ()
+    k = allocate.signed_sum(counts)
+    return tuple(selection.top_k_mask(arrays, k, score=score))
+
+
+def _global_momentum(evidence: Evidence) -> tuple[jax.Array, ...]:
+    rule = "grow.global_momentum"
+    pairs = _with_masks(evidence, evidence.need("momentum", rule))
+    return _pooled(evidence, pairs, _missing_magnitude, rule)
+
+
+def _global_gradient(evidence: Evidence) -> tuple[jax.Array, ...]:
+    rule = "grow.global_gradient"
+    pairs = _with_masks(evidence, evidence.need("gradient", rule))
+    return _pooled(evidence, pairs, _missing_magnitude, rule)
 
 
 def _global_random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
@@ -137,34 +147,154 @@ def _global_random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
     return _pooled(evidence, _by_chance(evidence, rule), _elsewhere, rule)
 
 
-def _by_chance(evidence: Evidence, rule: str) -> list[tuple[jax.Array, ...]]:
-    before = require(evidence, "before", rule=rule)
-    bits = random_bits(evidence, rule)
-    return list(zip(bits, evidence.masks, before, strict=True))
+#: Grows the ``sum(counts)`` missing weights of largest absolute momentum in one pool.
+#: The number of each layer follows from them.
+global_momentum = stateless(_global_momentum, needs=("momentum",))
+
+#: Grows the ``sum(counts)`` missing weights of largest absolute gradient in one pool.
+global_gradient = stateless(_global_gradient, needs=("gradient",))
+
+#: ``random_elsewhere`` in one pool: uniform over the missing weights of all layers.
+global_random_elsewhere = stateless(_global_random_elsewhere)
 
 
+# --- output units as pools ------------------------------------------------------------
+# The units of a layer are the slices along its last axis, as in flax and haiku. If a
+# leaf stacks layers, that is the last axis of each slice.
+def _layers_first(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """The shape (layers, *shape of a layer); a layer has at least one axis."""
+    if axis is None:
+        return (1, *(shape or (1,)))
+    rest = shape[:axis] + shape[axis + 1 :]
+    return (shape[axis], *(rest or (1,)))
+
+
+def _sharding(x: jax.Array) -> Any:
+    return jax.typeof(x).sharding
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """A leaf, gathered on an Explicit mesh, where merged axes cannot be sharded."""
+    sharding = _sharding(x)
+    if sharding.mesh.empty:
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _fold(x: jax.Array, axis: int | None) -> jax.Array:
+    """A leaf with its units along the first axis, those of the first layer first."""
+    if axis is None:
+        return jnp.moveaxis(x, -1, 0) if x.ndim else x[None]
+    layers, *_, number = shape = _layers_first(x.shape, axis)
+    front = jnp.moveaxis(jnp.moveaxis(_whole(x), axis, 0).reshape(shape), -1, 1)
+    return front.reshape(layers * number, *shape[1:-1])
+
+
+def _unfold(x: jax.Array, like: jax.Array, axis: int | None) -> jax.Array:
+    """The inverse of ``_fold``, for a leaf with the shape and sharding of ``like``."""
+    shape = like.shape
+    if axis is None:
+        return jnp.moveaxis(x, 0, -1) if shape else x[0]
+    layers, *rest, number = _layers_first(shape, axis)
+    front = jnp.moveaxis(x.reshape(layers, number, *rest), 1, -1)
+    plain = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    leaf, sharding = jnp.moveaxis(front.reshape(plain), 0, axis), _sharding(like)
+    return leaf if sharding.mesh.empty else jax.reshard(leaf, sharding)
+
+
+def _split_counts(
+    counts: jax.Array,
+    values: Sequence[jax.Array],
+    masks: Sequence[jax.Array],
+    axes: Sequence[int | None],
+) -> list[jax.Array]:
+    """Divides each layer's count over its units, by the mean |value| of a unit.
+
+    The mean is over all weights of a unit, as a whole number relative to the largest
+    |x| of the layer, see ``redistribute.mean_magnitudes``. ``allocate.apportion`` does
+    the rest; units share in proportion to their room if all means of a layer are zero.
+    Returns for each leaf an int32 array of shape (layers * units,).
+    """
+    if not values:
+        return []
+    scaled, folded, shapes = [], [], []
+    for v, m, axis in zip(values, masks, axes, strict=True):
+        v = jnp.abs(v.astype(jnp.promote_types(v.dtype, jnp.float32)))
+        others = tuple(i for i in range(v.ndim) if i != axis)
+        top = jnp.max(v, axis=others, keepdims=True, initial=0)
+        scaled.append(_fold(v / jnp.where(top > 0, top, 1), axis))
+        folded.append(_fold(m, axis))
+        layers, *_, number = _layers_first(v.shape, axis)
+        shapes.append((layers, number))
+    pools = (0,) * len(scaled)
+    missing = tuple(jnp.logical_not(m) for m in folded)
+    # With no active weight, the mean is over all weights.
+    nothing = tuple(jnp.zeros_like(m) for m in folded)
+    shares = mean_magnitudes(tuple(scaled), nothing, pools)
+    room = layer_counts(missing, pools)
+    widest = max(number for _, number in shapes)
+
+    def rows(vector):
+        ends = np.cumsum([layers * number for layers, number in shapes])[:-1]
+        parts = [
+            jnp.pad(part.reshape(shape), ((0, 0), (0, widest - shape[1])))
+            for part, shape in zip(jnp.split(vector, ends), shapes, strict=True)
+        ]
+        return jnp.concatenate(parts)
+
+    most = int(max(layer_sizes([m.shape for m in masks], axes), default=1))
+    split = jax.vmap(lambda n, s, r: allocate.apportion(n, s, r, r, most=most))
+    given = split(counts, rows(shares), rows(room))
+    out, start = [], 0
+    for layers, number in shapes:
+        out.append(given[start : start + layers, :number].reshape(-1))
+        start += layers
+    return out
+
+
+def _momentum_per_neuron(evidence: Evidence) -> tuple[jax.Array, ...]:
+    values = evidence.need("momentum", "grow.momentum_per_neuron")
+    counts = evidence.need("counts", "grow.momentum_per_neuron")
+    masks, axes = evidence.masks, evidence.layer_axes
+    by_unit = [
+        (_fold(v, axis), _fold(m, axis))
+        for v, m, axis in zip(values, masks, axes, strict=True)
+    ]
+    split = _split_counts(counts, values, masks, axes)
+    chosen = top_of_layers(by_unit, split, [0] * len(by_unit), _missing_magnitude)
+    columns = zip(chosen, masks, axes, strict=True)
+    return tuple(_unfold(new, m, axis) for new, m, axis in columns)
+
+
+#: Divides a layer's count over its output units (its last axis) in proportion to the
+#: mean absolute momentum of a unit, within its room, and grows the weights of largest
+#: absolute momentum in each unit.
+momentum_per_neuron = stateless(_momentum_per_neuron, needs=("momentum",), exact=True)
+
+
+# --- weights that were never active ---------------------------------------------------
 class Explored(NamedTuple):
     """State of ``unexplored``.
 
     Attributes:
       explored: Where a weight was ever active, bool arrays.
-      rule: State of the rule inside.
+      rule: State of the inner rule.
     """
 
     explored: PerWeight
     rule: Any
 
 
+@boundary("unexplored")
 def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
-    """Remembers which weights were ever active, and grows others first.
+    """Records which weights were ever active, and grows other weights first.
 
-    Where a layer has no room that was never active, the rest grows by the same rule
-    anywhere. ``state.get_explored`` reads the set. Memory: one byte a weight.
+    If a layer has too few weights that were never active, the rest grows anywhere by
+    the same rule. ``masks.get_explored`` reads the record. Memory: one byte per weight.
 
     Args:
-      rule: How to choose: ``random``, ``gradient``, ``momentum`` or any other growth
-        rule that keeps to its counts.
-      prefer: Whether weights that were never active come first; False just remembers.
+      rule: A growth rule that keeps to its counts, such as ``random`` or ``gradient``.
+      prefer: Whether weights that were never active come first; False only records.
 
     Returns:
       A growth rule.
@@ -179,7 +309,7 @@ def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
       >>> masks = (jnp.array([True, False, False, False]),)
       >>> evidence = regrowth.Evidence(
       ...     params=(jnp.ones(4),), masks=masks, before=masks,
-      ...     gradient=(jnp.array([0.0, 9.0, 2.0, 1.0]),), counts=(jnp.int32(1),))
+      ...     gradient=(jnp.array([0.0, 9.0, 2.0, 1.0]),), counts=jnp.array([1]))
       >>> seen = regrowth.PerWeight((jnp.array([True, True, False, False]),))
       >>> (new,), state = rule.apply(evidence, regrowth.grow.Explored(seen, ()))
       >>> new.tolist(), state.explored.values[0].tolist()
@@ -190,10 +320,8 @@ def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
       <https://arxiv.org/abs/2102.02887>`_, 2021, who count such weights.
     """
     if not isinstance(rule, Rule) or not rule.exact:
-        raise ValueError(
-            f"unexplored: `rule` must be a growth rule that keeps to its counts; got "
-            f"{rule!r}. Use grow.random, grow.gradient or grow.momentum."
-        )
+        cure = "Use grow.random, grow.gradient or grow.momentum."
+        checks.fail("rule", rule, "a growth rule that keeps to its counts", cure)
     return _unexplored(rule, bool(prefer))
 
 
@@ -201,26 +329,22 @@ def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
 @functools.lru_cache
 def _unexplored(rule: Rule, prefer: bool) -> Rule:
     def init(params, masks):
-        # Copied: the masks are in the state as well, and it may be donated.
+        # Copied, since the state also holds the masks and may be donated.
         seen = tuple(jnp.array(m, copy=True) for m in masks)
         return Explored(PerWeight(seen), rule.init(params, masks))
 
     def apply(evidence, state):
-        before = require(evidence, "before", rule="grow.unexplored")
-        counts = require(evidence, "counts", rule="grow.unexplored")
+        before = evidence.need("before", "grow.unexplored")
+        wanted = evidence.need("counts", "grow.unexplored")
         seen = tuple(map(jnp.logical_or, state.explored.values, before))
         inside, first = state.rule, tuple(map(jnp.zeros_like, before))
         if prefer and seen:
-            axes = axes_of(evidence)
-            room = layer_counts(tuple(map(jnp.logical_not, seen)), axes)
-            wanted = layer_vector(counts)
+            room = evidence.count(tuple(map(jnp.logical_not, seen)))
             some = jnp.minimum(wanted, room)
-            split = split_layers(some, seen, axes)
-            fresh = evidence._replace(masks=seen, counts=split)
+            fresh = evidence._replace(masks=seen, counts=some)
             first, inside = rule.apply(fresh, inside)
             taken = tuple(map(jnp.logical_or, evidence.masks, first))
-            split = split_layers(wanted - some, seen, axes)
-            evidence = evidence._replace(masks=taken, counts=split)
+            evidence = evidence._replace(masks=taken, counts=wanted - some)
         rest, inside = rule.apply(evidence, inside)
         new = tuple(map(jnp.logical_or, first, rest))
         seen = tuple(map(jnp.logical_or, seen, new))
@@ -229,64 +353,32 @@ def _unexplored(rule: Rule, prefer: bool) -> Rule:
     return Rule(init, apply, needs=rule.needs, exact=True)
 
 
-#: Grows, in each layer, the missing weights of largest absolute momentum. Of equal
-#: values the lowest index comes first.
-momentum = stateless(_momentum, needs=("momentum",), exact=True)
-
-#: Grows, in each layer, the missing weights of largest absolute gradient.
-gradient = stateless(_gradient, needs=("gradient",), exact=True)
-
-#: Grows, in each layer, the missing weights of largest |w|, which ``hidden=True``
-#: keeps; without it all are zero and the lowest indices grow.
-magnitude = stateless(_magnitude, exact=True)
-
-#: Grows, in each layer, missing weights uniformly at random, an exact number.
-random = stateless(_random, exact=True)
-
-#: The same, but what was just pruned only where a layer has no other room.
-random_elsewhere = stateless(_random_elsewhere, exact=True)
-
-#: The same for all layers as one pool, uniform over the missing weights of all.
-global_random_elsewhere = stateless(_global_random_elsewhere)
-
-#: Grows the ``sum(counts)`` missing weights of largest absolute momentum of the
-#: network: how many come in each layer follows from them.
-global_momentum = stateless(_global_momentum, needs=("momentum",))
-
-#: Grows the ``sum(counts)`` missing weights of largest absolute gradient of all.
-global_gradient = stateless(_global_gradient, needs=("gradient",))
-
-#: Splits a layer's number over its output units (its last axis) in proportion to the
-#: mean absolute momentum of a unit's weights, within each one's room, and grows in each
-#: unit those of largest absolute momentum.
-momentum_per_neuron = stateless(_momentum_per_neuron, needs=("momentum",), exact=True)
-
-
+# --- above a threshold ----------------------------------------------------------------
+@boundary("grow.above_spread")
 def above_spread(
     c: float, factor: float = 1.1, *, gamma: float = 0.0, power: float = 1.0
 ) -> Rule:
-    """Grows every missing weight at or above a threshold, see ``prune.below_spread``.
+    """Grows all missing weights at or above a threshold, see ``prune.below_spread``.
 
     Args:
       c: Standard deviations above the mean.
-      factor: At least that of ``prune.below_spread``.
-      gamma: Of the coin, at least 0; 0 is every cycle.
-      power: Of the coin, at least 0.
+      factor: Factor of the threshold, at least that of ``prune.below_spread``.
+      gamma: In the probability of a change, at least 0; 0 is every cycle.
+      power: Exponent of the probability, at least 0.
 
     Returns:
-      A rule that remembers one number a leaf. It grows as many as there are.
+      A rule that stores one number per leaf. No budget limits the growth.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> rule = regrowth.grow.above_spread(0.0, 1.0)
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> rule = sparse_optax.regrowth.grow.above_spread(0.0, 1.0)
       >>> params, masks = (jnp.array([3.0, 1.0]),), (jnp.zeros(2, bool),)
       >>> state = rule.init(params, masks)
-      >>> (new,), _ = rule.apply(regrowth.Evidence(params, masks), state)
+      >>> (new,), _ = rule.apply(sparse_optax.regrowth.Evidence(params, masks), state)
       >>> new.tolist()
       [True, False]
     """
-    check_spread("grow.above_spread", c, factor, gamma, power)
+    check_spread(c, factor, gamma, power)
     return _above_spread(c, factor, gamma, power)
 
 

@@ -1,8 +1,8 @@
-"""Runs a rare, costly function only when it is due, also for a batch of members.
+"""Runs a rare, costly function only when it is due, also under ``vmap``.
 
-Under ``vmap`` a ``lax.cond`` on a batched predicate becomes a select, and every
-step would pay for the costly branch. The function here batches to one cond on
-"is any member due", with a ``where`` for each member inside.
+Under ``vmap`` a ``lax.cond`` with a batched predicate becomes a select, so every step
+would pay for the costly branch. Here it becomes one cond on "any is due", with a
+``where`` inside.
 """
 
 from collections.abc import Callable
@@ -20,26 +20,7 @@ def run_if(
     otherwise: Callable[[Any], Any],
     operands: Any,
 ) -> Any:
-    """``then(operands)`` where due, else ``otherwise(operands)``.
-
-    Args:
-      due: bool scalar; one a member under ``vmap``.
-      then: The costly function of the operands.
-      otherwise: The cheap one, whose result has the same structure and types.
-      operands: A pytree of arrays. The functions must not close over traced
-        arrays: pass them here.
-
-    Returns:
-      The result of one of the two.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from sparse_optax.regrowth import guard
-      >>> def step(due, x):
-      ...     return guard.run_if(due, lambda x: x + 1, lambda x: x, x)
-      >>> jax.vmap(step)(jnp.array([True, False]), jnp.zeros(2)).tolist()
-      [1.0, 0.0]
-    """
+    """``then(operands)`` if due, else ``otherwise(operands)``."""
 
     @custom_vmap
     def guarded(due, operands):
@@ -66,7 +47,7 @@ def run_if(
         def otherwise_each(each):
             return jax.vmap(otherwise)(each[1])
 
-        # The guard again, so that a vmap around this vmap meets the same rule.
+        # The guard again, for a vmap around this vmap.
         result = run_if(jnp.any(each_due), then_each, otherwise_each, (each_due, each))
         return result, jax.tree.map(lambda _: True, result)
 

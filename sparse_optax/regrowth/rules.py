@@ -1,41 +1,48 @@
-"""The types of the algebra: the evidence that a rule sees, and what a rule is."""
+"""The types of the rules: ``Evidence``, what a rule sees, and ``Rule``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import masks
+from sparse_optax.checks import ArgumentError
+from sparse_optax.layers import layer_sizes, split_layers
+from sparse_optax.masks.make import random_scores, top_of_layers
 from sparse_optax.selection.tally import all_true, tally
+
+_CURES = {
+    "momentum": 'Give it: Rule(..., needs=("momentum",)) in the engine.',
+    "gradient": 'Give it: Rule(..., needs=("gradient",)) in the engine.',
+    "counts": "Give a prune_rate.",
+    "rate": "Give a prune_rate.",
+    "key": "Give a random key.",
+}
 
 
 class Evidence(NamedTuple):
-    """All that a rule may look at. Each tuple has one entry a sparse leaf.
+    """What a rule may read. Each tuple has one entry per sparse leaf.
 
-    A layer is a leaf, or one slice of a leaf that stacks layers. "Per layer" below
-    means an int32 scalar a leaf, or shape (L,) for a leaf of L stacked layers.
+    A layer is a leaf, or one slice of a leaf that stacks layers. "Per layer" means an
+    int32 vector with one entry per layer, in the order of the leaves.
 
     Attributes:
-      params: The weights as they were handed in. Missing ones are zero after any
-        update, but not where masks were replaced since: a rule looks at the masks.
-        With ``hidden`` weights, those in the place of missing ones.
-      masks: Boolean arrays, True where a weight is active. A growth rule sees the
-        masks after the prune: what it may grow is where they are False.
+      params: The weights as handed in; with ``hidden`` also the hidden values. Missing
+        weights are zero, except just after masks were replaced: read the masks.
+      masks: Boolean arrays, True where a weight is active. A growth rule sees the masks
+        after the prune and may grow where they are False.
       gradient: The dense gradient of this step, or None.
       momentum: The smoothed gradient, of missing weights too, or None.
-      counts: Per layer, how many weights to prune or to grow. A prune rule may set
-        its own numbers; a growth rule may place them in other layers, but the sum
-        it must meet exactly.
+      counts: Per layer, how many weights to prune or to grow. A prune rule may set its
+        own counts. A growth rule may place them in other layers, but must meet the sum.
       active: Per layer, how many weights are active before the prune.
-      target: Per layer, how many should be active after the cycle; ``active`` but
-        for a budget that moves.
+      target: Per layer, active weights after the cycle; ``active`` without a budget.
       before: The masks before the prune.
       rate: The prune rate p, float32 scalar.
       key: A random key, new for each cycle.
       step: int32 scalar, the number of finished updates.
-      names: The leaves' names, for keys of their own.
+      names: The leaves' names, for their random keys; None numbers the leaves.
       axes: For each leaf the axis whose slices are layers, or None.
     """
 
@@ -43,43 +50,88 @@ class Evidence(NamedTuple):
     masks: tuple[jax.Array, ...]
     gradient: tuple[jax.Array, ...] | None = None
     momentum: tuple[jax.Array, ...] | None = None
-    counts: tuple[jax.Array, ...] | None = None
-    active: tuple[jax.Array, ...] | None = None
-    target: tuple[jax.Array, ...] | None = None
+    counts: Any = None
+    active: Any = None
+    target: Any = None
     before: tuple[jax.Array, ...] | None = None
-    rate: jax.Array | None = None
+    rate: Any = None
     key: jax.Array | None = None
     step: jax.Array | int = 0
     names: tuple[str, ...] | None = None
     axes: tuple[int | None, ...] | None = None
 
+    @property
+    def layer_axes(self) -> tuple[int | None, ...]:
+        """For each leaf the axis whose slices are layers, or None."""
+        return self.axes or (None,) * len(self.masks)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of weights in each layer, int64."""
+        return layer_sizes([m.shape for m in self.masks], self.layer_axes)
+
+    def need(self, field: str, rule: str) -> Any:
+        """A field of the evidence; an error names the rule that needs it."""
+        value = getattr(self, field)
+        if value is None:
+            raise ArgumentError(
+                f"{rule} needs `{field}` in its evidence, and there is none. "
+                f"{_CURES.get(field, 'Use another rule.')}"
+            )
+        return value
+
+    def split(self, vector: jax.Array) -> tuple[jax.Array, ...]:
+        """A vector over layers as one entry per leaf, (L,) if it stacks L layers."""
+        return split_layers(vector, [m.shape for m in self.masks], self.layer_axes)
+
+    def select(
+        self,
+        arrays: Iterable[tuple[jax.Array, ...]],
+        counts: jax.Array,
+        score: Callable[..., jax.Array] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """Masks of the highest scores, ``counts`` in each layer. ``arrays`` holds for
+        each leaf the arguments of ``score``, a module-level, element-wise function;
+        None ranks the only argument. Ties go to the lower index.
+        """
+        axes = self.layer_axes
+        return tuple(top_of_layers(list(arrays), self.split(counts), axes, score))
+
+    def count(self, masks: Sequence[jax.Array]) -> jax.Array:
+        """Number of True entries in each layer, an int32 vector."""
+        return layer_counts(masks, self.layer_axes)
+
+    def random_bits(self, rule: str) -> list[jax.Array]:
+        """Uniform uint32 bits for every leaf, from its own key."""
+        key = self.need("key", rule)
+        names = self.names or tuple(str(i) for i in range(len(self.masks)))
+        pairs = zip(names, self.masks, strict=True)
+        return [random_scores(key, name, mask) for name, mask in pairs]
+
 
 class Rule(NamedTuple):
     """One rule: two functions, in a tuple.
 
-    A tuple, not a bare function, because ``optax.inject_hyperparams`` takes every
-    callable argument for a schedule.
+    A tuple, since ``optax.inject_hyperparams`` takes every callable for a schedule.
 
     Attributes:
-      init: ``init(params, masks) -> state``: tuples of arrays in, a pytree of
-        arrays out, ``()`` where the rule remembers nothing. What has one array a
-        leaf goes into a ``PerWeight``.
-      apply: ``apply(evidence, state) -> (result, state)``. The result of a prune
-        rule is a tuple of masks of the weights that stay; of a redistribution rule
-        a vector of shares, one a layer, in proportion to which the removed weights
-        come back (uint32, or float, which is quantised), or None, by which each
-        layer gets back what it lost; of a growth rule a tuple of masks of the new
-        weights.
-      needs: Which of ``"momentum"`` and ``"gradient"`` the rule looks at. The engine
-        collects what a rule needs and nothing else, and no cycle runs where that is
-        not finite.
+      init: ``init(params, masks) -> state``: tuples of arrays in, a pytree of arrays
+        out, ``()`` for a rule without memory. Use ``PerWeight`` for one array per leaf.
+      apply: ``apply(evidence, state) -> (result, state)``. A prune rule returns a tuple
+        of masks of the weights that stay, a growth rule one of the new weights. A
+        redistribution rule returns a vector of shares, one per layer (uint32, or float,
+        which is quantised), or None: each layer grows what it lost.
+      needs: Which of ``"momentum"`` and ``"gradient"`` the rule reads. The engine
+        collects nothing else, and runs no cycle if they are not finite.
       after_prune: Whether a redistribution rule sees the masks after the prune.
-      exact: Whether a prune rule removes, or a growth rule adds, exactly ``counts``
-        weights of each layer. Then they are not counted again.
-      pooled: Whether a prune rule ranks all layers as one pool, so that the layers'
-        own counts follow from the weights.
+      exact: Whether a prune or growth rule moves exactly ``counts`` weights of each
+        layer. Then they are not counted again.
+      pooled: Whether a prune rule ranks all layers as one pool, so that the counts of
+        layers follow from the weights.
       covers: Whether a prune rule that is not exact leaves no layer with more than its
-        target, so that each can get back its own.
+        target, so that each layer can grow back its own count.
+      by_share: Whether a prune rule that is not exact takes the prune rate's fraction
+        of each layer. Under N:M it then sees whole layers, not groups.
     """
 
     init: Callable[..., Any]
@@ -89,45 +141,19 @@ class Rule(NamedTuple):
     exact: bool = False
     pooled: bool = False
     covers: bool = False
+    by_share: bool = False
 
 
 class PerWeight(NamedTuple):
-    """A part of a rule's state that has one array a sparse leaf.
+    """A part of a rule's state with one array per sparse leaf.
 
-    The rule sees a tuple of arrays. In the optimizer state it is a tree like the
-    parameters, as Optax expects of what has a parameter's shape.
+    The rule sees a tuple; the optimizer state holds a tree like the parameters.
 
     Attributes:
       values: The arrays.
     """
 
     values: Any
-
-
-def map_weights(function: Callable[[Any], Any], states: Any) -> Any:
-    """Applies a function to the values of every ``PerWeight`` in the rules' states.
-
-    Args:
-      function: ``function(values) -> values``.
-      states: A pytree.
-
-    Returns:
-      The pytree with new values.
-
-    Examples:
-      >>> from sparse_optax.regrowth.rules import PerWeight, map_weights
-      >>> map_weights(sum, ((), PerWeight((1, 2)), 3))
-      ((), PerWeight(values=3), 3)
-    """
-
-    def is_part(node: Any) -> bool:
-        return isinstance(node, PerWeight)
-
-    return jax.tree.map(
-        lambda x: PerWeight(function(x.values)) if is_part(x) else x,
-        states,
-        is_leaf=is_part,
-    )
 
 
 def stateless(
@@ -137,18 +163,20 @@ def stateless(
     after_prune: bool = False,
     exact: bool = False,
     pooled: bool = False,
+    by_share: bool = False,
 ) -> Rule:
-    """Lifts a plain function of the evidence to a rule.
+    """Turns a function of the evidence into a rule without memory.
 
     Args:
       function: ``function(evidence) -> result``.
-      needs: See ``Rule``.
-      after_prune: See ``Rule``.
-      exact: See ``Rule``.
-      pooled: See ``Rule``.
+      needs: See ``Rule``, as for all others.
+      after_prune: Of a redistribution rule.
+      exact: Of a prune or growth rule.
+      pooled: Of a prune rule.
+      by_share: Of a prune rule.
 
     Returns:
-      A rule without memory.
+      A rule.
 
     Examples:
       >>> from sparse_optax import regrowth
@@ -163,165 +191,31 @@ def stateless(
         after_prune=after_prune,
         exact=exact,
         pooled=pooled,
+        by_share=by_share,
     )
 
 
-def require(evidence: Evidence, field: str, *, rule: str) -> Any:
-    """A field of the evidence, or an error that says what the rule needs.
+# --- helpers of rules -----------------------------------------------------------------
+def map_weights(function: Callable[[Any], Any], states: Any) -> Any:
+    """Applies a function to the values of every ``PerWeight`` in the rules' states."""
 
-    Args:
-      evidence: The evidence.
-      field: The name of the field.
-      rule: The name of the rule that asks.
+    def is_part(node: Any) -> bool:
+        return isinstance(node, PerWeight)
 
-    Returns:
-      The field.
-
-    Raises:
-      ValueError: If the field is None.
-
-    Examples:
-      >>> from sparse_optax import regrowth
-      >>> evidence = regrowth.Evidence(params=(), masks=(), counts=())
-      >>> regrowth.rules.require(evidence, "counts", rule="doc")
-      ()
-    """
-    cure = {
-        "momentum": 'Give it: Rule(..., needs=("momentum",)) in the engine.',
-        "gradient": 'Give it: Rule(..., needs=("gradient",)) in the engine.',
-        "counts": "Give a prune_rate.",
-        "rate": "Give a prune_rate.",
-        "key": "Give a random key.",
-    }
-    value = getattr(evidence, field)
-    if value is None:
-        raise ValueError(
-            f"{rule} needs `{field}` in its evidence, and there is none. "
-            f"{cure.get(field, 'Use another rule.')}"
-        )
-    return value
-
-
-def random_bits(evidence: Evidence, rule: str) -> list[jax.Array]:
-    """Uniform uint32 bits for every leaf, of a key of its own.
-
-    Args:
-      evidence: The evidence, with a key.
-      rule: The name of the rule that asks.
-
-    Returns:
-      An array a leaf.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> evidence = regrowth.Evidence(
-      ...     (jnp.ones(2),), (jnp.ones(2, bool),), key=jax.random.key(0))
-      >>> regrowth.rules.random_bits(evidence, "doc")[0].dtype
-      dtype('uint32')
-    """
-    key = require(evidence, "key", rule=rule)
-    names = evidence.names or tuple(str(i) for i in range(len(evidence.masks)))
-    return [
-        masks.random_scores(key, name, mask)
-        for name, mask in zip(names, evidence.masks, strict=True)
-    ]
-
-
-def axes_of(evidence: Evidence) -> tuple[int | None, ...]:
-    """The stacked axis of each leaf; all None where the evidence has no axes.
-
-    Args:
-      evidence: The evidence.
-
-    Returns:
-      One entry a leaf.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> evidence = regrowth.Evidence((jnp.ones(2),), (jnp.ones(2, bool),))
-      >>> regrowth.rules.axes_of(evidence)
-      (None,)
-    """
-    return evidence.axes or (None,) * len(evidence.masks)
-
-
-def layer_sizes(leaves: tuple[Any, ...], axes: tuple[int | None, ...]) -> np.ndarray:
-    """Number of weights in each layer.
-
-    Args:
-      leaves: Arrays, concrete or abstract.
-      axes: For each the stacked axis, or None.
-
-    Returns:
-      int64 vector, one entry a layer.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> leaves = (jnp.zeros((2, 3)), jnp.zeros((2, 4, 5)))
-      >>> regrowth.rules.layer_sizes(leaves, (None, 0)).tolist()
-      [6, 20, 20]
-    """
-    sizes: list[int] = []
-    for leaf, axis in zip(leaves, axes, strict=True):
-        n = int(np.prod(leaf.shape, dtype=np.int64))
-        layers = 1 if axis is None else leaf.shape[axis]
-        sizes += [n // max(layers, 1)] * layers
-    return np.asarray(sizes, np.int64)
-
-
-def layer_counts(
-    masks: tuple[jax.Array, ...], axes: tuple[int | None, ...]
-) -> jax.Array:
-    """Number of True entries in each layer.
-
-    Args:
-      masks: Boolean arrays.
-      axes: For each the stacked axis, or None.
-
-    Returns:
-      int32 vector, one entry a layer.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> regrowth.rules.layer_counts((jnp.eye(3) > 0,), (None,)).tolist()
-      [3]
-    """
-    if not masks:
-        return jnp.zeros(0, jnp.int32)
-    (counts,) = tally_layers([(mask,) for mask in masks], axes, all_true)
-    return counts.astype(jnp.int32)
+    return jax.tree.map(
+        lambda x: PerWeight(function(x.values)) if is_part(x) else x,
+        states,
+        is_leaf=is_part,
+    )
 
 
 def tally_layers(
     leaves: Sequence[tuple[jax.Array, ...]],
-    axes: tuple[int | None, ...],
+    axes: Sequence[int | None],
     function: Callable[..., tuple[jax.Array, ...]],
     given: tuple[jax.Array, ...] = (),
 ) -> tuple[Any, ...]:
-    """Whole-number statistics of each layer: `tally`, with layers along any axis.
-
-    Args:
-      leaves: For each leaf a tuple of arrays of one shape.
-      axes: For each the stacked axis, or None.
-      function: See `tally`.
-      given: See `tally`.
-
-    Returns:
-      See `tally`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> def positive(x):
-      ...     return (x > 0,)
-      >>> leaves = [(jnp.array([[1.0, -2.0], [3.0, 4.0]]),)]
-      >>> regrowth.rules.tally_layers(leaves, (1,), positive)[0].tolist()
-      [2, 1]
-    """
+    """Integer statistics of each layer: ``tally``, with layers along any axis."""
     front = [
         arrays if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in arrays)
         for arrays, axis in zip(leaves, axes, strict=True)
@@ -330,77 +224,17 @@ def tally_layers(
     return tally(front, function, split=split, given=given)
 
 
-def split_layers(
-    vector: Any, leaves: tuple[Any, ...], axes: tuple[int | None, ...]
-) -> tuple[Any, ...]:
-    """Cuts a vector over layers into one entry a leaf.
-
-    Args:
-      vector: One entry a layer.
-      leaves: Arrays, concrete or abstract.
-      axes: For each the stacked axis, or None.
-
-    Returns:
-      For each leaf a scalar, or an array of shape (L,) where it stacks L layers.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> leaves = (jnp.zeros((2, 3)), jnp.zeros((2, 4, 5)))
-      >>> parts = regrowth.rules.split_layers(jnp.arange(3), leaves, (None, 0))
-      >>> [p.tolist() for p in parts]
-      [0, [1, 2]]
-    """
-    parts, start = [], 0
-    for leaf, axis in zip(leaves, axes, strict=True):
-        if axis is None:
-            parts.append(vector[start])
-            start += 1
-        else:
-            parts.append(vector[start : start + leaf.shape[axis]])
-            start += leaf.shape[axis]
-    return tuple(parts)
-
-
-def layer_vector(parts: tuple[jax.Array, ...]) -> jax.Array:
-    """Puts the per-layer entries of all leaves into one vector.
-
-    Arithmetic on the vector is one operation to compile, instead of one a leaf.
-
-    Args:
-      parts: For each leaf a scalar, or an array of shape (L,).
-
-    Returns:
-      One entry a layer; what ``split_layers`` cuts up.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import regrowth
-      >>> parts = (jnp.int32(4), jnp.array([2, 3]))
-      >>> regrowth.rules.layer_vector(parts).tolist()
-      [4, 2, 3]
-    """
-    flat = [jnp.reshape(part, -1) for part in parts]
-    return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
+def layer_counts(masks: Sequence[jax.Array], axes: Sequence[int | None]) -> jax.Array:
+    """Number of True entries in each layer, an int32 vector."""
+    if not masks:
+        return jnp.zeros(0, jnp.int32)
+    (counts,) = tally_layers([(mask,) for mask in masks], axes, all_true)
+    return counts.astype(jnp.int32)
 
 
 def coin(step: jax.Array | int, gamma: float, power: float) -> jax.Array:
-    r"""True with probability :math:`(1 + \gamma t)^{-power}`, by the step alone.
-
-    Rules of one cycle, and runs of all seeds, see the same coin.
-
-    Args:
-      step: t, the number of finished updates.
-      gamma: At least 0; 0 is always True.
-      power: At least 0.
-
-    Returns:
-      bool scalar.
-
-    Examples:
-      >>> from sparse_optax import regrowth
-      >>> sum(bool(regrowth.rules.coin(t, 0.1, 1.0)) for t in range(90, 110)) < 9
-      True
+    r"""True with probability :math:`(1 + \gamma t)^{-power}`, by the step alone. It is
+    the same for all rules of a cycle and for runs of all seeds.
     """
     if not gamma or not power:
         return jnp.ones([], bool)

@@ -1,8 +1,10 @@
-"""What a run did, layer by layer: exact counts, a dict for loggers, a table for people.
+"""What a run did, layer by layer: exact counts, scalars for loggers, a text table.
 
-``summary`` reads parameters and, where there is one, the optimizer state, between two
-steps; it changes neither. Counts are taken on the devices that hold the weights, in
-one compiled call, and come back as Python integers.
+``summary`` reads parameters and optimizer state between two steps and changes neither.
+One compiled call counts on the devices that hold the weights.
+
+- ``summaries``: ``summary``: counts of a run, layer by layer.
+- ``records``: ``Layer`` and ``Summary``; as scalars and as a table.
 """
 
 from sparse_optax.report.records import Layer as Layer

@@ -1,19 +1,19 @@
-"""The records of a report, as flat numbers for loggers and as text for people."""
+"""The records of a report, as scalars for loggers and as text."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Layer(NamedTuple):
-    """One layer, or all of them. None stands for what is not known.
+    """One layer, or all of them. None stands for an unknown number.
 
     Attributes:
-      name: Name of the leaf, with ``[i]`` for a slice of one that stacks layers.
+      name: Name of the leaf, with ``[i]`` for a slice of a leaf that stacks layers.
       weights: Number of weights.
       kept: How many of them the mask keeps; without a mask, how many are not zero.
       dense_bytes: Bytes of all weights.
-      sparse_bytes: Bytes of a bit a weight and of the kept weights. The bits of all
-        layers lie end to end, so that the total may be less than the sum.
+      sparse_bytes: Bytes of one bit per weight and of the kept weights. The bits of all
+        layers lie end to end, so the total may be less than the sum.
       dense_flops: FLOPs of all weights.
       kept_flops: FLOPs of the kept weights.
       removed: Weights removed in the last cycle.
@@ -21,10 +21,10 @@ class Layer(NamedTuple):
       added: Kept weights that were not kept before.
       explored: Weights that were ever kept.
       units: Output units, the indices along the unit axis; None for a vector.
-      dead_units: Units none of whose incoming weights is kept and not zero: what
-        they give is their bias, whatever the input.
+      empty_units: Units without a nonzero kept incoming weight; their output is their
+        bias, whatever the input.
       passed: Weights whose gradient GSM let pass at the last step.
-      threshold: The saliency at which GSM cut.
+      threshold: The saliency threshold of GSM.
     """
 
     name: str
@@ -39,34 +39,34 @@ class Layer(NamedTuple):
     added: int | None = None
     explored: int | None = None
     units: int | None = None
-    dead_units: int | None = None
+    empty_units: int | None = None
     passed: int | None = None
     threshold: float | None = None
 
     @property
     def density(self) -> float:
-        """Kept weights over all; 1 for a layer without weights."""
+        """Fraction of kept weights; 1 for a layer without weights."""
         return self.kept / self.weights if self.weights else 1.0
 
     @property
     def churn(self) -> float | None:
-        """Share of the kept weights that were not kept before."""
+        """Fraction of the kept weights that were not kept before."""
         return None if self.added is None else self.added / max(self.kept, 1)
 
     @property
     def explored_share(self) -> float | None:
-        """Share of all weights that were ever kept."""
+        """Fraction of all weights that were ever kept."""
         return None if self.explored is None else self.explored / max(self.weights, 1)
 
 
 class Summary(NamedTuple):
-    """What ``summary`` gives.
+    """The result of ``summary``.
 
     Attributes:
-      layers: One record a layer, in the order of the parameters.
+      layers: One record per layer, in the order of the parameters.
       total: All layers together.
       dense_weights: Number of parameters in the leaves that stay dense.
-      dense_bytes: Their bytes.
+      dense_bytes: Bytes of these leaves.
       skipped: Cycles left out because of numbers that are not finite, or None.
     """
 
@@ -96,7 +96,7 @@ _SHOWN: dict[str, Callable[[Layer], Any]] = {
     "grown": lambda layer: layer.grown,
     "churn": lambda layer: layer.churn,
     "explored": lambda layer: layer.explored_share,
-    "dead_units": lambda layer: layer.dead_units,
+    "empty_units": lambda layer: layer.empty_units,
     "passed": lambda layer: layer.passed,
     "threshold": lambda layer: layer.threshold,
 }
@@ -104,20 +104,19 @@ _SHARES = ("density", "churn", "explored")
 
 
 def scalars(summary: Summary) -> dict[str, float]:
-    """A summary as flat numbers, for any logger.
+    """A summary as scalars, for any logger.
 
     Args:
-      summary: What ``summary`` gave.
+      summary: From ``summary``.
 
     Returns:
-      ``{"density/Dense_0/kernel": 0.05, ..., "density/total": 0.05}``: every quantity
-      that is known, for each layer and in total.
+      ``{"density/Dense_0/kernel": 0.05, ..., "density/total": 0.05}``: every known
+      quantity, for each layer and in total.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import report
-      >>> made = report.summary({"kernel": jnp.eye(2)})
-      >>> report.scalars(made)["density/kernel"]
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> made = sparse_optax.report.summary({"kernel": jnp.eye(2)})
+      >>> sparse_optax.report.scalars(made)["density/kernel"]
       0.5
     """
     rows = (*summary.layers, summary.total)
@@ -134,25 +133,21 @@ def scalars(summary: Summary) -> dict[str, float]:
 
 
 def table(summary: Summary) -> str:
-    """A summary as aligned text, a line a layer.
-
-    It is plain text whatever is installed, so that a log, a terminal and a doctest
-    show the same.
+    """A summary as aligned plain text, one line per layer.
 
     Args:
-      summary: What ``summary`` gave.
+      summary: From ``summary``.
 
     Returns:
-      Lines without a trailing newline; what is not known shows as a dash, and a
-      column in which nothing is known is left out.
+      Text, with dashes for unknown numbers and without unknown columns.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import report
       >>> print(report.table(report.summary({"kernel": jnp.eye(2, 40)})))
-      layer   weights  kept  density  bytes  dead_units
-      kernel       80     2     2.5%     18          38
-      total        80     2     2.5%     18          38
+      layer   weights  kept  density  bytes  empty_units
+      kernel       80     2     2.5%     18           38
+      total        80     2     2.5%     18           38
       18 bytes sparse, 320 dense; 0 parameters in dense leaves included.
     """
     rows = (*summary.layers, summary.total)

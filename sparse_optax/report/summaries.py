@@ -1,29 +1,36 @@
-"""The summary: what a run has kept, moved and let pass."""
+"""The summary: kept, moved and passed weights, counted layer by layer."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 
-from sparse_optax import masks as mask_trees
-from sparse_optax.budgets import apportion
-from sparse_optax.leaves import PyTree, Where, is_hole, layout, require_some
-from sparse_optax.report.arguments import (
-    check_leaf,
-    check_names,
-    check_unit_axis,
-    chosen_leaves,
-    prices,
+from sparse_optax.budgets.kinds import plain, prices
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.export.model import stored_bytes
+from sparse_optax.layers import (
+    Layers,
+    Leaf,
+    PyTree,
+    Where,
+    chosen_layers,
+    is_hole,
+    layers_of,
+    leaf_names,
 )
+from sparse_optax.masks.optimizer_state import named_masks, states_with
+from sparse_optax.masks.tree import combine, mask_shape, slice_counts, unpack
 from sparse_optax.report.records import Layer, Summary
-from sparse_optax.report.tallies import Seen, read_state, tally
-from sparse_optax.sparse_models import named_masks, stored_bytes
 
 
+@boundary("summary")
 def summary(
     params: PyTree,
     opt_state: PyTree = None,
@@ -36,101 +43,90 @@ def summary(
     stacked: Mapping[str, int] | None = None,
     unit_axis: int = -1,
 ) -> Summary:
-    """Counts what a run has kept, moved and let pass, per layer and in total.
+    """Counts the weights kept, moved and let pass, per layer and in total.
 
-    The layers are the leaves that have a mask (given, or in the state) and those that
-    a ``GsmState`` gates; without any, those that ``where`` chooses. Where there is no
-    mask, what is not zero is what is kept. All trees are paired by normalised name.
+    The layers are the leaves with a mask (given, or in the state) and those that GSM
+    gates; without any, those that ``where`` chooses. Without a mask, nonzero weights
+    are the kept ones. All trees are paired by normalised name.
 
     Args:
       params: Concrete parameters, of any tree type.
-      opt_state: An optimizer state with states of ``regrow`` or of GSM anywhere
-        inside: chained, partitioned, injected, accumulated.
-      previous_masks: Masks of an earlier step, or the state of then, for the churn.
+      opt_state: An optimizer state with states of ``regrow`` or GSM inside: chained,
+        partitioned, injected, accumulated.
+      previous_masks: Masks, or the optimizer state, of an earlier step, for the churn.
         Copy them before a step that donates the state.
-      masks: Masks, instead of those in the state.
-      explored: Weights ever kept, see ``explore``.
-      costs: FLOPs per weight and example, a number for each layer's leaf, as in
-        ``budgets.num_flops``: 2 for a dense layer, 2 * height * width of the output
-        for a convolution. A tree like the parameters or a dict ``{name: number}``.
-      where: Which leaves count, where neither masks nor a state is given; see
-        ``leaves.resolve_where``.
-      stacked: ``{name: axis}`` of leaves whose slices are layers of their own.
-      unit_axis: The axis of a layer that counts its output units: -1 in flax and
-        haiku, 0 in equinox.
+      masks: Masks to use instead of those in the state.
+      explored: Weights that were ever kept, see ``explore``.
+      costs: FLOPs per weight and example, see ``budgets.num_flops``.
+      where: Which leaves count without masks and state, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      unit_axis: The axis of output units: -1 in flax and haiku, 0 in equinox.
 
     Returns:
       A ``Summary``.
 
     Raises:
-      ValueError: If the state holds no sparse method, or an argument does not fit.
+      ValueError: If an argument does not fit or the state has no sparse method.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import report
+      >>> import jax.numpy as jnp, sparse_optax
       >>> params = {"bias": jnp.ones(3), "kernel": jnp.eye(2, 3)}
-      >>> made = report.summary(params, costs={"kernel": 2})
+      >>> made = sparse_optax.report.summary(params, costs={"kernel": 2})
       >>> layer, = made.layers
-      >>> layer.name, layer.kept, layer.dead_units, layer.kept_flops
+      >>> layer.name, layer.kept, layer.empty_units, layer.kept_flops
       ('kernel', 2, 1, 4)
       >>> made.file_bytes  # a byte of mask, two weights, three biases
       21
     """
-    seen = read_state(opt_state, caller="summary")
-    kept = seen.masks if masks is None else named_masks(masks, caller="summary")
-    wanted = None
-    if opt_state is not None or masks is not None:
-        wanted = kept.keys() | seen.passed.keys()
-    chosen = chosen_leaves(params, where, wanted)
-    plan = layout(params, chosen, stacked, caller="summary")
-    require_some(params, plan, caller="summary")
-    given = {"masks": kept}
+    seen = _read_state(opt_state)
+    kept = seen.masks if masks is None else named_masks(masks)
+    layers = _counted_layers(params, opt_state, masks, where, stacked, kept, seen)
+    given = {"masks": kept, "previous_masks": {}, "explored": {}}
     for argument, tree in (("previous_masks", previous_masks), ("explored", explored)):
-        given[argument] = {}
         if tree is not None:
-            given[argument] = named_masks(tree, caller="summary")
-            check_names(argument, given[argument], kept or plan.names)
-    flat = jax.tree.leaves(params, is_leaf=is_hole)
-    costs_of = prices(costs, plan.names)
+            given[argument] = named_masks(tree)
+            _check_names(argument, given[argument], kept or layers.names)
+    arrays, costs_of = layers.pick(params), _costs(costs, layers.names)
     operands = []
-    for i, name, axis in zip(*plan, strict=True):
-        check_leaf(name, flat[i], {a: m[name] for a, m in given.items() if name in m})
-        check_unit_axis(unit_axis, name, flat[i].ndim - (axis is not None))
-        operands.append((flat[i], *(named.get(name) for named in given.values())))
-    layers: list[Layer] = []
+    for leaf, x in zip(layers.leaves, arrays, strict=True):
+        found = {a: m[leaf.name] for a, m in given.items() if leaf.name in m}
+        _check_leaf(leaf, x, found, unit_axis)
+        operands.append((x, *(named.get(leaf.name) for named in given.values())))
+    rows: list[Layer] = []
     stored = []
-    tallies = tally(operands, plan.axes, unit_axis)
-    for (i, name, axis), counts in zip(zip(*plan, strict=True), tallies, strict=True):
-        x = flat[i]
-        layers += _layers(name, axis, x, counts, costs_of.get(name), seen)
-        stored.append((x.size, sum(counts["kept"]), x.dtype.itemsize))
-    # A leaf of another kind, such as a function in a module, has no weights.
+    tallies = _tallied(operands, layers.axes, unit_axis)
+    for leaf, counts in zip(layers.leaves, tallies, strict=True):
+        rows += _rows(leaf, counts, costs_of.get(leaf.name), seen)
+        width = np.dtype(leaf.dtype).itemsize
+        stored.append((leaf.size * leaf.copies, sum(counts["kept"]), width))
+    # Other leaves, such as a function in a module, have no weights.
     rest = [
         (math.prod(x.shape), x.dtype.itemsize)
-        for x, is_layer in zip(flat, chosen, strict=True)
-        if not is_layer and hasattr(x, "dtype")
+        for i, x in enumerate(jax.tree.leaves(params, is_leaf=is_hole))
+        if i not in layers.index and hasattr(x, "dtype")
     ]
     return Summary(
-        layers=tuple(layers),
-        total=_total(layers, plan.names, stored, seen),
+        layers=tuple(rows),
+        total=_total(rows, layers.names, stored, seen),
         dense_weights=sum(size for size, _ in rest),
         dense_bytes=sum(size * width for size, width in rest),
         skipped=seen.skipped,
     )
 
 
+@boundary("explore")
 def explore(explored: PyTree, masks: PyTree) -> PyTree:
     """Adds the weights kept now to those kept before: a logical or.
 
-    It stays outside the optimizer state: call it after a cycle, jitted or not, and
-    hand the result to ``summary``.
+    The result is not part of the optimizer state: call this after a cycle, jitted or
+    not, and give the result to ``summary``.
 
     Args:
-      explored: The tree so far, or None to start.
-      masks: The masks of now.
+      explored: The tree so far, or None at the start.
+      masks: The present masks.
 
     Returns:
-      A mask tree in arrays of its own, safe beside a donated state.
+      A mask tree in new arrays, safe beside a donated state.
 
     Raises:
       ValueError: If the structures differ.
@@ -143,22 +139,216 @@ def explore(explored: PyTree, masks: PyTree) -> PyTree:
       [True, True, False]
     """
     if explored is None:
-        return mask_trees.combine(lambda mask: jnp.array(mask, copy=True), masks)
+        return combine(lambda mask: jnp.array(mask, copy=True), masks)
     try:
-        return mask_trees.combine(jnp.logical_or, explored, masks)
+        return combine(jnp.logical_or, explored, masks)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"explore: `explored` does not have the structure of `masks` ({error}); "
+        raise ArgumentError(
+            f"`explored` does not have the structure of `masks` ({error}); "
             "they must be equal. Start with None, on these masks."
         ) from error
 
 
+# --- what there is to count -----------------------------------------------------------
+class _Seen(NamedTuple):
+    """The numbers in the states of sparse methods, by the name of the leaf."""
+
+    masks: dict[str, Any]  # plain or packed
+    removed: dict[str, np.ndarray]  # in the last cycle, a number or one per slice
+    grown: dict[str, np.ndarray]  # in the last cycle
+    passed: dict[str, np.ndarray]  # by GSM
+    thresholds: dict[str, float]  # of GSM
+    skipped: int | None  # cycles left out; None without a state of `regrow`
+
+
+def _read_state(opt_state: PyTree) -> _Seen:
+    """The numbers in the states of ``regrow`` and GSM; nothing for None."""
+    states = list(states_with(opt_state, "regrow_masks", "gsm_passed"))
+    if opt_state is not None and not states:
+        raise ArgumentError(
+            "`opt_state` holds no sparse method; got "
+            f"{type(opt_state).__name__} without a state of regrow or of GSM. Leave it "
+            "out to count what is not zero."
+        )
+    regrown = [s for s in states if hasattr(s, "regrow_masks")]
+    gates = [s for s in states if hasattr(s, "gsm_passed")]
+    return _Seen(
+        masks=named_masks(opt_state) if regrown else {},
+        removed=_by_name([s.removed for s in regrown]),
+        grown=_by_name([s.grown for s in regrown]),
+        passed=_by_name([s.gsm_passed for s in gates]),
+        thresholds={
+            name: float(_numbers(s.gsm_threshold))
+            for s in gates
+            for name in _by_name([s.gsm_passed])
+        },
+        skipped=sum(int(_numbers(s.skipped)) for s in regrown) if regrown else None,
+    )
+
+
+def _by_name(trees: Sequence[PyTree]) -> dict[str, np.ndarray]:
+    """Numbers per leaf, merged over trees of disjoint leaves."""
+    found: dict[str, np.ndarray] = {}
+    for tree in trees:
+        flat = jax.tree.leaves(tree, is_leaf=is_hole)
+        for name, value in zip(leaf_names(tree), flat, strict=True):
+            if is_hole(value):
+                continue
+            if name in found:
+                raise ArgumentError(
+                    f"two states in `opt_state` speak of the leaf {name!r}; "
+                    "each leaf may have one method of a kind. Give the methods "
+                    "disjoint leaves through `where` or optax.partition."
+                )
+            found[name] = _numbers(value)
+    return found
+
+
+def _numbers(value: Any) -> np.ndarray:
+    (array,) = jax.tree.leaves(value)  # flax.nnx wraps the leaves of a state
+    return np.asarray(array)
+
+
+# --- arguments ------------------------------------------------------------------------
+def _counted_layers(params, opt_state, masks, where, stacked, kept, seen) -> Layers:
+    """The layers with masks and those of GSM, else those that `where` chooses."""
+    if opt_state is None and masks is None:
+        return layers_of(params, where, stacked)
+    if where is not None:
+        raise ArgumentError(
+            f"`where`={where!r} is given beside `opt_state` or `masks`, which say "
+            "which leaves count; it must be None. Leave `where` out."
+        )
+    wanted = kept.keys() | seen.passed.keys()
+    flat, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
+    chosen = [n in wanted and not is_hole(x) for n, x in zip(names, flat, strict=True)]
+    _check_names("masks", wanted, [n for n, c in zip(names, chosen, strict=True) if c])
+    return chosen_layers(params, chosen, stacked)
+
+
+def _check_names(argument: str, got: Collection[str], wanted: Collection[str]) -> None:
+    if set(got) != set(wanted):
+        raise ArgumentError(
+            f"`{argument}` speaks of {sorted(set(got) - set(wanted))}, which are no "
+            f"layers here, and not of {sorted(set(wanted) - set(got))}; the layers are "
+            f"{sorted(wanted)}. Pass masks or a state made for these parameters."
+        )
+
+
+def _check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any], unit_axis: int) -> None:
+    """Raises unless a leaf is concrete, its masks fit, and it has the unit axis."""
+    if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
+        raise ArgumentError(
+            f"the leaf {leaf.name!r} of `params` is a {type(x).__name__}; counts come "
+            "back to the host. Call it outside jit, with concrete arrays."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ArgumentError(
+            f"`masks` holds a mask for {leaf.name!r} of dtype {x.dtype}; only floating "
+            "leaves can be sparse. Leave it out."
+        )
+    for argument, mask in masks.items():
+        if tuple(mask_shape(mask)) != x.shape:
+            raise ArgumentError(
+                f"`{argument}` has shape {tuple(mask_shape(mask))} for {leaf.name!r}, "
+                f"and `params` {x.shape}; they must be equal. Pass masks made for "
+                "these parameters."
+            )
+    rank = len(leaf.layer_shape)
+    if rank > 1 and not -rank <= unit_axis < rank:
+        raise ArgumentError(
+            f"`unit_axis`={unit_axis!r} is no axis of {leaf.name!r}, whose layers have "
+            f"{rank} dimensions; it must be in [{-rank}, {rank - 1}]. Give -1 for flax "
+            "and haiku, 0 for equinox."
+        )
+
+
+def _costs(costs: Any, names: Collection[str]) -> dict[str, Fraction]:
+    """FLOPs per weight by name, exactly; empty without costs."""
+    if costs is None:
+        return {}
+    found = prices(costs)
+    if found.keys() != set(names):
+        raise ArgumentError(
+            f"`costs` lacks {sorted(set(names) - found.keys())} and has "
+            f"{sorted(found.keys() - set(names))} besides; it must give a number for "
+            f"each of {list(names)}. Correct the names."
+        )
+    return found
+
+
+# --- counts ---------------------------------------------------------------------------
+def _tallied(
+    operands: Sequence[tuple[Any, ...]],
+    axes: Sequence[int | None],
+    unit_axis: int,
+) -> list[dict[str, list[int]]]:
+    """Counts of each layer, exactly, in one compiled call for all leaves.
+
+    Operands are ``(weights, mask, earlier mask, weights ever kept)`` per leaf, each but
+    the first may be None. The counts have one entry per layer: ``kept`` (without a mask
+    the nonzero weights), ``added``, ``explored``, and for layers of two or more
+    dimensions ``units`` and ``empty_units``.
+    """
+    counted = _tally(tuple(operands), axes=tuple(axes), unit_axis=unit_axis)
+    result = []
+    for counts, axis in zip(jax.device_get(counted), axes, strict=True):
+        wide = {k: v.astype(np.int64) for k, v in counts.items()}
+        if axis is None:
+            wide = {k: v.sum(keepdims=True) for k, v in wide.items()}
+        result.append({k: v.tolist() for k, v in wide.items()})
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "unit_axis"))
+def _tally(operands, *, axes, unit_axis) -> list[dict[str, jax.Array]]:
+    """Counts along the axis of layers, or along axis 0: a whole leaf may pass 2^31."""
+    result = []
+    for arrays, axis in zip(operands, axes, strict=True):
+        x, mask, before, ever = (_front(array, axis) for array in arrays)
+        there = _nonzero(x)
+        kept = there if mask is None else mask
+        counts = {"kept": slice_counts(kept)}
+        if before is not None:
+            added = jnp.logical_and(kept, jnp.logical_not(before))
+            counts["added"] = slice_counts(added)
+        if ever is not None:
+            counts["explored"] = slice_counts(ever)
+        stacks = axis is not None
+        rank = arrays[0].ndim - stacks
+        if rank > 1:
+            unit = unit_axis % rank + stacks
+            others = tuple(d for d in range(stacks, x.ndim) if d != unit)
+            alive = jnp.any(jnp.logical_and(kept, there), axis=others)
+            counts["units"] = slice_counts(jnp.ones_like(alive))
+            counts["empty_units"] = slice_counts(jnp.logical_not(alive))
+        result.append(counts)
+    return result
+
+
+def _front(array: Any, axis: int | None) -> Any:
+    if array is None:
+        return None
+    array = unpack(array)
+    return jnp.moveaxis(array, axis or 0, 0) if array.ndim else array[None]
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    """Which entries are nonzero, by bits: CPUs compare subnormals as zero."""
+    width = jnp.finfo(x.dtype).bits
+    if width < 8:
+        return x != 0
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    return bits << 1 != 0  # the sign of zero shifted out
+
+
 # --- records --------------------------------------------------------------------------
-def _layers(name, axis, x, counts, price, seen: Seen) -> list[Layer]:
-    slices = 1 if axis is None else x.shape[axis]
-    weights, width = math.prod(x.shape) // max(slices, 1), x.dtype.itemsize
+def _rows(leaf: Leaf, counts, price, seen: _Seen) -> list[Layer]:
+    """The records of a leaf, one per layer."""
+    name, slices, weights = leaf.name, leaf.copies, leaf.size
+    width = np.dtype(leaf.dtype).itemsize
     removed, grown, passed = (
-        _per_slice(numbers.get(name), slices, axis)
+        _per_slice(numbers.get(name), leaf)
         for numbers in (seen.removed, seen.grown, seen.passed)
     )
     rows = []
@@ -166,7 +356,7 @@ def _layers(name, axis, x, counts, price, seen: Seen) -> list[Layer]:
         found = {quantity: numbers[j] for quantity, numbers in counts.items()}
         rows.append(
             Layer(
-                name=name if axis is None else f"{name}[{j}]",
+                name=name if leaf.axis is None else f"{name}[{j}]",
                 weights=weights,
                 dense_bytes=weights * width,
                 sparse_bytes=stored_bytes([(weights, found["kept"], width)]),
@@ -182,27 +372,28 @@ def _layers(name, axis, x, counts, price, seen: Seen) -> list[Layer]:
     return rows
 
 
-def _per_slice(numbers: Any, slices: int, axis: int | None) -> list[int | None]:
-    """One number a layer; None where the state has one for all layers of a leaf."""
-    if numbers is None or (axis is not None and numbers.shape != (slices,)):
+def _per_slice(numbers: Any, leaf: Leaf) -> list[int | None]:
+    """One number per layer; None if the state has one for all layers of a leaf."""
+    slices = leaf.copies
+    if numbers is None or (leaf.axis is not None and numbers.shape != (slices,)):
         return [None] * slices
-    if axis is None:  # a state that stacks what the report takes for one layer
+    if leaf.axis is None:  # the state stacks layers, the report does not
         return [int(numbers.sum(dtype=np.int64))]
     return numbers.tolist()
 
 
-def _total(layers, names, stored, seen: Seen) -> Layer:
+def _total(layers, names, stored, seen: _Seen) -> Layer:
     sums = {}
     for field in ("weights", "kept", "dense_bytes"):
         sums[field] = sum(getattr(layer, field) for layer in layers)
-    for field in ("dense_flops", "kept_flops", "units", "dead_units"):
+    for field in ("dense_flops", "kept_flops", "units", "empty_units"):
         sums[field] = _sum(getattr(layer, field) for layer in layers)
     for field in ("removed", "grown", "passed"):
-        # By leaf: where a state has one number for all slices they have none.
+        # From the state, since slices are None if it has one number for all of them.
         numbers = (getattr(seen, field).get(name) for name in names)
         sums[field] = _sum(n if n is None else int(n.sum()) for n in numbers)
     for field in ("added", "explored"):
-        # Shares of all weights: known for all layers or not at all.
+        # Known for all layers or not at all.
         values = [getattr(layer, field) for layer in layers]
         sums[field] = None if not values or None in values else sum(values)
     thresholds = set(seen.thresholds.values())
@@ -222,5 +413,5 @@ def _sum(values: Iterable[Any]) -> Any:
 def _times(count: int, price: Fraction | None) -> int | float | None:
     if price is None:
         return None
-    cost = apportion.plain(count * price)
+    cost = plain(count * price)
     return cost if isinstance(cost, int) else float(cost)

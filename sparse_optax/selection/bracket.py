@@ -1,14 +1,13 @@
-"""The one loop: bracket a threshold, weigh a few probes, narrow, until exact.
+"""The search loop: brackets a threshold and narrows it with a few probes per pass.
 
-Values are unsigned integers. ``weigh(probes)`` says how much lies strictly above
-each probe, which never grows with the probe. For each row (one search), the loop
-finds the smallest value whose weight fits the limit. Probes sit where a straight
-line through the bracket puts the answer, spread by what that line may be off: the
-standard deviation of a random order, and the bend of a smooth density; a round of
-evenly spaced ones after each that got nowhere bounds the rounds for any input.
+Values are unsigned integers. ``weigh(probes)`` gives the weight strictly above each
+probe, which never grows with the probe. For each row (one search) the loop finds the
+smallest value whose weight fits the limit. Probes are placed by linear interpolation in
+the bracket and spread by its error: the standard deviation of a random order and the
+curvature of a smooth density. After a round with little progress they are evenly
+spaced, which bounds the number of rounds for any input.
 
-A *weight* is a tuple of one uint32 array, or of two (a pair of `wide`) where totals
-pass 32 bits.
+A *weight* is a tuple of one uint32 array, or a pair of `uint64` for larger totals.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax import wide
+from sparse_optax.selection import uint64
 
 Weight = tuple[jax.Array, ...]
 
-# Where probes go, in standard deviations, by number of probes. Tuned by simulation on
-# products of Gaussians, for the fewest passes.
+# Positions of probes in standard deviations, by number of probes. Tuned by simulation
+# on products of Gaussians, for the fewest passes.
 _OFFSETS = {
     3: (-1.0, 0.0, 1.0),
     5: (-2.0, -0.7, 0.0, 0.7, 2.0),
@@ -33,35 +32,17 @@ _OFFSETS = {
 
 
 class Bracket(NamedTuple):
-    """Where the answers of P searches lie; the invariant of the loop.
+    """The brackets of P searches; the invariant of the loop."""
 
-    Attributes:
-      low: smallest candidate. Unsigned, shape (P,).
-      high: largest candidate. Unsigned, shape (P,).
-      below: weight strictly above ``low - 1``, over the limit. Shape (P,).
-      above: weight strictly above ``high``, within the limit. Shape (P,).
-      cells: how many of each cell that is, where asked for, else None. Shape (C,).
-    """
-
-    low: jax.Array
-    high: jax.Array
-    below: Weight
-    above: Weight
-    cells: Any = None
+    low: jax.Array  # smallest candidate, unsigned, shape (P,)
+    high: jax.Array  # largest candidate, unsigned, shape (P,)
+    below: Weight  # weight strictly above `low - 1`, over the limit, shape (P,)
+    above: Weight  # weight strictly above `high`, within the limit, shape (P,)
+    cells: Any = None  # the counts in `above` per cell, shape (C,), if asked for
 
 
 def unfinished(bracket: Bracket, limit: Weight, spare: int | None = 0) -> jax.Array:
-    """Which searches still have more than one candidate, shape (P,).
-
-    Args:
-      bracket: the state of the searches.
-      limit: the weight that must fit, shape (P,).
-      spare: a search is also finished with at most this much unused; None demands
-        the smallest value even where nothing is unused.
-
-    Returns:
-      A bool array.
-    """
+    """Which searches still have more than one candidate, shape (P,)."""
     more = bracket.low < bracket.high
     if spare is None:
         return more
@@ -78,20 +59,7 @@ def search(
     spare: int | None = 0,
     bend: float = 0.0,
 ) -> Bracket:
-    """Narrow a bracket around the smallest value whose weight fits the limit.
-
-    Args:
-      weigh: gives the weight strictly above probes, both of shape (P, m), and how
-        many of each cell that is, shape (C, m), where C is P or P is 1.
-      bracket: where to start; trivially true bounds will do.
-      limit: the weight that must fit, shape (P,).
-      probes: the first probes, any values; shape (P, m), m = 3, 5 or 7.
-      spare: see `unfinished`.
-      bend: see `propose`.
-
-    Returns:
-      The final bracket; ``high`` is the answer.
-    """
+    """Narrows a bracket to the smallest value whose weight fits the limit."""
 
     def body(state):
         bracket, probes = state
@@ -106,7 +74,7 @@ def search(
 
 
 def within(bracket: Bracket, probes: jax.Array) -> jax.Array:
-    """Probes moved into the bracket: outside they would say nothing new."""
+    """Probes moved into the bracket; outside of it they would give no information."""
     return jnp.clip(probes, bracket.low[:, None], bracket.high[:, None])
 
 
@@ -118,20 +86,8 @@ def narrow(
     counts: jax.Array,
     bend: float = 0.0,
 ) -> tuple[Bracket, jax.Array]:
-    """The bracket after one round, and the probes of the next.
-
-    Args:
-      bracket: the state of the searches.
-      limit: the weight that must fit, shape (P,).
-      probes: shape (P, m).
-      weight: strictly above each probe, shape (P, m).
-      counts: how many of each cell that is, shape (C, m).
-      bend: see `propose`.
-
-    Returns:
-      ``(bracket, probes)``.
-    """
-    # Barriers store what XLA would otherwise compute again for every later use.
+    """The bracket after one round, and the probes of the next."""
+    # The barriers keep XLA from computing these again for every later use.
     probes, weight, counts = lax.optimization_barrier((probes, weight, counts))
     low, high, below, above, cells = bracket
     one = np.array(1, probes.dtype)
@@ -153,19 +109,7 @@ def narrow(
 def propose(
     bracket: Bracket, limit: Weight, count: int, even, bend: float = 0.0
 ) -> jax.Array:
-    """The next probes of each search.
-
-    Args:
-      bracket: the state of the searches.
-      limit: the weight that must fit, shape (P,).
-      count: probes per search: 3, 5 or 7.
-      even: where True, evenly spaced probes. Bool, shape (P,).
-      bend: how far, as a share of the weight inside, the middle of a bracket may lie
-        off the straight line; times four and per unit of its width.
-
-    Returns:
-      Probes in [low, high) where that is not empty. Shape (P, count).
-    """
+    """The next probes of each search."""
     low, high, below, above, _ = bracket
     dtype = np.float32 if low.dtype.itemsize == 4 else np.float64
     inside = jnp.maximum(real(subtract(below, above), dtype), 1)
@@ -182,7 +126,7 @@ def propose(
     top = np.nextafter(np.array(2.0 ** (8 * low.dtype.itemsize), dtype), dtype(0))
     down = jnp.minimum(place * width[:, None], top).astype(low.dtype)
     one = np.array(1, low.dtype)
-    # At least one below high, at most as low as low.
+    # From `low` to one below `high`.
     down = jnp.clip(down, one, jnp.maximum(high - low, one)[:, None])
     return high[:, None] - jnp.minimum(down, high[:, None])
 
@@ -195,14 +139,14 @@ def widen(x: jax.Array, words: int) -> Weight:
 def less(a: Weight, b: Weight) -> jax.Array:
     """Whether a < b."""
     if len(a) == 2 and len(b) == 2:
-        return wide.less64(a, b)
+        return uint64.less64(a, b)
     return a[0] < b[0]
 
 
 def subtract(a: Weight, b: Weight) -> Weight:
     """The weight a - b."""
     if len(a) == 2 and len(b) == 2:
-        return wide.sub64(a, b)
+        return uint64.sub64(a, b)
     return (a[0] - b[0],)
 
 

@@ -1,6 +1,7 @@
 """Where to cut each pool: the key of the last weight kept, and ties by position."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax import wide
 from sparse_optax.selection import bracket as loop
-from sparse_optax.selection import many
+from sparse_optax.selection import uint64
 from sparse_optax.selection.keys import Order
 from sparse_optax.selection.passes import Part
 from sparse_optax.selection.plan import Plan, pairs
@@ -21,26 +21,21 @@ _AROUND = {
     5: (-1.0, -0.3, 0.0, 0.3, 1.0),
     7: (-1.0, -0.4, -0.1, 0.0, 0.1, 0.4, 1.0),
 }
-# First probes within the bracket of a sample, as shares of its width; its two ends
-# come on top.
+# First probes within the bracket of a sample, as shares of its width, besides its ends.
 _BETWEEN = {5: (0.3, 0.5, 0.7), 7: (0.2, 0.38, 0.5, 0.62, 0.8)}
-# Where a pool is smaller, a pass over it costs no more than one over a sample.
+# In a smaller pool a full pass costs no more than one over a sample.
 _WORTH_SAMPLING = 2**14
 
 
 class Cut(NamedTuple):
     """A cut through each of P pools: what is kept, exactly.
 
-    Attributes:
-      bound: keys over it are kept, and keys at it where the position is early. One
-        array for all leaves, or one per leaf, with a row for each of its pools.
-      ends: keys at the bound are kept at positions before it (uint32). Arrays as in
-        bound, but with a row for each cell where pools are huge.
-      threshold: a key with nothing kept below it and all above it kept, shape (P,):
-        on request the smallest one kept (the highest of all where nothing is), else
-        the bound.
-      counts: how many weights each cell keeps (uint32), an array for each leaf;
-        empty where it was not asked for.
+    Keys above ``bound`` are kept, and keys at it whose position is before ``ends``
+    (uint32). Both hold one array for all leaves, or one per leaf with a row for each of
+    its pools (``ends``: each of its cells, if pools are huge). All keys above
+    ``threshold``, shape (P,), are kept and none below: it is the bound, or on request
+    the smallest key kept (the highest of all if none is). ``counts`` are the weights
+    kept per cell (uint32), an array per leaf; empty unless asked for.
     """
 
     bound: tuple[jax.Array, ...]
@@ -50,39 +45,29 @@ class Cut(NamedTuple):
 
 
 def probe_count(plan: Plan) -> int:
-    """Probes per round: more where reading the leaves costs more than comparing.
-
-    Not for many pools: they are searched now and then, and each probe is compiled.
+    """Probes per round: more if reading the leaves costs more than comparing. Fewer
+    for many pools: they are searched rarely, and each probe adds to compilation.
     """
     return 7 if plan.pools == 1 and sum(plan.pool_sizes) >= 2**22 else 5
 
 
-def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
-    """Find the cut that keeps the longest prefix of each pool within its limit.
-
-    The order of a pool is by key, highest first, then by leaf and position. Runs on
-    each device for its part; all of them find the same cut.
-
-    Args:
-      part: the leaves.
-      limit: counts, or summed costs, that may be kept. Pair, shape (P,).
-      guess: keys near the bounds, shape (P,), or None. Any value is safe.
-
-    Returns:
-      The cut.
+def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
+    """Finds the cut that keeps the longest prefix of each pool within its limit. A
+    pool is ordered by key, highest first, then by leaf and position. This runs on each
+    device for its part; all devices find the same cut.
     """
     plan, values = part.plan, _Values(part.plan.order)
     count = probe_count(plan)
     limit, guess = part.varying((limit, guess))
     totals = part.varying(_words(plan, pairs(plan.totals)))
-    # A limit past all weights is as good as all of them, and fits one word.
-    whole = jnp.logical_not(wide.less64(limit, pairs(plan.totals)))
+    # A larger limit is clipped to the total, which fits one word.
+    whole = jnp.logical_not(uint64.less64(limit, pairs(plan.totals)))
     room = loop.choose(whole, totals, _words(plan, limit))
     low = part.varying(jnp.zeros((plan.pools,), plan.order.unsigned))
     high = jnp.where(whole, low, values.span)
     nothing = part.varying(tuple(jnp.zeros_like(word) for word in totals))
     bracket = loop.Bracket(low, high, totals, nothing)
-    # Counts per cell come along in the search, but not to several pools of several
+    # The search also gives the counts per cell, except for several pools of several
     # cells each, which only leaves of 2**32 weights have.
     along = plan.counts and plan.pools in (1, plan.cells)
     if along:
@@ -102,20 +87,20 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
         return _to_pools(plan, counts), counts
 
     def left(bracket):
-        """What still fits once all above the bound are kept."""
+        """What still fits once all keys above the bound are kept."""
         rest = loop.subtract(room, bracket.above)
         if not plan.skip_zeros:
             return rest
         at_zero = values.to_keys(bracket.high) == values.zero
         return loop.choose(at_zero & jnp.logical_not(whole), nothing, rest)
 
-    # A weight without cost may follow one with which the budget is used up.
+    # A weight without cost may come after the budget is used up.
     spare = 0 if all(plan.costs) else None
     bend = values.bend
     if 1 < plan.pools == plan.cells and _unit(plan) and not plan.huge:
-        # Where everything fits, the first value below all weights ends the search.
+        # If everything fits, the first value below all weights ends the search.
         bracket = bracket._replace(high=low + values.span)
-        bracket, ends, kept = many.search(
+        bracket, ends, kept = _search_together(
             part, values.to_keys, bracket, room, left, whole, probes, bend=bend
         )
         bound = values.to_keys(bracket.high)
@@ -136,8 +121,8 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
     threshold = _least(part, bound, kept > 0) if plan.least else bound
     if plan.pools == 1 and not plan.huge:
         return Cut((bound,), (ends,), threshold, counts)
-    # Cut up here, inside of the operation that a mesh does not see into: outside, a
-    # slice of a row is an invitation to the partitioner to shard the row.
+    # Sliced here, within the operation that is opaque to the partitioner: outside, it
+    # would shard the row that is sliced.
     rows = [slice(leaf.pool, leaf.pool + leaf.pools) for leaf in plan.leaves]
     return Cut(
         tuple(bound[row] for row in rows),
@@ -148,7 +133,7 @@ def find(part: Part, limit: wide.Pair, guess: jax.Array | None) -> Cut:
 
 
 class _Values(NamedTuple):
-    """Keys as unsigned values from 0, in which brackets are halved."""
+    """Keys as unsigned values from 0, so that brackets can be halved."""
 
     order: Order
 
@@ -169,7 +154,7 @@ class _Values(NamedTuple):
 
     @property
     def bend(self) -> float:
-        """How bent counts are over keys: floats are logarithms, and tails fall."""
+        """Curvature of counts over keys: float keys are logarithmic, tails fall."""
         return 0.0 if self.order.name == "uint32" else 0.7 / self.order.octave
 
     def to_keys(self, values: jax.Array) -> jax.Array:
@@ -192,7 +177,7 @@ class _Values(NamedTuple):
 def _sampled(
     part: Part, limit: loop.Weight, bracket: loop.Bracket, count: int
 ) -> jax.Array:
-    """First probes of the one pool, from a search in a sample of it."""
+    """First probes of a single pool, from a search in a sample of it."""
     plan, values = part.plan, _Values(part.plan.order)
     sample, number = part.sample(4096 if count == 5 else 32768)
     size = jnp.maximum(number, 1).astype(jnp.float32)
@@ -225,27 +210,14 @@ def _sampled(
     inner = (high - low).astype(jnp.float32)[:, None] * np.array(
         [_BETWEEN[count]], np.float32
     )
-    # One less than the low end: a value that fills the bracket is found at once.
+    # One below the low end: if one value fills the bracket, it is found at once.
     below = low - jnp.minimum(low, np.array(1, low.dtype))
     inner = low[:, None] + inner.astype(low.dtype)
     return jnp.concatenate([below[:, None], inner, high[:, None]], axis=1)
 
 
 def _early(part: Part, bound, found: loop.Bracket, rest, whole, spare: int | None):
-    """Which of the weights at the bound are kept: the first ones that fit the rest.
-
-    Args:
-      part: the leaves.
-      bound: keys, shape (P,).
-      found: the bracket in which they were found.
-      rest: the weight that must fit, shape (P,).
-      whole: whether all weights of a pool fit, shape (P,).
-      spare: see `loop.unfinished`.
-
-    Returns:
-      ``(ends, kept)``: the positions before which they are kept, shape (P,) or, in
-      huge pools, (C,), and how many that are, shape (C,).
-    """
+    """Which weights at the bound are kept: the first ones that fit the rest."""
     plan = part.plan
     sizes = plan.sizes if plan.huge else plan.pool_sizes
     sizes = np.array(sizes, np.uint32)
@@ -259,7 +231,7 @@ def _early(part: Part, bound, found: loop.Bracket, rest, whole, spare: int | Non
     if plan.huge:
         limit, first = zero, jnp.any(_some(rest))
     else:
-        # How much lies at the bound is known, but where everything fits at once.
+        # The weight at the bound is known, unless everything fits at once.
         ties = loop.subtract(found.below, found.above)
         fit = jnp.logical_not(whole | loop.less(rest, ties))
         bracket = loop.Bracket(
@@ -270,8 +242,8 @@ def _early(part: Part, bound, found: loop.Bracket, rest, whole, spare: int | Non
             nothing,
         )
 
-    # Values count positions from the end, so that weights fall as values grow. A first
-    # round, where one is needed, counts all ties; huge pools then share out the rest.
+    # Values count positions from the end, so that weights fall as values grow. If
+    # needed, a first round counts all ties; huge pools then divide the rest.
     def body(state):
         first, limit, bracket, probes = state
         probes = jnp.where(first, np.uint32(0), loop.within(bracket, probes))
@@ -309,7 +281,7 @@ def _early(part: Part, bound, found: loop.Bracket, rest, whole, spare: int | Non
 
 
 def _least(part: Part, bound: jax.Array, kept: jax.Array) -> jax.Array:
-    """The smallest key kept: the bound, if any at the bound is kept."""
+    """The smallest key kept: the bound, if any weight at it is kept."""
     plan = part.plan
     lowest = part.least(_to_cells(plan, bound))
     lowest = jnp.where(kept, bound[plan.pool_of_cell], lowest)
@@ -321,32 +293,27 @@ def _least(part: Part, bound: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def _shares(plan: Plan, ties, rest):
-    """How much of each cell's ties fits, when cells are served in order.
-
-    Returns:
-      ``(share, spent)``: the shares, and whether all was used up before the cell.
-    """
+    """The part of each cell's ties that fits, when cells are served in order."""
     pool = plan.pool_of_cell
     rest = (rest[0][pool], rest[1][pool])
-    before = wide.sub64(_running(plan, ties), ties)
-    spent = wide.less64(rest, before)
-    left = wide.where64(spent, wide.pair64(0), wide.sub64(rest, before))
-    return wide.min64(left, ties), spent
+    before = uint64.sub64(_running(plan, ties), ties)
+    spent = uint64.less64(rest, before)
+    left = uint64.where64(spent, uint64.pair64(0), uint64.sub64(rest, before))
+    return uint64.min64(left, ties), spent
 
 
-def _running(plan: Plan, weights: wide.Pair) -> wide.Pair:
-    """Sums over the cells of each pool up to and with each cell, along axis 0."""
+def _running(plan: Plan, weights: uint64.Pair) -> uint64.Pair:
+    """Sums over the cells of each pool up to and including each cell, along axis 0."""
     pool = plan.pool_of_cell
     first = np.searchsorted(pool, pool).astype(np.int32)
-    until = lax.associative_scan(wide.add64, weights)
-    before = wide.sub64(until, weights)
-    return wide.sub64(until, (before[0][first], before[1][first]))
+    until = lax.associative_scan(uint64.add64, weights)
+    before = uint64.sub64(until, weights)
+    return uint64.sub64(until, (before[0][first], before[1][first]))
 
 
 def _worth_sampling(plan: Plan) -> bool:
-    """Whether first probes should come from a sample: one pool, and not a small one.
-
-    With plain sums there is none, since it would have to be gathered.
+    """Whether the first probes come from a sample: for one large pool. Not with plain
+    sums, where the sample would have to be gathered.
     """
     alone = plan.pools == 1 and plan.many and _unit(plan)
     return alone and sum(plan.totals) >= _WORTH_SAMPLING
@@ -361,17 +328,17 @@ def _unit(plan: Plan) -> bool:
     return all(cost == 1 for cost in plan.costs)
 
 
-def _words(plan: Plan, pair: wide.Pair) -> loop.Weight:
-    """A pair as a weight of as few words as the costs of all pools need."""
+def _words(plan: Plan, pair: uint64.Pair) -> loop.Weight:
+    """A pair as a weight, of one word if the costs of all pools fit."""
     return pair if plan.huge or max(plan.totals) >= 2**32 else pair[1:]
 
 
 def _weights(plan: Plan, counts: jax.Array) -> loop.Weight:
     """Costs of counts per cell, shape (C, m)."""
     if _unit(plan):
-        return _words(plan, wide.pair64(counts))
+        return _words(plan, uint64.pair64(counts))
     costs = jnp.asarray(np.array(plan.costs, np.uint32))[:, None]
-    return _words(plan, wide.mul32(counts, costs))
+    return _words(plan, uint64.mul32(counts, costs))
 
 
 def _to_pools(plan: Plan, counts: jax.Array) -> loop.Weight:
@@ -387,7 +354,77 @@ def _to_pools(plan: Plan, counts: jax.Array) -> loop.Weight:
 
 
 def _to_cells(plan: Plan, values: jax.Array) -> jax.Array:
-    """Values per pool as values per cell; one pool's stay one row for all."""
+    """Values per pool as values per cell; those of a single pool stay one row."""
     if plan.pools in (1, plan.cells):
         return values
     return values[plan.pool_of_cell]
+
+
+def _search_together(
+    part: Part,
+    to_keys,
+    bracket: loop.Bracket,
+    room: loop.Weight,
+    left: Callable[[loop.Bracket], loop.Weight],
+    whole: jax.Array,
+    probes: jax.Array,
+    *,
+    bend: float,
+) -> tuple[loop.Bracket, jax.Array, jax.Array]:
+    """Finds where to cut each of P pools of one cell each, in one loop.
+
+    Trees of many pools are searched rarely, but compiled with every program. So each
+    leaf has one kernel instead of two: it counts the weights before a pair of key and
+    position, first for thresholds (at position 0), then for ties (at the threshold).
+    Returns ``(bracket, ends, kept)``: the bounds, the positions before which weights at
+    the bounds are kept, and the number of these.
+    """
+    count = probes.shape[1]
+    none = part.varying(jnp.zeros(bracket.low.shape, jnp.uint32))
+    sizes = none + np.array(part.plan.pool_sizes, np.uint32)
+
+    def ties(bracket):
+        """The bracket of the end; values count positions from the last one."""
+        low = jnp.where(whole, none, none + np.uint32(1))
+        return loop.Bracket(
+            low, sizes, loop.subtract(bracket.below, bracket.above), (none,)
+        )
+
+    def first_ends(tied, bracket):
+        return loop.propose(tied, left(bracket), count, none == 0)
+
+    def searching(bracket):
+        return loop.unfinished(bracket, room)
+
+    def body(state):
+        bracket, probes, tied, tie_probes = state
+        first = searching(bracket)
+        probes = loop.within(bracket, probes)
+        tie_probes = loop.within(tied, tie_probes)
+        level = to_keys(bracket.high)[:, None]
+        level = jnp.where(first[:, None], to_keys(probes), level)
+        ends = jnp.where(first[:, None], np.uint32(0), sizes[:, None] - tie_probes)
+        counts = part.before(level, ends)
+        over = (counts,)
+        at = (counts - bracket.above[-1][:, None],)
+        found, next_probes = loop.narrow(bracket, room, probes, over, counts, bend)
+        closer, next_ties = loop.narrow(tied, left(bracket), tie_probes, at, counts)
+        found = _where(first, found, bracket)
+        started = ties(found)
+        tied = _where(first, started, closer)
+        start = first_ends(started, found)
+        tie_probes = jnp.where(first[:, None], start, next_ties)
+        return found, next_probes, tied, tie_probes
+
+    def unfinished(state):
+        bracket, _, tied, _ = state
+        return jnp.any(searching(bracket) | loop.unfinished(tied, left(bracket)))
+
+    tied = ties(bracket)
+    state = bracket, probes, tied, first_ends(tied, bracket)
+    bracket, _, tied, _ = lax.while_loop(unfinished, body, state)
+    return bracket, sizes - tied.high, tied.above[-1]
+
+
+def _where(condition, a: loop.Bracket, b: loop.Bracket) -> loop.Bracket:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

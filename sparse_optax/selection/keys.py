@@ -1,9 +1,9 @@
-"""Scores as signed integers of the same order, by bit operations only.
+"""Scores as signed integers in the same order, by bit operations only.
 
-Float comparisons give no usable order: XLA on CPU flushes subnormals to zero in
-them, NaN compares with nothing, and 0 * inf is a *negative* NaN. Keys follow one
-total order: all NaN equal and highest, then +inf, finite values, -inf, with +0 and
--0 equal. Signed keys compare fastest: half of the floats are their own key.
+Float comparisons give no usable order: XLA on CPU flushes subnormals to zero in them,
+NaN is unordered, and 0 * inf is a *negative* NaN. Keys have one total order: all NaN
+equal and highest, then +inf, finite values, -inf, with +0 and -0 equal. Signed keys
+compare fastest: half of the floats are their own key.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparse_optax.checks import ArgumentError
+
 # Exponent bits all set: the bits of infinity, and its octave (one power of two).
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 _INFINITY["float64"] = 0x7FF << 52
@@ -20,14 +22,9 @@ _OCTAVE = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52, "uint32":
 
 
 class Order(NamedTuple):
-    """How the scores of one selection become keys; hashable.
+    """How the scores of one selection become keys; hashable."""
 
-    Attributes:
-      name: the dtype in which all scores compare: bfloat16, float16, float32,
-        float64 or uint32.
-    """
-
-    name: str
+    name: str  # dtype in which scores compare: a float of 16, 32, 64 bits or uint32
 
     @property
     def dtype(self) -> np.dtype:
@@ -55,25 +52,13 @@ class Order(NamedTuple):
         return 1 << _OCTAVE[self.name]
 
 
-def order_of(dtypes, names, caller: str) -> Order:
-    """The order in which scores of these dtypes compare.
-
-    Args:
-      dtypes: dtypes of the score arrays, at least one.
-      names: of their leaves, for the message.
-      caller: the public function, for the message.
-
-    Returns:
-      The order.
-
-    Raises:
-      ValueError: for a dtype without keys, and where uint32 and float scores meet.
-    """
+def order_of(dtypes, names) -> Order:
+    """The order in which scores of these dtypes compare."""
     kinds = [np.dtype(d).name for d in dtypes]
     for kind, name in zip(kinds, names, strict=True):
         if kind not in _OCTAVE:
-            raise ValueError(
-                f"{caller}: the scores of {name} have dtype {kind}; they must be "
+            raise ArgumentError(
+                f"the scores of {name} have dtype {kind}; they must be "
                 "float16, bfloat16, float32, float64 or uint32. Cast the leaf, for "
                 "example with x.astype(jnp.float32), or leave it out."
             )
@@ -81,24 +66,15 @@ def order_of(dtypes, names, caller: str) -> Order:
     if len(found) == 1:
         return Order(found[0])
     if "uint32" in found:
-        raise ValueError(
-            f"{caller}: the scores have dtypes {found}; uint32 and float scores have "
+        raise ArgumentError(
+            f"the scores have dtypes {found}; uint32 and float scores have "
             "no common order. Cast them to one dtype in `score`."
         )
     return Order("float64" if "float64" in found else "float32")
 
 
 def to_key(score: jax.Array, order: Order, *, positive: bool = False) -> jax.Array:
-    """The key of each score.
-
-    Args:
-      score: an array of any dtype that `order` covers.
-      order: from `order_of`.
-      positive: whether no score is negative, which takes fewer operations.
-
-    Returns:
-      An array of ``order.dtype``, of the shape of ``score``.
-    """
+    """The key of each score."""
     if order.name == "uint32":
         return lax.bitcast_convert_type(score ^ np.uint32(1 << 31), jnp.int32)
     if order.name in ("float16", "bfloat16"):
@@ -118,15 +94,7 @@ def to_key(score: jax.Array, order: Order, *, positive: bool = False) -> jax.Arr
 
 
 def from_key(key: jax.Array, order: Order) -> jax.Array:
-    """The score of each key, in the dtype of the order.
-
-    Args:
-      key: an array of ``order.dtype``.
-      order: from `order_of`.
-
-    Returns:
-      An array of the dtype that ``order`` names.
-    """
+    """The score of each key, in the dtype of the order."""
     if order.name == "uint32":
         return lax.bitcast_convert_type(key, jnp.uint32) ^ np.uint32(1 << 31)
     infinity = _INFINITY[order.name]

@@ -1,10 +1,9 @@
-"""Reductions on any mesh: each device reads its own part, small all-reduces add up.
+"""Reductions on any mesh: each device reads its part, small all-reduces add up.
 
 The SPMD partitioner would gather every leaf for the reductions of `passes`, and under
-Auto axes no sharding is visible while tracing. So a whole search, or a whole tally, is
-one operation with a partitioning of its own: it takes the leaves as they are sharded,
-runs on local parts inside, sums over the mesh, and returns a few small arrays that are
-the same everywhere.
+Auto axes no sharding is visible while tracing. So a whole search or tally is one
+operation with its own partitioning: it takes the leaves as they are sharded, runs on
+local parts, sums over the mesh, and returns a few small replicated arrays.
 """
 
 import contextlib
@@ -27,15 +26,7 @@ Body = Callable[..., Any]
 
 
 def places(plan: Plan) -> list[Place]:
-    """Where the arrays of a selection lie, as code outside of the search sees them.
-
-    Args:
-      plan: the static facts.
-
-    Returns:
-      One place per leaf: the whole leaf, or under ``axis_name`` this shard, which
-      comes after the same leaf's shards of lower index.
-    """
+    """The places of the arrays of a selection, for code outside of the search."""
     out = [whole(leaf) for leaf in plan.leaves]
     if plan.axis_name is None:
         return out
@@ -48,16 +39,8 @@ def places(plan: Plan) -> list[Place]:
 
 @contextlib.contextmanager
 def of(tree: Any) -> Iterator[None]:
-    """Makes the mesh of explicitly sharded arrays the current one.
-
-    Arrays carry their mesh, so that Optax needs no ``jax.set_mesh`` around it; but what
-    looks at the current mesh, as `run` and random bits do, then sees none.
-
-    Args:
-      tree: a pytree of arrays, concrete or traced.
-
-    Yields:
-      Nothing.
+    """Makes the mesh of explicitly sharded arrays the current one. Arrays carry their
+    mesh, so Optax needs no ``jax.set_mesh``; `run` and random bits need a current one.
     """
     if not jax.sharding.get_abstract_mesh().empty:
         yield
@@ -65,7 +48,7 @@ def of(tree: Any) -> Iterator[None]:
     leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     traced = any(isinstance(x, Tracer) for x in leaves)
     for x in leaves:
-        # A traced array tells an abstract mesh; outside of a trace devices are needed.
+        # Traced arrays have an abstract mesh; outside of a trace devices are needed.
         sharding = jax.typeof(x).sharding if traced else x.sharding
         mesh = getattr(sharding, "mesh", None)
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
@@ -77,23 +60,12 @@ def of(tree: Any) -> Iterator[None]:
 
 
 def run(body: Body, plan: Plan, args, *rest) -> Any:
-    """``body(part, *rest)``, under any sharding of the leaves.
-
-    Args:
-      body: a function at module level, of a `Part` and of what else is given, whose
-        results are the same on all devices.
-      plan: the static facts.
-      args: a tuple of arrays for each leaf.
-      *rest: pytrees of small arrays that are the same on all devices.
-
-    Returns:
-      The result, replicated.
-    """
+    """``body(part, *rest)`` for any sharding of the leaves."""
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     if plan.axis_name is None and AxisType.Manual not in kinds:
         return _operation(body, plan)(args, *rest)
     if AxisType.Manual in kinds and len(kinds) > 1:
-        # In a partly manual region only plain sums are split over the other axes.
+        # In a partly manual region only plain sums can be split over the other axes.
         plan = plan._replace(many=False)
     names = plan.axis_name if isinstance(plan.axis_name, tuple) else (plan.axis_name,)
     names = () if plan.axis_name is None else names
@@ -108,8 +80,8 @@ def _operation(body: Body, plan: Plan):
         return body(Part(plan, args, places(plan), ()), *rest)
 
     def partitioned(plan, args, *rest):
-        # On several devices this body only says what comes out. The jit keeps array
-        # constants inside, which custom_partitioning does not take.
+        # On several devices only the result types of this body are used. The jit keeps
+        # array constants inside, which custom_partitioning does not accept.
         return jax.jit(_automatic(functools.partial(alone, plan)))(args, *rest)
 
     sharded: Any = custom_partitioning(partitioned, static_argnums=(0,))
@@ -124,8 +96,8 @@ def _operation(body: Body, plan: Plan):
 
     @operation.def_vmap
     def batched(size, in_batched, args, *rest):
-        # Plain sums are slow but split over a mesh, as custom_partitioning (which has
-        # no rule for vmap) cannot here.
+        # custom_partitioning has no rule for vmap; plain sums are slow, but the
+        # partitioner splits them.
         plain = plan._replace(many=jax.device_count() == 1)
         axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
         many = jax.vmap(functools.partial(alone, plain), in_axes=axes, axis_size=size)
@@ -136,7 +108,7 @@ def _operation(body: Body, plan: Plan):
 
 
 def _automatic(function: Any) -> Any:
-    """A function of sharded arrays to replicated ones, also on an Explicit mesh."""
+    """A function from sharded arrays to replicated ones, also on an Explicit mesh."""
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if AxisType.Explicit not in kinds:
         return function
@@ -144,14 +116,14 @@ def _automatic(function: Any) -> Any:
 
 
 def _rule(plan, mesh, value_types, result_types) -> str:
-    """Arguments of one leaf are sharded alike; the rest is the same everywhere."""
+    """Arguments of one leaf are sharded alike; everything else is replicated."""
     del mesh
     operands = []
     for number, leaf in enumerate(plan.leaves):
         factors = " ".join(f"l{number}d{axis}" for axis in range(len(leaf.shape)))
         operands += [factors] * leaf.arity
     rest = value_types[len(operands) :]
-    # A factor for each axis: none for a scalar.
+    # One factor per axis, none for a scalar.
     names = [
         " ".join(f"v{i}d{axis}" for axis in range(len(value.shape)))
         for i, value in enumerate([*rest, *result_types])
@@ -162,14 +134,14 @@ def _rule(plan, mesh, value_types, result_types) -> str:
 
 
 def _partition(body: Body, plan: Plan, mesh, operands, results):
-    """How one device takes part: called while XLA partitions the program."""
+    """The computation of one device; called while XLA partitions the program."""
     args, *rest = operands
     specs = [_even(arrays[0], mesh) for arrays in args]
     same = NamedSharding(mesh, PartitionSpec())
 
     def local(args, *rest):
-        # Here lie plain arrays. Traced under the mesh around them they would be given
-        # shardings, which one device's own program has no use for.
+        # These are plain local arrays. Traced under the surrounding mesh they would get
+        # shardings, which the program of one device cannot have.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             leaves = zip(plan.leaves, specs, strict=True)
             there = [_local_place(leaf, spec, mesh) for leaf, spec in leaves]
@@ -186,9 +158,9 @@ def _partition(body: Body, plan: Plan, mesh, operands, results):
 
 
 def _even(array, mesh) -> list[tuple[str, ...]]:
-    """Mesh axes of each axis of an array, none where they do not divide it."""
+    """Mesh axes of each axis of an array, none if they do not divide it."""
     if not isinstance(array.sharding, NamedSharding):
-        # No mesh is in sight, as in a program without array arguments: whole, then.
+        # No mesh is visible, as in a program without array arguments: not split.
         return [()] * len(array.shape)
     spec = [axes or () for axes in array.sharding.spec]
     spec = [axes if isinstance(axes, tuple) else (axes,) for axes in spec]
@@ -200,7 +172,7 @@ def _even(array, mesh) -> list[tuple[str, ...]]:
 
 
 def _local_place(leaf: Leaf, spec, mesh) -> Place:
-    """Where this device's part of a sharded leaf lies."""
+    """The place of this device's part of a sharded leaf."""
     base, cell, used = jnp.uint32(leaf.start), 0, set()
     for axis, (axes, size) in enumerate(zip(spec, leaf.shape, strict=True)):
         if not axes:

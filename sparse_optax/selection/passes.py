@@ -1,10 +1,9 @@
-"""One pass over the leaves: how many scores lie over a threshold, per cell.
+"""One pass over the leaves: how many scores are above a threshold, per cell.
 
-Values are given per cell, or as one row for all cells. The way a count is written
-decides its speed. On CPU one reduction of several comparisons at once vectorises
-and runs at memory speed, a lone one does not; thresholds must be scalars; two or
-more rows let threads share a leaf. The barrier around the leaves keeps XLA from
-computing scores outside of a loop and storing them.
+Values are given per cell, or as one row for all cells. The form of the count decides
+its speed. On CPU one reduction of several comparisons vectorises and runs at memory
+speed, a single one does not; thresholds must be scalars; two or more rows let threads
+share a leaf. The barrier around the leaves keeps XLA from storing scores before a loop.
 """
 
 import math
@@ -22,51 +21,29 @@ from sparse_optax.selection.plan import Leaf, Plan, row_major
 
 
 class Place(NamedTuple):
-    """Where a device's part of a leaf lies in the whole.
+    """The place of a device's part of a leaf within the leaf."""
 
-    Attributes:
-      strides: steps in position within the cell, per axis of the part.
-      base: position of the part's first weight; int or uint32 scalar.
-      cell: first cell of the part, counted within the leaf; int or int32 scalar.
-      counts: whether the part counts here; None for yes. False on all but one of
-        the devices that hold copies of it.
-    """
-
-    strides: tuple[int, ...]
-    base: Any
-    cell: Any
-    counts: Any
+    strides: tuple[int, ...]  # steps in position within the cell, per axis of the part
+    base: Any  # position of the part's first weight; int or uint32 scalar
+    cell: Any  # first cell of the part, counted within the leaf; int or int32 scalar
+    counts: Any  # False on all but one of the devices that hold a copy; None is True
 
 
 def whole(leaf: Leaf) -> Place:
-    """The place of a leaf that is all in one part."""
+    """The place of a leaf that is not split."""
     return Place(leaf.strides, leaf.start, 0, None)
 
 
 class Part(NamedTuple):
-    """What one device sees of a selection: its arrays and where they lie.
-
-    Attributes:
-      plan: the static facts.
-      args: a tuple of arrays for each leaf.
-      places: where the arrays lie in the whole.
-      names: mesh axes to sum over; empty on a single device.
-    """
+    """What one device sees of a selection: its arrays and their places."""
 
     plan: Plan
-    args: Sequence[Sequence[jax.Array]]
+    args: Sequence[Sequence[jax.Array]]  # the arrays of each leaf
     places: Sequence[Place]
-    names: tuple
+    names: tuple  # mesh axes to sum over; empty on a single device
 
     def above(self, thresholds: jax.Array) -> jax.Array:
-        """How many keys of each cell lie strictly over its thresholds.
-
-        Args:
-          thresholds: keys, shape (C, m) or, for all cells, (1, m); m >= 2.
-
-        Returns:
-          Counts over all devices. uint32, shape (C, m).
-        """
+        """How many keys of each cell are strictly above its thresholds."""
         count = thresholds.shape[1]
         rows, over = lax.optimization_barrier((self.rows(), _unpacked(thresholds)))
 
@@ -77,16 +54,7 @@ class Part(NamedTuple):
         return self._count(condition, count)
 
     def before(self, thresholds: jax.Array, ends: jax.Array) -> jax.Array:
-        """How many weights come before pairs of key and position.
-
-        Args:
-          thresholds: keys, shape (C, m); m >= 2.
-          ends: positions, shape (C, m). uint32.
-
-        Returns:
-          Counts over all devices of keys over the threshold, and of keys at it at
-          positions before the end. uint32, shape (C, m).
-        """
+        """How many weights come before pairs of key and position."""
         plan, count = self.plan, ends.shape[1]
         rows, levels, before, zero = lax.optimization_barrier(
             (self.rows(), _unpacked(thresholds), _unpacked(ends), jnp.uint32(0))
@@ -108,15 +76,7 @@ class Part(NamedTuple):
         return self._count(condition, count)
 
     def at(self, bound: jax.Array, ends: jax.Array) -> jax.Array:
-        """How many keys equal the bound, at positions before each end.
-
-        Args:
-          bound: keys, shape (C,) or, for all cells, (1,).
-          ends: positions, shape (C, m) or, for all cells, (1, m); m >= 2. uint32.
-
-        Returns:
-          Counts over all devices. uint32, shape (C, m).
-        """
+        """How many keys equal the bound, at positions before each end."""
         count = ends.shape[1]
         rows, at, before, zero = lax.optimization_barrier(
             (self.rows(), _unpacked(bound[:, None]), _unpacked(ends), jnp.uint32(0))
@@ -125,9 +85,9 @@ class Part(NamedTuple):
         def condition(i):
             keys = keys_of(self.plan, rows[i])
             equal = keys == self._across(i, at, 0, keys.ndim)
-            # The barred zero keeps XLA from storing positions outside of the loop.
+            # The zero behind a barrier keeps XLA from storing positions.
             position = self._row_positions(i, keys.shape, zero)
-            # Past every end where the key is another.
+            # Other keys come after every end.
             position = jnp.where(equal, position, np.uint32(2**32 - 1))
             return [
                 position < self._across(i, before, j, keys.ndim) for j in range(count)
@@ -136,14 +96,7 @@ class Part(NamedTuple):
         return self._count(condition, count)
 
     def least(self, bound: jax.Array) -> jax.Array:
-        """The smallest key of each cell that lies strictly over the bound.
-
-        Args:
-          bound: keys, shape (C,) or, for all cells, (1,).
-
-        Returns:
-          Keys over all devices, shape (C,); the highest key where there is none.
-        """
+        """The smallest key of each cell that is strictly above the bound."""
         plan = self.plan
         top = np.array(plan.order.highest, plan.order.dtype)
         rows, level = lax.optimization_barrier((self.rows(), _unpacked(bound[:, None])))
@@ -152,8 +105,8 @@ class Part(NamedTuple):
             keys = keys_of(self.plan, rows[i])
             over = jnp.where(keys > self._across(i, level, 0, keys.ndim), keys, top)
             if plan.many:
-                # A lone minimum is not vectorised, so it comes with a maximum, which
-                # tells nothing new: whether there is any key over the bound.
+                # A single minimum is not vectorised; the maximum beside it is unused
+                # except to see whether there is any key above the bound.
                 lowest, highest = lax.reduce(
                     (over, keys),
                     (top, ~top),
@@ -174,15 +127,7 @@ class Part(NamedTuple):
         return lax.pmin(lowest, self.names) if self.names else lowest
 
     def sample(self, size: int) -> tuple[jax.Array, jax.Array]:
-        """Keys at even distances through all leaves, and how many of them count.
-
-        Args:
-          size: how many are wanted over all devices.
-
-        Returns:
-          This device's keys, in which copies that do not count are the lowest key,
-          and the number of keys that count over all devices (int32 scalar).
-        """
+        """Keys at equal distances through all leaves, and how many of them count."""
         order = self.plan.order
         step = max(sum(self.plan.pool_sizes) // size, 1)
         keys, number = [], jnp.zeros((), jnp.int32)
@@ -190,7 +135,7 @@ class Part(NamedTuple):
             length, stride = arrays[0].size, step
             if length < step:
                 continue
-            # Not the same few columns of a matrix again and again.
+            # So that not only a few columns of a matrix are sampled.
             while math.gcd(stride, (1, *arrays[0].shape)[-1]) > 1:
                 stride += 1
             start = min(stride // 2, length - 1)
@@ -210,11 +155,11 @@ class Part(NamedTuple):
         return jnp.concatenate(keys), self.total(number)
 
     def varying(self, tree: Any) -> Any:
-        """Arrays typed as the counts are: as different in each manual shard.
+        """Arrays typed like the counts: varying over each manual shard.
 
         Under ``shard_map`` without an ``axis_name``, or with fewer axes than are
-        manual, each shard makes a selection of its own. What a loop starts from must
-        then be typed so, and comes to be by adding a sum over no elements.
+        manual, each shard selects on its own. The initial values of a loop need that
+        type; adding a sum over no elements gives it.
         """
         if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
             return tree
@@ -231,10 +176,9 @@ class Part(NamedTuple):
         return lax.psum(x, self.names) if self.names else x
 
     def rows(self) -> list[list[jax.Array]]:
-        """The arrays as rows to reduce over axis 1: cells, or parts of one cell.
-
-        Where the SPMD partitioner has to follow, they stay as they are: it would
-        gather an array whose sharded axes are merged.
+        """The arrays as rows to reduce over axis 1: cells, or parts of one cell. With
+        plain sums they keep their shape: the SPMD partitioner would gather an array
+        whose sharded axes are merged.
         """
         if not self.plan.many:
             return [list(arrays) for arrays in self.args]
@@ -249,7 +193,7 @@ class Part(NamedTuple):
         ]
 
     def _across(self, i: int, values: list, j: int, ndim: int) -> jax.Array:
-        """Column j of unpacked values, to broadcast over leaf i's rows here."""
+        """Column j of unpacked values, shaped to broadcast over the rows of leaf i."""
         leaf = self.plan.leaves[i]
         x = values[j]
         if x.ndim == 0:
@@ -261,7 +205,7 @@ class Part(NamedTuple):
         return x.reshape((here,) + (1,) * (ndim - 1))
 
     def _row_positions(self, i: int, rows: tuple[int, ...], zero) -> jax.Array:
-        """Positions of the weights of leaf i, as `rows` arranges them."""
+        """Positions of the weights of leaf i, arranged as by `rows`."""
         place, split = self.places[i], self.plan.leaves[i].split
         shape = self.args[i][0].shape
         base = jnp.asarray(place.base, jnp.uint32) + zero
@@ -269,7 +213,7 @@ class Part(NamedTuple):
             return positions(shape, place.strides, base)
         if place.strides == row_major(shape, split):
             return positions(rows, row_major(rows, split), base)
-        # Sharded along an inner axis: neighbours here are apart in the cell.
+        # Sharded along an inner axis: local neighbours are not neighbours in the cell.
         return jnp.broadcast_to(positions(shape, place.strides, base), shape).reshape(
             rows
         )
@@ -301,9 +245,8 @@ class Part(NamedTuple):
         return self.total(self._gather(done, pending, count, jnp.sum))
 
     def _gather(self, done: dict, pending: dict, count: int, combine) -> jax.Array:
-        """One table of all cells, from tables of split leaves and rows of others.
-
-        Rows of equal size are concatenated at once: each kernel costs compile time.
+        """One table of all cells, from tables of split leaves and rows of others. Rows
+        of equal size are concatenated together: each kernel costs compile time.
         """
         for size, group in pending.items():
             flat = jnp.concatenate([x for _, rows in group for x in rows])
@@ -316,7 +259,7 @@ class Part(NamedTuple):
         return jnp.concatenate([done[i] for i in range(len(done))])
 
     def _among_cells(self, i: int, values: jax.Array, fill) -> jax.Array:
-        """Values for this device's cells of leaf i, in a row of all its cells."""
+        """Values for this device's cells of leaf i, put into a row of all its cells."""
         cells = self.plan.leaves[i].cells
         if values.shape[0] == cells:
             return values
@@ -326,15 +269,7 @@ class Part(NamedTuple):
 
 
 def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The scores of one leaf; 16-bit floats reach a score function as float32.
-
-    Args:
-      score: a function of one or more arrays, or None.
-      arrays: its arguments.
-
-    Returns:
-      ``score(*arrays)``, or the one array.
-    """
+    """The scores of one leaf; a score function gets 16-bit floats as float32."""
     if score is None:
         return arrays[0]
     half = (jnp.float16, jnp.bfloat16)
@@ -342,47 +277,20 @@ def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def keys_of(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The keys of one leaf, by which scores compare as integers.
-
-    Args:
-      plan: the static facts.
-      arrays: the arguments of the score function.
-
-    Returns:
-      An array of ``plan.order.dtype``.
-    """
+    """The keys of one leaf: its scores as integers."""
     score = scores(plan.score, arrays)
     return key_order.to_key(score, plan.order, positive=plan.skip_zeros)
 
 
 def kept(keys: jax.Array, level: jax.Array, early: jax.Array, plan: Plan) -> jax.Array:
-    """Which weights are kept: over the level, and at it where the position is early.
-
-    Args:
-      keys: of a leaf.
-      level: a key, to broadcast over them.
-      early: bool, of their shape.
-      plan: the static facts.
-
-    Returns:
-      A bool array.
-    """
-    if plan.order.name == "uint32":  # whose lowest key has none below it
+    """Which weights are kept: above the level, and at it if the position is early."""
+    if plan.order.name == "uint32":  # there is no key below the lowest
         return (keys > level) | ((keys == level) & early)
     return keys > jnp.where(early, level - np.array(1, level.dtype), level)
 
 
 def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Array:
-    """The position of each weight of an array in its pool or cell.
-
-    Args:
-      shape: of the array.
-      strides: step in position per axis; 0 along an axis of cells.
-      base: position of the first weight.
-
-    Returns:
-      uint32, broadcastable to ``shape``.
-    """
+    """The position of each weight of an array within its pool or cell."""
     out = jnp.full((1,) * len(shape), base, jnp.uint32)
     for axis, stride in enumerate(strides):
         if stride and shape[axis] > 1:
@@ -392,7 +300,7 @@ def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Arr
 
 
 def _row_count(size: int) -> int:
-    """Rows into which a leaf is cut for the threads; one where it is small."""
+    """Number of rows into which a leaf is cut for threads; one if it is small."""
     if size < 2**20:
         return 1
     return max(rows for rows in range(1, 17) if size % rows == 0)

@@ -1,9 +1,8 @@
-"""What a selection is before any value is known: leaves, cells, pools.
+"""The static layout of a selection: leaves, cells, pools.
 
-A *pool* is a set of weights that share one threshold: all leaves, one leaf, or one
-slice of a leaf along axis 0. A *cell* is what is counted on its own: a leaf, or
-each slice along axis 0 where these are pools (or where the leaf is so large that
-its count does not fit 32 bits).
+A *pool* is a set of weights with one threshold: all leaves, one leaf, or one slice of a
+leaf along axis 0. A *cell* is counted separately: a leaf, or each slice along axis 0 if
+these are pools (or if the count of the leaf does not fit 32 bits).
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import wide
+from sparse_optax.selection import uint64
 from sparse_optax.selection.keys import Order
 
 # Weights a cell may hold, so that its count is a uint32.
@@ -20,27 +19,16 @@ LIMIT = 2**32
 
 
 class Leaf(NamedTuple):
-    """The static facts of one leaf; hashable.
+    """The static facts of one leaf; hashable."""
 
-    Attributes:
-      shape: of its scores; under shard_map of one shard, else over the whole mesh.
-      arity: how many arrays the score takes.
-      split: whether each slice along axis 0 is a cell.
-      cell: number of its first cell.
-      pool: number of its first pool.
-      pools: how many pools it holds: one, or one per cell.
-      start: position of its first weight in its pool.
-      cost: of one weight.
-    """
-
-    shape: tuple[int, ...]
-    arity: int
-    split: bool
-    cell: int
-    pool: int
-    pools: int
-    start: int
-    cost: int
+    shape: tuple[int, ...]  # of its scores; of one shard under shard_map, else global
+    arity: int  # number of arrays that the score takes
+    split: bool  # whether each slice along axis 0 is a cell
+    cell: int  # number of its first cell
+    pool: int  # number of its first pool
+    pools: int  # how many pools it holds: one, or one per cell
+    start: int  # position of its first weight in its pool
+    cost: int  # of one weight
 
     @property
     def cells(self) -> int:
@@ -59,30 +47,19 @@ class Leaf(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is static about a selection; hashable, a jit argument.
+    """The static facts of a selection; hashable, an argument of jit."""
 
-    Attributes:
-      score: the score function, or None for the leaves themselves.
-      order: how scores compare.
-      leaves: one `Leaf` per leaf.
-      axis_name: mesh axes of a surrounding shard_map over which pools extend.
-      shards: number of shards along these axes.
-      least: whether the smallest score kept is wanted.
-      counts: whether it is wanted how many each cell keeps.
-      skip_zeros: whether no score is negative, and those of zero are never kept
-        unless all weights are.
-      many: several comparisons in one reduction (fast, but the SPMD partitioner
-        does not split it) or plain sums.
-    """
-
-    score: Any
-    order: Order
+    score: Any  # the score function, or None for the leaves themselves
+    order: Order  # how scores compare
     leaves: tuple[Leaf, ...]
-    axis_name: Any = None
-    shards: int = 1
-    least: bool = False
-    counts: bool = False
+    axis_name: Any = None  # axes of a surrounding shard_map over which pools extend
+    shards: int = 1  # number of shards along these axes
+    least: bool = False  # whether the smallest score kept is wanted
+    counts: bool = False  # whether the number of weights kept per cell is wanted
+    # Scores are not negative; those of zero are kept only if all weights are.
     skip_zeros: bool = False
+    # Several comparisons in one reduction, which is fast, or plain sums, which the
+    # SPMD partitioner can split.
     many: bool = True
 
     @property
@@ -124,7 +101,7 @@ class Plan(NamedTuple):
 
     @property
     def huge(self) -> bool:
-        """Whether positions in a pool pass 32 bits, so that they count per cell."""
+        """Whether positions in a pool pass 32 bits and are counted per cell."""
         return max(self.pool_sizes) >= LIMIT
 
     def _per_cell(self, value, dtype) -> np.ndarray:
@@ -144,7 +121,7 @@ def row_major(shape: tuple[int, ...], split: bool) -> tuple[int, ...]:
     return tuple([0, *steps[1:]] if split else steps)
 
 
-def pairs(values: list[int]) -> wide.Pair:
+def pairs(values: list[int]) -> uint64.Pair:
     """Non-negative Python ints below 2**64 as a pair of vectors."""
     high = np.array([value >> 32 for value in values], np.uint32)
     low = np.array([value & 0xFFFFFFFF for value in values], np.uint32)

@@ -1,4 +1,4 @@
-"""What was asked for: arguments checked, flattened, and laid out as a plan."""
+"""Checks and flattens the arguments of a selection and lays them out as a plan."""
 
 import math
 from fractions import Fraction
@@ -9,61 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax import wide
-from sparse_optax.selection import keys, plan
+from sparse_optax.checks import ArgumentError
+from sparse_optax.selection import keys, plan, uint64
 from sparse_optax.selection.passes import scores
 
 PyTree = Any
 
 
 class Problem(NamedTuple):
-    """A selection, ready to run.
+    """A selection, ready to run."""
 
-    Attributes:
-      args: a tuple of arrays for each leaf.
-      limit: counts, or summed costs, that may be kept. Pair, shape (P,).
-      guess: keys near the thresholds, shape (P,), or None.
-      plan: the static facts.
-      treedef: structure of the tree whose leaves these are.
-      single: whether all leaves are one pool.
-      stacked: for each leaf, whether each slice along axis 0 is a pool.
-    """
-
-    args: tuple[tuple[jax.Array, ...], ...]
-    limit: wide.Pair
-    guess: jax.Array | None
+    args: tuple[tuple[jax.Array, ...], ...]  # the arrays of each leaf
+    limit: uint64.Pair  # counts, or total costs, that may be kept, shape (P,)
+    guess: jax.Array | None  # keys near the thresholds, shape (P,)
     plan: plan.Plan
     treedef: Any
-    single: bool
-    stacked: list[bool]
+    single: bool  # whether all leaves are one pool
+    stacked: list[bool]  # for each leaf, whether each slice along axis 0 is a pool
 
 
 def prepare(
-    leaves: PyTree, k: Any, score, costs: PyTree, axis_name, guess: PyTree, caller: str
+    leaves: PyTree, k: Any, score, costs: PyTree, axis_name, guess: PyTree
 ) -> Problem:
-    """Check the arguments of a selection and lay it out.
-
-    Args:
-      leaves: see `top_k_mask`, as for the other arguments.
-      k: how many to select.
-      score: an element-wise function, or None.
-      costs: what a weight of each leaf costs, or None.
-      axis_name: mesh axes of a surrounding ``shard_map``, or None.
-      guess: scores near the thresholds, or None.
-      caller: the public function, for messages.
-
-    Returns:
-      The problem.
-
-    Raises:
-      ValueError: as `top_k_mask`.
-    """
+    """Checks the arguments of a selection and lays it out."""
     is_leaf = None if score is None else _is_arguments
     found, treedef = jax.tree_util.tree_flatten_with_path(leaves, is_leaf=is_leaf)
     if not found:
-        raise ValueError(
-            f"{caller}: leaves = {leaves!r} holds no array; give at least one."
-        )
+        raise ArgumentError(f"leaves = {leaves!r} holds no array; give at least one.")
     names = ["leaves" + jax.tree_util.keystr(path) for path, _ in found]
     # Selection is piecewise constant; the operation on a mesh has no derivative.
     args = tuple(
@@ -74,34 +46,34 @@ def prepare(
         for _, value in found
     )
     dtypes = [
-        _score_dtype(score, arrays, name, caller)
+        _score_dtype(score, arrays, name)
         for arrays, name in zip(args, names, strict=True)
     ]
-    order = keys.order_of(dtypes, names, caller)
+    order = keys.order_of(dtypes, names)
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     shards = 1 if axis_name is None else lax.psum(1, axis_name)
 
     single = _is_single(k)
-    counts = [k] if single else _per_leaf(k, treedef, "k", caller)
+    counts = [k] if single else _per_leaf(k, treedef, "k")
     slices: list[int | None] = [None] * len(args)
     if not single:
         slices = [
-            _slices(count, arrays[0].shape, name, caller)
+            _slices(count, arrays[0].shape, name)
             for count, arrays, name in zip(counts, args, names, strict=True)
         ]
     stacked = [x is not None for x in slices]
-    # No slices at all: nothing to choose from, but a pool, so that none is missing.
+    # A leaf without slices still gets a pool, so that indices of pools agree.
     counts = [0 if x == 0 else k for k, x in zip(counts, slices, strict=False)]
     slices = [x or None for x in slices]
     prices = [1] * len(args)
     if costs is not None:
-        prices, counts = _integer_costs(costs, counts, treedef, names, caller)
-    layout = _layout(args, slices, single, prices, shards, names, caller)
+        prices, counts = _integer_costs(costs, counts, treedef, names)
+    layout = _layout(args, slices, single, prices, shards, names)
     static = plan.Plan(score, order, layout, axis_name, shards)
 
     if max(static.totals) >= 2**64:
-        raise ValueError(
-            f"{caller}: costs = {costs!r} sum to {max(static.totals)} in a pool; the "
+        raise ArgumentError(
+            f"costs = {costs!r} sum to {max(static.totals)} in a pool; the "
             "sum must be below 2**64. Choose a larger unit for costs and k."
         )
     sizes = static.pool_sizes if single else [static.pool_sizes[x.pool] for x in layout]
@@ -109,11 +81,11 @@ def prepare(
     kinds = {x.dtype for x in counts if isinstance(x, jax.Array)}
     traced = all(isinstance(x, jax.Array) for x in counts)
     if not single and len(kinds) == 1 and traced:
-        # All at once: a conversion of each count alone is a kernel to compile.
+        # Together: converting each count alone would compile a kernel each.
         counts = [jnp.concatenate([jnp.reshape(x, -1) for x in counts])]
         sizes, labels = [0], [f"k for {', '.join(names)}"]
     limits = [
-        _limit(count, n if costs is None else None, label, caller)
+        _limit(count, n if costs is None else None, label)
         for count, n, label in zip(counts, sizes, labels, strict=True)
     ]
     limit = (
@@ -121,7 +93,7 @@ def prepare(
         jnp.concatenate([low for _, low in limits]),
     )
     if guess is not None:
-        guess = _guess_keys(guess, single, static, treedef, caller)
+        guess = _guess_keys(guess, single, static, treedef)
     return Problem(args, limit, guess, static, treedef, single, stacked)
 
 
@@ -130,7 +102,7 @@ def _is_array(x) -> bool:
 
 
 def _is_arguments(x) -> bool:
-    """Whether x is a plain tuple of arrays: what a score function takes."""
+    """Whether x is a plain tuple of arrays: the arguments of a score function."""
     return type(x) is tuple and len(x) > 0 and all(_is_array(a) for a in x)
 
 
@@ -147,42 +119,42 @@ def _is_static(k) -> bool:
     return isinstance(k, int | float | np.number | np.ndarray | Fraction | list | tuple)
 
 
-def _per_leaf(tree, treedef, name, caller) -> list:
+def _per_leaf(tree, treedef, name) -> list:
     try:
         return treedef.flatten_up_to(tree)
     except ValueError as error:
-        raise ValueError(
-            f"{caller}: {name} = {tree!r} must be one value, or a tree of values of "
+        raise ArgumentError(
+            f"{name} = {tree!r} must be one value, or a tree of values of "
             f"the structure of leaves, {treedef}: {error}. Give one value per leaf."
         ) from None
 
 
-def _score_dtype(score, arrays, name, caller):
+def _score_dtype(score, arrays, name):
     shapes = {x.shape for x in arrays}
     struct = jax.eval_shape(lambda *xs: scores(score, xs), *arrays)
     if len(shapes) > 1 or struct.shape not in shapes:
-        raise ValueError(
-            f"{caller}: score = {score} takes arrays of shapes {sorted(shapes)} for "
+        raise ArgumentError(
+            f"score = {score} takes arrays of shapes {sorted(shapes)} for "
             f"{name} and gives shape {struct.shape}; all of these must be equal, since "
             "a score function is element-wise. Broadcast its arguments first."
         )
     return struct.dtype
 
 
-def _slices(count, shape, name, caller) -> int | None:
-    """How many slices along axis 0 are pools of their own; None for the whole leaf."""
+def _slices(count, shape, name) -> int | None:
+    """How many slices along axis 0 are pools; None if the leaf is one pool."""
     dims = np.shape(count)
     if not dims:
         return None
     if len(dims) > 1 or shape[:1] != dims:
-        raise ValueError(
-            f"{caller}: k for {name} has shape {dims}; it must be one count, or one "
+        raise ArgumentError(
+            f"k for {name} has shape {dims}; it must be one count, or one "
             f"for each slice along axis 0 of the leaf, whose shape is {shape}."
         )
     return shape[0]
 
 
-def _layout(args, slices, single, prices, shards, names, caller):
+def _layout(args, slices, single, prices, shards, names):
     """The leaves as cells and pools."""
     sizes = [math.prod(arrays[0].shape) * shards for arrays in args]
     largest = sum(sizes) if single else max(sizes)
@@ -196,8 +168,8 @@ def _layout(args, slices, single, prices, shards, names, caller):
         pools = 1 if parts is None else parts
         leaf = plan.Leaf(shape, len(arrays), split, cell, pool, pools, start, price)
         if leaf.size * shards >= plan.LIMIT or (parts is None and leaf.cells > 2**20):
-            raise ValueError(
-                f"{caller}: {name} of shape {shape} holds {size} weights; from 2**32 "
+            raise ArgumentError(
+                f"{name} of shape {shape} holds {size} weights; from 2**32 "
                 "on it must have at most 2**20 slices along axis 0, each of fewer "
                 "than 2**32 weights. Reshape it."
             )
@@ -210,18 +182,18 @@ def _layout(args, slices, single, prices, shards, names, caller):
     return tuple(out)
 
 
-def _limit(k, n: int | None, name: str, caller: str) -> wide.Pair:
-    """Counts as a pair of vectors; checked where they are static."""
+def _limit(k, n: int | None, name: str) -> uint64.Pair:
+    """Counts as a pair of vectors; static ones are checked."""
     if _is_arguments(k) and _is_single(k):
         high, low = k
         return jnp.reshape(high, 1), jnp.reshape(low, 1)
     if not _is_static(k):
         if not jnp.issubdtype(k.dtype, jnp.integer):
-            raise ValueError(
-                f"{caller}: {name} has dtype {k.dtype}; it must be an integer. Cast "
+            raise ArgumentError(
+                f"{name} has dtype {k.dtype}; it must be an integer. Cast "
                 "it, for example with k.astype(jnp.int32)."
             )
-        return wide.pair64(jnp.reshape(k, -1))
+        return uint64.pair64(jnp.reshape(k, -1))
     values = np.asarray(k).reshape(-1)
     whole = values.dtype.kind in "iuO" and all(v == int(v) for v in values)
     counts = [int(v) for v in values] if whole else [-1]
@@ -231,25 +203,25 @@ def _limit(k, n: int | None, name: str, caller: str) -> wide.Pair:
             if n is None
             else f"in [0, {n}], for the {n} weights that it selects from"
         )
-        raise ValueError(
-            f"{caller}: {name} = {k} must be an integer {allowed}. Pass such a count, "
+        raise ArgumentError(
+            f"{name} = {k} must be an integer {allowed}. Pass such a count, "
             "for example int(density * n)."
         )
     return plan.pairs([min(v, 2**64 - 1) for v in counts])
 
 
-def _integer_costs(costs, counts, treedef, names, caller):
-    """Costs and budgets as integers in one unit, rounded so that none overspends."""
+def _integer_costs(costs, counts, treedef, names):
+    """Costs and budgets as integers in one unit, rounded so that none is exceeded."""
     prices = []
-    given = _per_leaf(costs, treedef, "costs", caller)
+    given = _per_leaf(costs, treedef, "costs")
     for cost, name in zip(given, names, strict=True):
         try:
             price = Fraction(cost)
         except (TypeError, ValueError, OverflowError):
             price = Fraction(-1)
         if price < 0:
-            raise ValueError(
-                f"{caller}: costs for {name} = {cost!r} must be a finite number of at "
+            raise ArgumentError(
+                f"costs for {name} = {cost!r} must be a finite number of at "
                 "least 0: what one weight of the leaf costs."
             )
         prices.append(price)
@@ -257,8 +229,8 @@ def _integer_costs(costs, counts, treedef, names, caller):
     if whole and not any(isinstance(k, float | np.floating | Fraction) for k in counts):
         return [int(p) for p in prices], counts
     if not all(_is_static(k) for k in counts):
-        raise ValueError(
-            f"{caller}: costs = {costs!r} must be integers below 2**32 where k is "
+        raise ArgumentError(
+            f"costs = {costs!r} must be integers below 2**32 where k is "
             "traced; choose a smaller unit for both."
         )
     unit = Fraction(1) if whole else max(prices) / 2**24
@@ -267,21 +239,21 @@ def _integer_costs(costs, counts, treedef, names, caller):
         try:
             values = [math.floor(Fraction(v) / unit) for v in np.ravel(k).tolist()]
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"{caller}: k = {k!r} must be a finite number: with costs it is the "
+            raise ArgumentError(
+                f"k = {k!r} must be a finite number: with costs it is the "
                 "budget, in their unit."
             ) from None
         scaled.append(values if np.ndim(k) else values[0])
     return [math.ceil(p / unit) for p in prices], scaled
 
 
-def _guess_keys(guess, single, static: plan.Plan, treedef, caller) -> jax.Array:
-    given = [guess] if single else _per_leaf(guess, treedef, "guess", caller)
+def _guess_keys(guess, single, static: plan.Plan, treedef) -> jax.Array:
+    given = [guess] if single else _per_leaf(guess, treedef, "guess")
     flat = [jnp.reshape(jnp.asarray(x, static.order.name), -1) for x in given]
     found = keys.to_key(lax.stop_gradient(jnp.concatenate(flat)), static.order)
     if found.shape != (static.pools,):
-        raise ValueError(
-            f"{caller}: guess = {guess!r} holds {found.shape[0]} scores; it must hold "
+        raise ArgumentError(
+            f"guess = {guess!r} holds {found.shape[0]} scores; it must hold "
             f"{static.pools}, one for each pool, as kth_largest returns them."
         )
     return found

@@ -1,7 +1,7 @@
-"""Whole-number statistics of layers, in one pass over the leaves, on any mesh.
+"""Integer statistics of layers, in one pass over the leaves, on any mesh.
 
-Sums and maxima of integers do not depend on their order: every mesh of devices
-arrives at the same numbers, where a sum of floats differs in the last bit.
+Sums and maxima of integers do not depend on their order: every mesh gives the same
+numbers, where a sum of floats differs in the last bit.
 """
 
 import functools
@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax import wide
-from sparse_optax.selection import mesh
+from sparse_optax.selection import mesh, uint64
 from sparse_optax.selection.keys import Order
 from sparse_optax.selection.passes import Part
 from sparse_optax.selection.plan import Leaf, Plan
 
-# A float32 order: no tally compares, but a plan has one.
+# A plan needs an order, which a tally does not use.
 _ORDER = Order("float32")
 
 
@@ -32,32 +31,8 @@ def tally(
 ) -> tuple[Any, ...]:
     """Sums and maxima of element-wise integers over each layer.
 
-    A layer is a leaf, or one slice of it along axis 0. What becomes of an array that
-    the function returns is said by its dtype: bool is counted, uint32 is summed in 64
-    bits, of int32 the largest is taken.
-
-    Args:
-      leaves: For each leaf a tuple of arrays of one shape.
-      function: A function at module level, ``function(*given, *arrays)``, that is
-        element-wise and returns a tuple of arrays of bool, uint32 or int32.
-      split: For each leaf whether its slices along axis 0 are layers.
-      given: Scalars that the function takes before the arrays.
-
-    Returns:
-      For each array that the function returns the result for all layers in turn:
-      uint32 counts; a pair of `wide`; int32 maxima, which are the lowest int32 for
-      an empty layer. Shape (layers,).
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax.selection.tally import tally
-      >>> def positive(x):
-      ...     return x > 0, x.astype(jnp.int32)
-      >>> leaves = [(jnp.array([[1.0, -2.0], [3.0, 4.0]]),)]
-      >>> for x in tally(leaves, positive, split=[True]):
-      ...     print(x.tolist())
-      [1, 2]
-      [1, 4]
+    A layer is a leaf, or one slice of it along axis 0. By the dtype that the function
+    returns, bool is counted, uint32 summed in 64 bits, and int32 maximised.
     """
     layout, cell = [], 0
     for arrays, is_split in zip(leaves, split, strict=True):
@@ -72,21 +47,7 @@ def tally(
 
 
 def all_true(*masks: jax.Array) -> tuple[jax.Array]:
-    """Where all masks are True: the function of a tally that counts entries.
-
-    Args:
-      *masks: bool arrays of one shape.
-
-    Returns:
-      One bool array, in a tuple.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax.selection.tally import all_true, tally
-      >>> both = jnp.array([True, True, False]), jnp.array([True, False, True])
-      >>> tally([both], all_true, split=[False])[0].tolist()
-      [1]
-    """
+    """True where all masks are: the function of a tally that counts entries."""
     return (functools.reduce(jnp.logical_and, masks),)
 
 
@@ -105,7 +66,7 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
         reduced = _reduce(values) if plan.many else _plain(values, leaf.split)
         counts = part.places[i].counts
         flat, structure = jax.tree.flatten(reduced)
-        if counts is not None:  # a copy of what another device counts
+        if counts is not None:  # False on copies, which another device counts
             flat = [jnp.where(counts, x, _nothing(x)) for x in flat]
         rows.append(jax.tree.unflatten(structure, flat))
         number = flat[0].shape[0]
@@ -119,7 +80,7 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
 
 
 def _reduce(values: Sequence[jax.Array]) -> list[Any]:
-    """Every statistic of each row in one reduction: one kernel for a leaf."""
+    """All statistics of each row in one reduction: one kernel per leaf."""
     operands, start, combiners = [], [], []
     for x in values:
         if x.dtype == bool:
@@ -129,14 +90,14 @@ def _reduce(values: Sequence[jax.Array]) -> list[Any]:
         elif x.dtype == jnp.uint32:
             operands += [jnp.zeros_like(x), x]
             start += [np.uint32(0), np.uint32(0)]
-            combiners.append((2, wide.add64))
+            combiners.append((2, uint64.add64))
         else:
             operands += [x]
             start += [np.int32(np.iinfo(np.int32).min)]
             combiners.append((1, lambda a, b: (jnp.maximum(a[0], b[0]),)))
 
     if len(operands) == 1:
-        # XLA turns a reduction of one operand into several kernels.
+        # XLA would turn a reduction of one operand into several kernels.
         operands, start = [*operands, operands[0] ^ 1], start * 2
         combiners = combiners * 2
 
@@ -156,14 +117,14 @@ def _reduce(values: Sequence[jax.Array]) -> list[Any]:
 
 
 def _plain(values: Sequence[jax.Array], split: bool) -> list[Any]:
-    """The same in plain reductions, which the SPMD partitioner splits over a mesh."""
+    """The same in plain reductions, which the SPMD partitioner can split."""
     out = []
     for x in values:
         axes = tuple(range(1 if split else 0, x.ndim))
         if x.dtype == bool:
             found = jnp.sum(x, axis=axes, dtype=jnp.uint32)
         elif x.dtype == jnp.uint32:
-            found = wide.sum64(x, axes) if axes else wide.pair64(x)
+            found = uint64.sum64(x, axes) if axes else uint64.pair64(x)
         else:
             found = jnp.max(x, axis=axes, initial=np.iinfo(np.int32).min)
         out.append(found if split else jax.tree.map(lambda y: y[None], found))
@@ -171,7 +132,7 @@ def _plain(values: Sequence[jax.Array], split: bool) -> list[Any]:
 
 
 def _over_cells(part: Part, values: Any, cell: jax.Array) -> Any:
-    """Statistics of rows put together for each cell, over all devices."""
+    """Statistics of rows combined for each cell, over all devices."""
     cells = part.plan.cells
     if isinstance(values, tuple):
         # In limbs of 16 bits, so that sums over rows and devices do not overflow.
@@ -179,7 +140,7 @@ def _over_cells(part: Part, values: Any, cell: jax.Array) -> Any:
         limbs.append(values[0] >> 16)
         sums = [jax.ops.segment_sum(x, cell, cells) for x in limbs]
         low, middle, high, top = part.total(jnp.stack(sums))
-        return wide.add64((high + (top << 16), low), (middle >> 16, middle << 16))
+        return uint64.add64((high + (top << 16), low), (middle >> 16, middle << 16))
     if values.dtype == jnp.uint32:
         return part.total(jax.ops.segment_sum(values, cell, cells))
     largest = jax.ops.segment_max(values, cell, cells)
@@ -187,6 +148,6 @@ def _over_cells(part: Part, values: Any, cell: jax.Array) -> Any:
 
 
 def _nothing(x: jax.Array) -> np.ndarray:
-    """What changes no sum and no maximum."""
+    """The neutral element of a sum and of a maximum."""
     value = 0 if x.dtype == jnp.uint32 else np.iinfo(np.int32).min
     return np.array(value, x.dtype)

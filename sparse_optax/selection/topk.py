@@ -1,11 +1,15 @@
-"""The functions of this package: masks, thresholds, or both."""
+"""The public functions: masks, thresholds, or both."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.selection import keys as key_order
 from sparse_optax.selection import mesh, passes
 from sparse_optax.selection.cut import find
@@ -13,18 +17,19 @@ from sparse_optax.selection.plan import Plan
 from sparse_optax.selection.problem import Problem, prepare
 
 PyTree = Any
+# Longest rows whose pairs of scores are compared.
+LONGEST = 32
 
 
 class Selection(NamedTuple):
     """Masks, the threshold that made them, and how many weights they keep.
 
     Attributes:
-      masks: the tree with a bool array in place of each array (tuple of arrays).
-      threshold: the smallest score kept, as `kth_largest` returns it; or, where that
-        was not asked for, a score with all above it kept and none below it.
-      counts: the tree with the number of weights kept in place of each array, uint32;
-        shape (L,) where the L slices of a leaf are pools. Of a leaf of 2**32 weights
-        and more, one number for each slice along axis 0.
+      masks: The tree with a bool array for each array (or tuple of arrays).
+      threshold: The smallest score kept, as from ``kth_largest``; if not asked for, a
+        score with all above it kept and none below it.
+      counts: The tree with the number of weights kept for each array, uint32; of shape
+        (L,) if the L slices of a leaf are pools or it has 2**32 weights.
     """
 
     masks: PyTree
@@ -32,6 +37,7 @@ class Selection(NamedTuple):
     counts: PyTree
 
 
+@boundary("top_k_mask")
 def top_k_mask(
     leaves: PyTree,
     k: Any,
@@ -43,61 +49,58 @@ def top_k_mask(
 ) -> PyTree:
     r"""Masks of the k largest scores of a tree.
 
-    With the order above, :math:`m_i = [\operatorname{rank}(s_i) \le k]`, and with
-    ``costs`` the longest prefix of the order that fits:
+    In the order of this package, :math:`m_i = [\operatorname{rank}(s_i) \le k]`, and
+    with ``costs`` the longest prefix of the order that fits:
     :math:`m_i = [\sum_{j : \operatorname{rank}(s_j) \le \operatorname{rank}(s_i)}
     c_j \le k]`.
 
     Args:
-      leaves: a pytree of arrays of any float dtype or of uint32 (ordered as
-        integers). With ``score``, also a pytree whose innermost plain tuples are
-        the arguments of ``score``, all of one shape. ``None`` and
-        ``optax.MaskedNode()`` are empty nodes, as everywhere in JAX.
-      k: how many to select, 0 <= k <= n: a Python int, an integer scalar (traced or
-        not), or past 2**31 a pair ``(high, low)`` of uint32 scalars that stands for
-        ``high * 2**32 + low``. All leaves are one pool. A pytree of counts of the
-        structure of ``leaves`` makes each leaf a pool of its own; a count of shape
-        (L,) makes each of the L slices along axis 0 a pool. A traced k is not
-        checked: below 0 counts as 0, above n as n.
-      score: an element-wise function of the arrays of a leaf to one array of their
-        shape; 16-bit floats reach it as float32. ``None`` takes the leaves
-        themselves. Gradients do not pass.
-      costs: a pytree of non-negative numbers of the structure of ``leaves``: what
-        one weight of each leaf costs (bytes, FLOPs, seconds). Then k is a budget in
-        the same unit. Integer costs below 2**32 with an integer k are exact. Others
-        are scaled to integers, costs rounded up to 24 bits below the largest and
-        the budget rounded down, so that none overspends; that needs a static k.
-      axis_name: inside ``shard_map``, the mesh axis (or tuple of axes) over which
-        each pool extends; every leaf must be sharded along all of them. Ties then
-        rank by leaf, shard, and index within the shard.
-      guess: a score near the threshold, for example that of the previous step: a
-        scalar, or with a tree of counts a tree. It saves the sample; any value,
-        NaN included, leaves the result exact.
+      leaves: A pytree of arrays of any float dtype or of uint32 (compared as integers).
+        With ``score``, also a pytree whose innermost plain tuples are the arguments of
+        ``score``, all of one shape. None and ``optax.MaskedNode()`` are empty nodes.
+      k: How many to select, 0 <= k <= n: a Python int, an integer scalar, or past 2**31
+        a pair ``(high, low)`` of uint32 scalars for ``high * 2**32 + low``. All leaves
+        are then one pool. A pytree of counts like ``leaves`` makes each leaf a pool; a
+        count of shape (L,) makes each of the L slices along axis 0 a pool. A traced k
+        is not checked but clipped to [0, n].
+      score: An element-wise function of the arrays of a leaf to one array of their
+        shape; it gets 16-bit floats as float32. None ranks the leaves themselves. There
+        is no gradient.
+      costs: A pytree like ``leaves`` of non-negative numbers: the cost of one weight of
+        each leaf (bytes, FLOPs, seconds). Then k is a budget in this unit. Integer
+        costs below 2**32 with an integer k are exact. Others are scaled to integers,
+        costs rounded up to 24 bits below the largest and the budget rounded down, so
+        that it is never exceeded; this needs a static k.
+      axis_name: Inside ``shard_map``, the mesh axis (or tuple of axes) over which each
+        pool extends; every leaf must be sharded along all of them. Ties then rank by
+        leaf, shard, and index within the shard.
+      guess: A score near the threshold, such as that of the previous step: a scalar, or
+        a tree with a tree of counts. It saves the sample; with any value, NaN included,
+        the result is exact.
 
     Returns:
-      The tree with a bool array in place of each array (or tuple of arrays), of its
-      shape and sharding.
+      The tree with a bool array for each array (or tuple of arrays), sharded like it.
 
     Raises:
-      ValueError: if k is outside [0, n] or not an integer, a leaf is neither float
-        nor uint32, there is no leaf, or trees do not match.
+      ValueError: If k is outside [0, n] or no integer, a leaf is neither float nor
+        uint32, there is no leaf, or trees do not match.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import selection
+      >>> import jax.numpy as jnp, sparse_optax
       >>> tree = {"a": jnp.array([3.0, -1.0, 2.0]), "b": jnp.array([2.0, 5.0])}
-      >>> masks = selection.top_k_mask(tree, 3)
+      >>> masks = sparse_optax.selection.top_k_mask(tree, 3)
       >>> masks["a"].tolist(), masks["b"].tolist()
       ([True, False, True], [False, True])
-      >>> masks = selection.top_k_mask(tree, {"a": 1, "b": 1})
+      >>> masks = sparse_optax.selection.top_k_mask(tree, {"a": 1, "b": 1})
       >>> masks["a"].tolist(), masks["b"].tolist()
       ([True, False, False], [False, True])
     """
-    problem = prepare(leaves, k, score, costs, axis_name, guess, "top_k_mask")
+    problem = prepare(leaves, k, score, costs, axis_name, guess)
     masks, _ = _found(_select, problem, problem.plan)
     return jax.tree.unflatten(problem.treedef, masks)
 
 
+@boundary("kth_largest")
 def kth_largest(
     leaves: PyTree,
     k: Any,
@@ -107,37 +110,37 @@ def kth_largest(
     axis_name: Any = None,
     guess: PyTree = None,
 ) -> PyTree:
-    """The k-th largest score of a tree: the smallest one that `top_k_mask` keeps.
+    """The k-th largest score of a tree: the smallest one that ``top_k_mask`` keeps.
 
     Args:
-      leaves: see `top_k_mask`, as for all arguments.
-      k: how many to select.
-      score: an element-wise function, or None.
-      costs: what a weight of each leaf costs, which makes k a budget.
-      axis_name: mesh axes of a surrounding ``shard_map``.
-      guess: a score near the threshold.
+      leaves: See ``top_k_mask``, as for all arguments.
+      k: How many to select.
+      score: An element-wise function, or None.
+      costs: Cost of one weight of each leaf; k is then a budget.
+      axis_name: Mesh axes of a surrounding ``shard_map``.
+      guess: A score near the threshold.
 
     Returns:
-      A scalar; with a tree of counts, a tree of scalars, or of ``(L,)`` arrays. Its
-      dtype is that of the scores (the widest, where they differ). Where nothing is
-      kept it is NaN, or 2**32 - 1 for uint32 scores.
+      A scalar; with a tree of counts, a tree of scalars or of ``(L,)`` arrays. Its
+      dtype is that of the scores (the widest). If nothing is kept it is NaN, or 2**32 -
+      1 for uint32.
 
     Raises:
-      ValueError: as `top_k_mask`.
+      ValueError: As ``top_k_mask``.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from sparse_optax import selection
+      >>> import jax.numpy as jnp, sparse_optax
       >>> tree = {"a": jnp.array([3.0, -1.0, 2.0]), "b": jnp.array([2.0, 5.0])}
-      >>> float(selection.kth_largest(tree, 2))
+      >>> float(sparse_optax.selection.kth_largest(tree, 2))
       3.0
     """
-    problem = prepare(leaves, k, score, costs, axis_name, guess, "kth_largest")
+    problem = prepare(leaves, k, score, costs, axis_name, guess)
     plan = problem.plan._replace(least=True)
     least = _found(_threshold, problem, plan)
     return _thresholds(problem, least)
 
 
+@boundary("select")
 def select(
     leaves: PyTree,
     k: Any,
@@ -151,27 +154,27 @@ def select(
 ) -> Selection:
     """Masks, threshold and counts together, in one search.
 
-    The exact threshold costs one pass over the leaves more than `top_k_mask`; the
-    counts come with the search (but for leaves of 2**32 weights and more, which are
-    read once more). Any threshold is a good guess for the next step.
+    The exact threshold costs one more pass over the leaves than ``top_k_mask``. The
+    counts cost nothing, except for leaves of 2**32 weights and more, which are read
+    once more. Any threshold is a good guess for the next step.
 
     Args:
-      leaves: see `top_k_mask`, as for all arguments.
-      k: how many to select.
-      score: an element-wise function, or None.
-      costs: what a weight of each leaf costs, which makes k a budget.
-      axis_name: mesh axes of a surrounding ``shard_map``.
-      guess: a score near the threshold.
-      exact_threshold: whether the threshold must be the smallest score kept. False
-        saves a pass; the threshold is then the same on any mesh if a guess is given.
-      skip_zeros: whether a weight whose score is zero is left out even if k is not
-        used up, unless k takes all weights. For scores that are never negative.
+      leaves: See ``top_k_mask``, as for all arguments.
+      k: How many to select.
+      score: An element-wise function, or None.
+      costs: Cost of one weight of each leaf; k is then a budget.
+      axis_name: Mesh axes of a surrounding ``shard_map``.
+      guess: A score near the threshold.
+      exact_threshold: Whether the threshold must be the smallest score kept. False
+        saves a pass; with a guess the threshold is then still the same on any mesh.
+      skip_zeros: Whether scores of zero are left out even if k is not reached, unless k
+        is all weights. For scores that are never negative.
 
     Returns:
       ``Selection(masks, threshold, counts)``.
 
     Raises:
-      ValueError: as `top_k_mask`.
+      ValueError: As ``top_k_mask``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -180,7 +183,7 @@ def select(
       >>> masks.tolist(), float(threshold), int(count)
       ([True, False, True], 2.0, 2)
     """
-    problem = prepare(leaves, k, score, costs, axis_name, guess, "select")
+    problem = prepare(leaves, k, score, costs, axis_name, guess)
     plan = problem.plan._replace(
         least=exact_threshold, counts=True, skip_zeros=skip_zeros
     )
@@ -199,6 +202,46 @@ def select(
     )
 
 
+@boundary("top_of_rows")
+def top_of_rows(arrays: Sequence[jax.Array], k: Any, *, score: Any = None) -> jax.Array:
+    """Masks of the k largest scores of each row, in the order of ``top_k_mask``.
+
+    All pairs are compared, which costs less than a search for a few weights, as in N:M.
+
+    Args:
+      arrays: Arguments of the score, each of shape (rows, length), length at most 32.
+      k: How many of each row, an integer or an array of shape (rows,).
+      score: An element-wise function of the arrays, or None for the first itself.
+
+    Returns:
+      A bool array of that shape. It is element-wise and keeps any sharding of the rows.
+
+    Raises:
+      ValueError: If rows are too long, or their scores have no order.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> x = jnp.array([[1.0, 3.0, 2.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
+      >>> sparse_optax.selection.top_of_rows([x], 2).astype(int).tolist()
+      [[0, 1, 1, 0], [1, 1, 0, 0]]
+    """
+    values = passes.scores(score, arrays)
+    if values.ndim != 2 or values.shape[1] > LONGEST:
+        raise ArgumentError(
+            f"the rows have shape {values.shape}; it must be (rows, "
+            f"length) with a length of at most {LONGEST}. Use top_k_mask for longer."
+        )
+    order = key_order.order_of([values.dtype], ["the rows"])
+    keys = key_order.to_key(values, order)
+    position = np.arange(values.shape[1])
+    mine, theirs = keys[:, :, None], keys[:, None, :]
+    earlier = position[None, None, :] < position[None, :, None]
+    ahead = (theirs > mine) | ((theirs == mine) & earlier)
+    rank = jnp.sum(ahead, axis=2, dtype=jnp.int32)
+    limit = jnp.asarray(k)
+    return rank < (limit[:, None] if limit.ndim else limit)
+
+
 def _found(search: Any, problem: Problem, plan: Plan) -> Any:
     with mesh.of(problem.args):
         return search(problem.args, problem.limit, problem.guess, plan=plan)
@@ -207,7 +250,7 @@ def _found(search: Any, problem: Problem, plan: Plan) -> Any:
 @functools.partial(jax.jit, static_argnames="plan")
 def _select(args, limit, guess, *, plan):
     cut = mesh.run(find, plan, args, limit, guess)
-    # The same barrier and the same keys as in the search: masks cannot disagree.
+    # With the barrier and keys of the search, so that masks cannot differ from it.
     args, bound, ends = lax.optimization_barrier((args, cut.bound, cut.ends))
     count = len(plan.leaves)
     bounds = bound * count if len(bound) == 1 else bound

@@ -15,7 +15,7 @@ References:
 from collections.abc import Iterator
 from typing import Any
 
-from sparse_optax.experiments import methods
+from sparse_optax.experiments import recipes
 from sparse_optax.experiments.config import TrainConfig
 from sparse_optax.experiments.tables import common, mnist_lenet300
 
@@ -30,7 +30,7 @@ PAPER = {
     ("size", "random"): 0.11,
 }
 # Growth within the layers, where redistribution counts.
-GROW = tuple(grow for grow in methods.GROW if grow != "global_momentum")
+GROW = tuple(grow for grow in recipes.GROW if grow != "global_momentum")
 # The paper's rules that rank the weights of all layers at once.
 GLOBAL = {
     "global_prune": dict(prune="global_magnitude"),
@@ -41,12 +41,12 @@ GLOBAL = {
 
 def _variants() -> Iterator[tuple[str, dict[str, Any]]]:
     """``(group, options)`` of every run but the default one, once each."""
-    for share in methods.REDISTRIBUTE:
+    for share in recipes.REDISTRIBUTE:
         for grow in GROW:
             if (share, grow) != ("momentum", "momentum"):
                 yield f"{share}_{grow}", dict(redistribute=share, grow=grow)
     yield from GLOBAL.items()
-    for decay in methods.DECAYS:
+    for decay in recipes.DECAYS:
         for rate in RATES:
             if (decay, rate) != ("cosine", 0.5):
                 yield f"{decay}_{rate}", dict(prune_decay=decay, prune_rate=rate)
@@ -102,7 +102,7 @@ def render(records):
             ["redistribution", *(f"grow by {grow}" for grow in GROW)],
             [
                 [share, *(rules(share, grow) for grow in GROW)]
-                for share in methods.REDISTRIBUTE
+                for share in recipes.REDISTRIBUTE
             ],
         ),
         common.markdown(
@@ -113,7 +113,7 @@ def render(records):
             ["prune rate", *(f"{value:g}" for value in RATES)],
             [
                 [decay, *(rate(decay, value) for value in RATES)]
-                for decay in methods.DECAYS
+                for decay in recipes.DECAYS
             ],
         ),
         common.markdown(

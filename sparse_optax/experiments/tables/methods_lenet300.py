@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sparse_optax.experiments.config import Base, TrainConfig
-from sparse_optax.experiments.methods import METHODS
+from sparse_optax.experiments.recipes import METHODS
 from sparse_optax.experiments.tables import common, mnist_lenet300
 
 SEEDS = range(3)
@@ -269,8 +269,9 @@ def render(records):
         + _budgets()
         + ".\n\n"
         + _budgeted(records)
-        + "\n\nThe same method under both budgets: what of GraNet's, RigL's and ITOP's "
-        "numbers above may be their budget.\n\n"
+        + "\n\nThe same method under both budgets: GraNet, RigL and ITOP have an "
+        "Erdos-Renyi-kernel budget above, and part of their numbers may come from "
+        "it.\n\n"
         + _reductions(records)
         + "\n\nSparse momentum's mean test error against the lowest mean among others, "
         "± SE without the choice of the lowest, of methods with three runs or more. "

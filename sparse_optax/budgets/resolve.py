@@ -1,0 +1,317 @@
+"""Turns a density into counts for each layer, or into the size of one pool."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparse_optax.budgets.kinds import (
+    Budget,
+    Number,
+    Shares,
+    check_density,
+    counts_of_shares,
+    plain,
+)
+from sparse_optax.checks import ArgumentError, boundary, fail
+from sparse_optax.layers import (
+    Layers,
+    Leaf,
+    PyTree,
+    Where,
+    is_hole,
+    layers_of,
+    leaf_names,
+)
+from sparse_optax.patterns import SINGLE, Pattern, whole_units
+
+
+# --- what can be a density ------------------------------------------------------------
+def is_budget(value: Any) -> TypeGuard[Budget]:
+    """Whether a value has a method ``counts``, as budgets written by users have."""
+    return callable(getattr(value, "counts", None)) and not isinstance(value, type)
+
+
+def _is_float(value: Any) -> TypeGuard[float]:
+    if isinstance(value, float | Fraction):
+        return True
+    floating = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    return floating and np.shape(value) == ()
+
+
+def check_static(
+    density: Any,
+    argument: str = "density",
+    pattern: Pattern = SINGLE,
+    *,
+    schedule: bool = False,
+    may_miss: bool = False,
+) -> None:
+    """Raises if a density that is not traced is invalid. ``schedule`` and ``may_miss``
+    say whether it may be a schedule or be left out.
+    """
+    if pattern.density is not None:
+        if density is not None and density != pattern.density:
+            allowed = f"{pattern.density:g}, or left out, with {pattern.name}"
+            fail(argument, density, allowed, "Leave it out: the pattern says it.")
+        return
+    if density is None and may_miss:
+        return
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    number: Any = density if is_number else 1
+    wrong_type = density is None or isinstance(density, (bool, str))
+    if wrong_type or not 0 < number <= 1:
+        allowed = "in (0, 1]" + (
+            ", a budget or a schedule" if schedule else " or a budget"
+        )
+        fail(argument, density, allowed, "Pass 0.05 to keep 5% of the weights.")
+
+
+# --- counts of layers -----------------------------------------------------------------
+@boundary("resolve")
+def resolve(
+    density: float | Budget | PyTree,
+    params: PyTree,
+    *,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> PyTree:
+    """Counts for each layer, from anything that is accepted as a density.
+
+    Args:
+      density: A float in (0, 1] for ``uniform(density)``, a budget, or a tree of counts
+        as budgets return it, which is checked and returned. Counts of leaves that
+        ``params`` lacks (``optax.partition``) are left out.
+      params: The parameters, concrete or abstract.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+
+    Returns:
+      A tree of counts, see ``Budget.counts``.
+
+    Raises:
+      ValueError: If ``density`` is none of these, is out of range or cannot be met. An
+        integer is none of these: 1 may mean every weight or one weight.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"b": jnp.zeros(4), "w": jnp.zeros((5, 4))}
+      >>> sparse_optax.budgets.resolve(0.25, params)
+      {'b': MaskedNode(), 'w': 5}
+      >>> sparse_optax.budgets.resolve(sparse_optax.budgets.nonzeros(7), params)
+      {'b': MaskedNode(), 'w': 7}
+    """
+    layers = layers_of(params, where, stacked)
+    return layers.rebuild(counts_of(density, layers, params))
+
+
+def counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
+    """Counts of weights for each leaf, see ``resolve``; user budgets get params."""
+    if isinstance(density, Shares):
+        return density.counts_of(layers)
+    if is_budget(density):
+        counts = density.counts(params, where=layers.where, stacked=layers.stacked)
+        return list(layers.pick(counts))
+    if _is_float(density):
+        # Not by the method of the record, which would put its name on errors.
+        return counts_of_shares(Shares("uniform", density), layers)
+    return _given_counts(density, layers, params)
+
+
+def _given_counts(density: Any, layers: Layers, params: PyTree) -> list[Any]:
+    """A tree of counts, checked."""
+    # An integer is a tree of counts only where the parameters are one bare array.
+    single = jax.tree.structure(params) == jax.tree.structure(0)
+    try:
+        if isinstance(density, int) and not single:
+            raise ValueError
+        given = layers.structure.flatten_up_to(density)
+    except ValueError:
+        cure = "Write 1.0 to keep every weight, budgets.nonzeros(n) to keep n."
+        fail(
+            "density",
+            density,
+            "a float in (0, 1], a budget such as budgets.erdos_renyi(0.05), or a tree "
+            "of counts with the structure of params",
+            cure,
+        )
+    there = jax.tree.leaves(params, is_leaf=is_hole)
+    for i, node in enumerate(given):
+        # A count without a leaf belongs to another group of `optax.partition`.
+        if i not in layers.index and not is_hole(node) and not is_hole(there[i]):
+            raise ArgumentError(
+                f"`density` has {node!r} for {leaf_names(params)[i]!r}, which does not "
+                "take part and must be optax.MaskedNode(). Choose the same leaves with "
+                "`where` as for the counts."
+            )
+    pairs = zip(layers.index, layers.leaves, strict=True)
+    return [_check_count(given[i], leaf) for i, leaf in pairs]
+
+
+def _check_count(value: Any, leaf: Leaf) -> Any:
+    stacked = leaf.axis is not None
+    shape = (leaf.copies,) if stacked else ()
+    low = min(1, leaf.size)
+    try:
+        array = np.asarray(None if isinstance(value, Tracer) else value)
+    except ValueError:  # a ragged list
+        array = np.asarray(None)
+    fits = array.shape == shape and array.dtype.kind in "iu"
+    if not (fits and np.all(array >= low) and np.all(array <= leaf.size)):
+        what = f"{leaf.copies} integers" if stacked else "an integer"
+        raise ArgumentError(
+            f"the count of {leaf.name!r} must be {what} in [{low}, {leaf.size}]; got "
+            f"{value!r}. A layer keeps at least one weight and at most its size: "
+            "correct the tree of counts given as `density`."
+        )
+    return array.astype(np.int64) if stacked else int(array)
+
+
+def unit_counts(counts: Sequence[Any], layers: Layers) -> list[Any]:
+    """Counts of weights as counts of units, one per leaf or per layer of its view.
+    They are rounded down, but to at least one unit if there is a weight. A pattern that
+    fixes the density does not read them.
+    """
+    fixed = layers.pattern.density
+    if fixed is not None:
+        rows = layers.units.leaves
+        return [np.full(x.copies, round(fixed * x.size), np.int64) for x in rows]
+    pairs = zip(counts, layers.unit_sizes, strict=True)
+    whole = [n if size == 1 else whole_units(n, size) for n, size in pairs]
+    return [n if np.ndim(n) else int(n) for n in whole]
+
+
+def unit_counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
+    """Number of units that each leaf keeps under a density, or under N:M."""
+    fixed = layers.pattern.density is not None
+    return unit_counts([] if fixed else counts_of(density, layers, params), layers)
+
+
+# --- one pool -------------------------------------------------------------------------
+class Pool(NamedTuple):
+    """How many weights one pool over all layers may keep.
+
+    Attributes:
+      budget: Number of weights, or with ``costs`` their total cost.
+      costs: None, or a tree like the parameters with the cost of one weight for each
+        leaf that takes part, and ``optax.MaskedNode()`` for the others.
+    """
+
+    budget: int | Fraction
+    costs: PyTree | None
+
+
+@boundary("pool")
+def pool(
+    density: float | Budget | PyTree,
+    params: PyTree,
+    *,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> Pool:
+    """The budget of one pool over all layers, for methods that rank globally.
+
+    Such a method uses only the total of a budget. A budget in bytes or FLOPs becomes a
+    limit on the total cost of the pool.
+
+    Args:
+      density: A float in (0, 1], a budget without fixed leaves, or a tree of counts.
+      params: The parameters, concrete or abstract.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+
+    Returns:
+      A ``Pool``, at most the whole network. ``costs`` is None unless leaves differ in
+      cost; it is what ``selection.top_k_mask`` takes.
+
+    Raises:
+      ValueError: If ``density`` is out of range, keeps nothing or fixes leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import budgets
+      >>> params = {"b": jnp.zeros(4), "v": jnp.zeros((4, 2)), "w": jnp.zeros((5, 4))}
+      >>> budgets.pool(0.25, params)
+      Pool(budget=7, costs=None)
+      >>> budgets.pool(budgets.num_flops(30, {"v": 2, "w": 8}), params)
+      Pool(budget=30, costs={'b': MaskedNode(), 'v': 2, 'w': 8})
+    """
+    layers = layers_of(params, where, stacked)
+    amount, costs = pool_of(density, layers, params)
+    return Pool(amount, None if costs is None else layers.rebuild(costs))
+
+
+def pool_of(
+    density: Any, layers: Layers, params: PyTree
+) -> tuple[int | Fraction, list[Number] | None]:
+    """The amount of one pool, and the cost of a weight of each leaf, see ``pool``."""
+    if getattr(density, "overrides", ()) or getattr(density, "dense", ()):
+        raise ArgumentError(
+            f"`density` fixes the counts of leaves with `overrides` or `dense`; one "
+            f"pool over all layers must have none; got {density!r}. Leave these leaves "
+            "out with `where`, or rank each layer alone."
+        )
+    size = int(layers.sizes.sum())
+    costs: list[Number] = [1] * len(layers.leaves)
+    is_shares = isinstance(density, Shares)
+    fraction = density.density if is_shares else density
+    if _is_float(fraction):
+        amount: Number = math.floor(check_density(fraction) * size)
+    elif is_shares and density.kind == "nonzeros":
+        amount = density.amount
+        if amount > size:
+            raise ArgumentError(
+                f"n={amount} exceeds the {size} weights that take part; it must be in "
+                f"[1, {size}]. Lower it."
+            )
+    elif is_shares:
+        amount, costs = boundary(density.kind)(density.weighed)(layers)
+    else:  # a tree of counts, or a budget of the user's own
+        amount = total(counts_of(density, layers, params))
+    if size and amount < min(costs):
+        raise ArgumentError(
+            f"`density`={density!r} pays for less than one of {size} weights; it must "
+            "pay for at least one. Raise it."
+        )
+    if len(set(costs)) <= 1:
+        each = costs[0] if costs else 1
+        fits = math.floor(Fraction(amount) / each) if each else size
+        return min(fits, size), None
+    pairs = zip(layers.leaves, costs, strict=True)
+    everything = sum(x.size * x.copies * cost for x, cost in pairs)
+    return plain(min(amount, everything)), [plain(cost) for cost in costs]
+
+
+def pool_size(density: Any, layers: Layers, params: PyTree) -> int:
+    """Number of weights that one pool keeps; raises if leaves differ in cost."""
+    size, costs = pool_of(density, layers, params)
+    if costs is not None:
+        raise ArgumentError(
+            f"under `density`={density!r} weights differ in cost, so that their number "
+            "depends on which are kept; it must be a density or a number of weights. "
+            "Use budgets.nonzeros(n)."
+        )
+    return int(size)
+
+
+def total(counts: PyTree | Sequence[Any]) -> int:
+    """Sum of a tree of counts, as a Python integer.
+
+    Args:
+      counts: A tree of integers and integer arrays, from a budget.
+
+    Returns:
+      The exact sum, of any size.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"b": jnp.zeros(4), "w": jnp.zeros((5, 4))}
+      >>> sparse_optax.budgets.total(sparse_optax.budgets.uniform(0.5).counts(params))
+      10
+    """
+    return sum(sum(np.ravel(x).tolist()) for x in jax.tree.leaves(counts))

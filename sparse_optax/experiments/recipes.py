@@ -1,0 +1,153 @@
+"""What the methods start from: recipes by data set, and the choices of a run.
+
+Data and no more: ``config`` fills runs with it, ``methods`` builds the methods.
+"""
+
+from typing import Any, NamedTuple
+
+# How a density may be shared among the layers.
+BUDGETS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
+# The choices of sparse momentum.
+DECAYS = ("cosine", "linear", "constant")
+PRUNE = ("magnitude", "global_magnitude")
+REDISTRIBUTE = ("momentum", "magnitude", "nonzeros", "size", "none")
+GROW = ("momentum", "gradient", "random", "momentum_per_neuron", "global_momentum")
+
+
+class Method(NamedTuple):
+    """What a run of a method starts from and reads; its builder is in ``methods``.
+
+    Attributes:
+      recipe: ``"scratch"``, ``"trained"`` (a dense network first) or ``"gsm"``.
+      budget: how its density is shared among the layers, unless the run says.
+      cut_only: it reads the density after training only, so that runs at several
+        densities share theirs.
+      pooled: it ranks the weights of all layers at once, whatever the budget's shares.
+    """
+
+    recipe: str = "scratch"
+    budget: str = "uniform"
+    cut_only: bool = False
+    pooled: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method(),
+    "sparse_momentum": Method(),
+    "gsm": Method(recipe="gsm", pooled=True),
+    "sparse_evolutionary": Method(budget="erdos_renyi"),
+    "dynamic_sparse": Method(),
+    "rigl": Method(budget="erdos_renyi_kernel"),
+    "in_time_over_parameterization": Method(budget="erdos_renyi_kernel"),
+    "deep_rewiring": Method(),
+    "ham": Method(),
+    "static": Method(),
+    "thin": Method(),  # of a smaller model, which the run's values name
+    "snip": Method(pooled=True),
+    "synflow": Method(pooled=True),
+    "ticket": Method(),
+    "gradual_magnitude": Method(),
+    "granet": Method(budget="erdos_renyi_kernel"),
+    "iterative_magnitude": Method(),
+    "one_shot_magnitude": Method(),
+    "ac_dc": Method(),
+    "straight_through_magnitude": Method(),
+    "top_kast": Method(),
+    "network_surgery": Method(recipe="trained"),
+    "magnitude": Method(recipe="trained", pooled=True),
+    "fisher": Method(recipe="trained", pooled=True),
+    "optimal_brain_damage": Method(recipe="trained", pooled=True),
+    "layerwise_obs": Method(recipe="trained"),
+    "l1": Method(cut_only=True, pooled=True),
+    "l2": Method(cut_only=True, pooled=True),
+}
+
+DENSE: dict[str, Any] = dict(method="dense", density=1.0)
+SGD: dict[str, Any] = dict(momentum=0.9, weight_decay=5e-4, decay="all", init="torch")
+_LEE_MNIST: dict[str, Any] = dict(
+    epochs=100, batch_size=100, learning_rate=0.1, drop_steps=(25_000, 50_000)
+)
+# Recipes by data set: the protocol of Lee et al. as the sparse momentum paper ran it
+# (https://arxiv.org/abs/1907.04840), and a short one for the digits.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(epochs=100, batch_size=32, learning_rate=0.1, drop_epochs=(60, 85)),
+    "mnist": _LEE_MNIST,
+    "fashion-mnist": _LEE_MNIST,
+    "cifar10": dict(
+        epochs=250, batch_size=128, learning_rate=0.1, drop_steps=(30_000, 60_000)
+    ),
+}
+# GSM starts from a trained network and needs a momentum near one to carry the passive
+# weights to zero (https://arxiv.org/abs/1909.12778).
+GSM: dict[str, Any] = dict(
+    momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier"
+)
+_GSM_MNIST: dict[str, Any] = dict(
+    epochs=240,
+    batch_size=256,
+    learning_rate=3e-2,
+    drop_epochs=(160, 200),
+    base=dict(
+        epochs=100,
+        batch_size=256,
+        learning_rate=3e-2,
+        drop_epochs=(20, 40, 60, 80),
+        momentum=0.9,
+    ),
+)
+GSM_RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        # Few steps: decay is four times as strong, to reach zero all the same.
+        weight_decay=2e-3,
+        epochs=300,
+        batch_size=64,
+        learning_rate=1e-2,
+        drop_epochs=(200, 250),
+        base=dict(
+            epochs=40,
+            batch_size=64,
+            learning_rate=3e-2,
+            drop_epochs=(20, 30),
+            momentum=0.9,
+        ),
+    ),
+    "mnist": _GSM_MNIST,
+    "fashion-mnist": _GSM_MNIST,
+    "cifar10": _GSM_MNIST,
+}
+
+
+# Methods that start from a trained network: the same learning rates and as many epochs
+# in all, of which the dense training has those before the first drop.
+_TRAINED_MNIST: dict[str, Any] = dict(
+    epochs=54,
+    batch_size=100,
+    learning_rate=0.01,
+    drop_steps=(25_000,),
+    base=dict(
+        epochs=46, batch_size=100, learning_rate=0.1, drop_epochs=(), momentum=0.9
+    ),
+)
+TRAINED_RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        epochs=40,
+        batch_size=32,
+        learning_rate=0.01,
+        drop_epochs=(25,),
+        base=dict(
+            epochs=60, batch_size=32, learning_rate=0.1, drop_epochs=(), momentum=0.9
+        ),
+    ),
+    "mnist": _TRAINED_MNIST,
+    "fashion-mnist": _TRAINED_MNIST,
+    "cifar10": dict(
+        epochs=165,
+        batch_size=128,
+        learning_rate=0.01,
+        drop_steps=(30_000,),
+        base=dict(
+            epochs=85, batch_size=128, learning_rate=0.1, drop_epochs=(), momentum=0.9
+        ),
+    ),
+}
+BY_METHOD = {"scratch": RECIPES, "trained": TRAINED_RECIPES, "gsm": GSM_RECIPES}

@@ -1,0 +1,197 @@
+"""What the builder of a method may look at, what it gives, and the optimizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import sparse_optax
+from sparse_optax import budgets, schedules
+from sparse_optax.experiments.config import Resolved
+
+Params = Any
+# Images whose gradients are held at a time.
+SLICE = 50
+_DECAYS = {
+    "cosine": schedules.cosine_prune_rate,
+    "linear": schedules.linear_prune_rate,
+    "constant": lambda rate, stop: schedules.constant_prune_rate(rate),
+}
+
+
+def _unchanged(params: Params, opt_state: Any) -> Params:
+    del opt_state
+    return params
+
+
+class Build(NamedTuple):
+    """What a method adds to a training run.
+
+    Attributes:
+      optimizer: the Optax transformation that trains.
+      start: ``start(params, opt_state)`` gives the parameters of the first forward
+        pass, from fresh or loaded ones.
+      masks: ``masks(opt_state)`` gives the mask tree; None where there is none.
+      cut: ``cut(params)`` gives the final, sparse parameters where training alone
+        does not leave exact zeros (GSM); None otherwise.
+    """
+
+    optimizer: optax.GradientTransformation
+    start: Callable[[Params, Any], Params] = _unchanged
+    masks: Callable[[Any], Any] | None = None
+    cut: Callable[[Params], Params] | None = None
+
+
+class Setup(NamedTuple):
+    """What a builder may look at.
+
+    Attributes:
+      config: the resolved run.
+      steps_per_epoch: steps of one epoch, at least 1.
+      key: a random key for the method's own choices.
+      forward: ``forward(params, images)`` gives the logits.
+      params: the parameters that the run starts from.
+      images: training images and labels, for criteria that look at data.
+      draw: ``draw(key)`` gives fresh initial parameters.
+      init_key: the key with which this run's were drawn.
+    """
+
+    config: Resolved
+    steps_per_epoch: int
+    key: jax.Array
+    forward: Callable[[Params, jax.Array], jax.Array]
+    params: Params
+    images: tuple[Any, Any]
+    draw: Callable[[jax.Array], Params]
+    init_key: jax.Array
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def settled(self) -> int:
+        """Step from which on methods that prune while they train keep their masks."""
+        return 3 * self.total // 4
+
+    @property
+    def period(self) -> int:
+        """Steps between two cycles."""
+        return self.config.update_epochs * self.steps_per_epoch
+
+    def loss(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Mean cross-entropy of a batch."""
+        images, labels = batch
+        logits = self.forward(params, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+
+    def example_loss(self, params: Params, example: tuple) -> jax.Array:
+        """Cross-entropy of one image."""
+        image, label = example
+        return self.loss(params, (image[None], label[None]))
+
+    def batches(self, size: int) -> list[tuple[jax.Array, jax.Array]]:
+        """The same in slices: a gradient for each image takes memory."""
+        x, y = self.batch(size)
+        cuts = range(0, len(x) - len(x) % SLICE or len(x), SLICE)
+        return [(x[i : i + SLICE], y[i : i + SLICE]) for i in cuts]
+
+    def batch(self, size: int) -> tuple[jax.Array, jax.Array]:
+        """Images of a random batch that the key draws, and their labels."""
+        x, y = self.images
+        chosen = jax.random.fold_in(self.key, 1)
+        rows = jax.random.permutation(chosen, len(x))[: min(size, len(x))]
+        return x[rows], y[rows]
+
+
+def learning_rate(config: Resolved, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of a run, step by step.
+
+    Args:
+      config: a resolved run.
+      steps_per_epoch: steps of one epoch, at least 1.
+
+    Returns:
+      An Optax schedule.
+
+    Examples:
+      >>> from sparse_optax.experiments import config, setup
+      >>> run = config.resolve(config.TrainConfig(drop_epochs=(2,), learning_rate=1.0))
+      >>> rate = setup.learning_rate(run, steps_per_epoch=10)
+      >>> float(rate(19)), round(float(rate(20)), 6)
+      (1.0, 0.1)
+    """
+    steps = config.drop_steps or [
+        epoch * steps_per_epoch for epoch in config.drop_epochs
+    ]
+    return optax.piecewise_constant_schedule(
+        config.learning_rate, {int(step): config.drop_factor for step in steps}
+    )
+
+
+def sgd(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum and L2 decay inside the gradient, the optimizer of all runs.
+
+    Args:
+      config: a resolved run.
+      steps_per_epoch: steps of one epoch, at least 1.
+
+    Returns:
+      ``chain(add_decayed_weights, sgd)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.experiments import config, setup
+      >>> optimizer = setup.sgd(config.resolve(config.TrainConfig()), 10)
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params)
+      >>> round(float(updates["w"][0, 0]), 6)
+      -0.190095
+    """
+    mask = sparse_optax.eligible if config.decay == "kernels" else None
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.sgd(
+            learning_rate(config, steps_per_epoch),
+            momentum=config.momentum or None,
+            nesterov=config.nesterov,
+        ),
+    )
+
+
+def inner(setup: Setup) -> optax.GradientTransformation:
+    """The optimizer that a run's method wraps."""
+    return sgd(setup.config, setup.steps_per_epoch)
+
+
+def rate(setup: Setup) -> optax.Schedule:
+    """The prune rate of a run, step by step."""
+    decay = _DECAYS[setup.config.prune_decay]
+    return decay(setup.config.prune_rate, stop=setup.total)
+
+
+def budget(setup: Setup, density: float | None = None) -> Any:
+    """The run's density, or another, in the shares that the run asks for."""
+    density = setup.config.density if density is None else density
+    kinds = {
+        "erdos_renyi": budgets.erdos_renyi,
+        "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
+        "linear": budgets.linear,
+    }
+    make = kinds.get(setup.config.budget)
+    return density if make is None or density == 1 else make(density)
+
+
+def masked(optimizer: optax.GradientTransformation) -> Build:
+    """The build of a transformation that keeps masks and exact zeros itself."""
+    start, masks = sparse_optax.sparsify, sparse_optax.get_masks
+    return Build(optimizer, start=start, masks=masks)
+
+
+def static(setup: Setup, masks: Any) -> Build:
+    """The build of masks that never change."""
+    return masked(sparse_optax.static_sparse(inner(setup), masks=masks))

@@ -1,0 +1,400 @@
+"""Which leaves of a parameter tree take part, their names, and their layers.
+
+Everything here runs on the host on structure alone, accepts abstract arrays and
+allocates nothing. A *leaf* is an array of the parameter tree. A *layer* is a leaf, or
+one slice of a leaf that stacks several layers (``nn.scan``). ``Layers`` is made once,
+from the user's arguments or from the masks of a state.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.patterns import SINGLE, Pattern
+
+PyTree = Any
+Where = PyTree | Callable[[str, Any], bool]
+
+# Scales and shifts are dense in every paper of the field. They are recognised by name,
+# not only by rank: attention biases have shape (heads, head_dim), and `nn.scan` stacks
+# biases and scales to two dimensions.
+DENSE_NAMES = frozenset({"bias", "b", "scale", "offset", "gamma", "beta"})
+
+_EMBEDDING = re.compile(r"(.*_)?embed(ding|der)?s?(_?\d+)?", re.IGNORECASE)
+
+
+# --- leaves and their names -----------------------------------------------------------
+def is_hole(node: Any) -> bool:
+    """Whether a node stands for a leaf that does not take part."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def key_name(key: Any) -> str:
+    """One key of a path as text: a dict key, an attribute or an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Normalised name of a leaf, such as "Dense_0/kernel", the same in every library.
+    A trailing ``value`` is dropped: ``flax.nnx`` gives variables to ``init`` and plain
+    arrays to ``update``, and their paths differ by that key.
+    """
+    keys = [key_name(key) for key in path]
+    if len(keys) > 1 and keys[-1] == "value":
+        keys = keys[:-1]
+    return "/".join(keys)
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Normalised names of all leaves in leaf order, holes included."""
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
+    return [path_name(path) for path, _ in paths]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether one of the last two keys contains "embed", as ``Embed_0`` does."""
+    return any(_EMBEDDING.fullmatch(key) for key in name.split("/")[-2:])
+
+
+# --- which of them take part ----------------------------------------------------------
+def _default_where(name: str, leaf: Any) -> bool:
+    return len(leaf.shape) >= 2 and name.split("/")[-1] not in DENSE_NAMES
+
+
+def _is_function(where: Any) -> bool:
+    # A callable whose leaves are bools is a tree (an equinox module of bools).
+    return callable(where) and all(callable(x) for x in jax.tree.leaves(where))
+
+
+def choose(
+    params: PyTree, where: Where | None = None, *, embeddings: bool = True
+) -> list[bool]:
+    """Whether each leaf takes part, a list of bools; see ``eligible``."""
+    leaves = jax.tree.leaves(params, is_leaf=is_hole)
+    names = leaf_names(params)
+    floating = [
+        hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves
+    ]
+    if where is None:
+        return [
+            f and _default_where(name, x) and (embeddings or not is_embedding(name))
+            for name, x, f in zip(names, leaves, floating, strict=True)
+        ]
+    if _is_function(where):
+        chosen = [
+            False if is_hole(x) else where(name, x)
+            for name, x in zip(names, leaves, strict=True)
+        ]
+    else:
+        try:
+            spread = jax.tree.broadcast(where, params, is_leaf=is_hole)
+            chosen = jax.tree.leaves(spread, is_leaf=is_hole)
+        except ValueError as error:
+            raise ArgumentError(
+                "`where` must have the structure of params, or of a prefix of it; got "
+                f"{jax.tree.structure(where)}. Pass a tree of bools or a callable "
+                "(name, leaf) -> bool."
+            ) from error
+    # Holes, which `optax.partition` puts into the tree of each group, stay holes.
+    chosen = [
+        False if is_hole(x) else choice
+        for x, choice in zip(leaves, chosen, strict=True)
+    ]
+    for name, x, f, choice in zip(names, leaves, floating, chosen, strict=True):
+        if not isinstance(choice, bool):
+            raise ArgumentError(
+                f"`where` must give True or False for each leaf; got {choice!r} for "
+                f"{name!r}. Pass a tree of bools or a callable (name, leaf) -> bool."
+            )
+        if choice and not f:
+            raise ArgumentError(
+                f"`where` chooses the leaf {name!r} of dtype "
+                f"{getattr(x, 'dtype', type(x).__name__)}; only floating leaves can "
+                "be made sparse. Leave it out of `where`."
+            )
+    return chosen
+
+
+@boundary("eligible")
+def eligible(
+    params: PyTree, where: Where | None = None, *, embeddings: bool = True
+) -> PyTree:
+    """Shows which leaves are made sparse: a tree of bools like ``params``.
+
+    It is the default choice of every transformation here and a mask for Optax, for
+    instance to decay kernels but not biases. ``gsm_mask`` also leaves out embedding
+    tables: rows absent from the batch have no gradient and would only decay.
+
+    Args:
+      params: The parameters, concrete or abstract.
+      where: None for the default (floating leaves of two or more dimensions whose last
+        key is not bias, b, scale, offset, gamma or beta), a tree or prefix tree of
+        bools, or a callable ``(name, leaf) -> bool``.
+      embeddings: Whether the default choice takes embedding tables.
+
+    Returns:
+      A tree like ``params`` of Python bools.
+
+    Raises:
+      ValueError: If ``where`` does not fit or chooses a leaf that is no float.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
+      >>> sparse_optax.eligible(params)
+      {'bias': False, 'kernel': True}
+      >>> decay = optax.add_decayed_weights(5e-4, mask=sparse_optax.eligible)
+    """
+    chosen = choose(params, where, embeddings=embeddings)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_hole), chosen)
+
+
+# --- the record -----------------------------------------------------------------------
+class Leaf(NamedTuple):
+    """A leaf that takes part, as ``copies`` layers of one shape."""
+
+    name: str  # normalised
+    shape: tuple[int, ...]
+    dtype: Any
+    axis: int | None = None  # whose slices are layers
+
+    @property
+    def copies(self) -> int:
+        """Number of layers."""
+        return 1 if self.axis is None else self.shape[self.axis]
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of a layer."""
+        if self.axis is None:
+            return self.shape
+        return self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    @property
+    def size(self) -> int:
+        """Number of weights of a layer."""
+        return math.prod(self.layer_shape)
+
+
+class Layers(NamedTuple):
+    """The leaves of a tree that take part, with their layers and units."""
+
+    structure: Any  # of the tree; holes and packed masks are leaves
+    index: tuple[int, ...]  # positions of the leaves that take part, in leaf order
+    leaves: tuple[Leaf, ...]  # these leaves
+    pattern: Pattern = SINGLE  # which weights of a leaf are one unit
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The leaves' names."""
+        return tuple(leaf.name for leaf in self.leaves)
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """For each leaf the axis whose slices are layers, or None."""
+        return tuple(leaf.axis for leaf in self.leaves)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of weights in each layer, int64."""
+        return layer_sizes([leaf.shape for leaf in self.leaves], self.axes)
+
+    @property
+    def units(self) -> "Layers":
+        """The same leaves with one entry per unit, as methods see them."""
+        pattern = self.pattern
+        if pattern == SINGLE:
+            return self
+        views = tuple(
+            leaf._replace(
+                shape=pattern.view_shape(leaf.shape, leaf.axis),
+                axis=pattern.view_axis(leaf.axis),
+            )
+            for leaf in self.leaves
+        )
+        return self._replace(leaves=views, pattern=SINGLE)
+
+    @property
+    def unit_sizes(self) -> tuple[int, ...]:
+        """For each leaf the number of weights per unit."""
+        return tuple(self.pattern.unit_size(x.shape, x.axis) for x in self.leaves)
+
+    @property
+    def where(self) -> PyTree:
+        """A tree of bools: which leaves take part."""
+        among = set(self.index)
+        return jax.tree.unflatten(
+            self.structure, [i in among for i in range(self.structure.num_leaves)]
+        )
+
+    @property
+    def stacked(self) -> dict[str, int]:
+        """``{name: axis}`` of the leaves that stack layers."""
+        return {x.name: x.axis for x in self.leaves if x.axis is not None}
+
+    def pick(self, tree: PyTree) -> tuple[Any, ...]:
+        """The leaves that take part, from a tree with as many leaves."""
+        flat = jax.tree.leaves(tree, is_leaf=_is_one)
+        return tuple(flat[i] for i in self.index)
+
+    def rebuild(self, values: Iterable[Any]) -> PyTree:
+        """A tree with one value per leaf that takes part, and holes elsewhere."""
+        full: list[Any] = [optax.MaskedNode()] * self.structure.num_leaves
+        for i, value in zip(self.index, values, strict=True):
+            full[i] = value
+        return jax.tree.unflatten(self.structure, full)
+
+    def split(self, vector: Any) -> tuple[Any, ...]:
+        """A vector over layers as one entry per leaf, an array if it stacks layers."""
+        return split_layers(vector, [x.shape for x in self.leaves], self.axes)
+
+    def view(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Arrays of weights, or masks, as one number per unit."""
+        pairs = zip(arrays, self.axes, strict=True)
+        return tuple(self.pattern.view(x, axis) for x, axis in pairs)
+
+    def operands(
+        self, arrays: Sequence[tuple[jax.Array, ...]], score: Any
+    ) -> tuple[list[tuple[jax.Array, ...]], Any]:
+        """The arrays and the score by which a selection ranks units."""
+        pairs = [
+            self.pattern.operands(score, xs, axis)
+            for xs, axis in zip(arrays, self.axes, strict=True)
+        ]
+        return [xs for xs, _ in pairs], pairs[0][1] if pairs else score
+
+    def costs(self, costs: Sequence[Any] | None) -> list[Any] | None:
+        """The cost of a unit of each leaf, from that of a weight; None if all are 1."""
+        sizes = self.unit_sizes
+        if costs is None and set(sizes) <= {1}:
+            return None
+        prices = [1] * len(sizes) if costs is None else costs
+        return [price * size for price, size in zip(prices, sizes, strict=True)]
+
+    def spread(self, masks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Masks of units as masks of weights."""
+        pairs = zip(masks, self.leaves, strict=True)
+        return tuple(self.pattern.spread(m, x.shape, x.axis) for m, x in pairs)
+
+    def weights(self, units: Any) -> tuple[Any, ...]:
+        """Weights per leaf, or stacked layer, from a vector of units per layer."""
+        pairs = zip(self.units.split(units), self.leaves, strict=True)
+        return tuple(self.pattern.weights(n, x.shape, x.axis) for n, x in pairs)
+
+
+def _is_one(node: Any) -> bool:
+    # A packed mask is one leaf, found by its fields: its class is in a later module.
+    return is_hole(node) or (hasattr(node, "bits") and hasattr(node, "spare"))
+
+
+def layers_of(
+    params: PyTree,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    pattern: Pattern = SINGLE,
+    *,
+    embeddings: bool = True,
+    may_be_empty: bool = False,
+) -> Layers:
+    """The layers that a user chose; see ``eligible`` for the arguments."""
+    chosen = choose(params, where, embeddings=embeddings)
+    layers = chosen_layers(params, chosen, stacked, pattern)
+    if not may_be_empty:
+        check_some(layers, params)
+    return layers
+
+
+def check_some(layers: Layers, params: PyTree) -> None:
+    """Raises if the parameters have leaves and none of them takes part."""
+    flat = jax.tree.leaves(params, is_leaf=is_hole)
+    # A tree without leaves is allowed: `optax.tree.map_params` initialises with one,
+    # and `optax.partition` may give a group only holes.
+    if not layers.index and not all(map(is_hole, flat)):
+        raise ArgumentError(
+            f"no leaf of {leaf_names(params)} takes part; at least one must. Pass the "
+            "parameters of a layer with a kernel, or choose leaves with where=lambda "
+            "name, leaf: ...; by default those of two or more dimensions that are not "
+            "biases or scales take part."
+        )
+
+
+def chosen_layers(
+    params: PyTree,
+    chosen: Sequence[bool],
+    stacked: Mapping[str, int] | None = None,
+    pattern: Pattern = SINGLE,
+    structure: Any = None,
+) -> Layers:
+    """The layers of the chosen leaves, one bool per leaf. ``structure`` is that of the
+    tree to rebuild, if it differs from that of params.
+    """
+    flat, own = jax.tree.flatten(params, is_leaf=is_hole)
+    names, axes = leaf_names(params), dict(stacked or {})
+    index = tuple(i for i, choice in enumerate(chosen) if choice)
+    leaves = []
+    for i in index:
+        shape, axis = tuple(flat[i].shape), axes.pop(names[i], None)
+        if axis is not None:
+            axis = _checked_axis(names[i], shape, axis)
+        pattern.check(names[i], shape, axis)
+        leaves.append(Leaf(names[i], shape, flat[i].dtype, axis))
+    if axes and flat:
+        raise ArgumentError(
+            f"`stacked` names {sorted(axes)}, which do not take part; it must name "
+            f"some of {[names[i] for i in index]}. Correct the names."
+        )
+    return Layers(structure or own, index, tuple(leaves), pattern)
+
+
+def _checked_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
+    rank = len(shape)
+    if not -rank <= axis < rank or rank < 2:
+        raise ArgumentError(
+            f"`stacked` gives axis {axis} for the leaf {name!r} of shape {shape}; the "
+            f"axis must be in [{-rank}, {rank - 1}] of a leaf of two or more "
+            "dimensions. Correct the axis."
+        )
+    return axis % rank
+
+
+# --- vectors over layers --------------------------------------------------------------
+def layer_sizes(
+    shapes: Sequence[tuple[int, ...]], axes: Sequence[int | None]
+) -> np.ndarray:
+    """Number of weights in each layer, int64."""
+    sizes: list[int] = []
+    for shape, axis in zip(shapes, axes, strict=True):
+        layers = 1 if axis is None else shape[axis]
+        sizes += [math.prod(shape) // max(layers, 1)] * layers
+    return np.asarray(sizes, np.int64)
+
+
+def split_layers(
+    vector: Any, shapes: Sequence[tuple[int, ...]], axes: Sequence[int | None]
+) -> tuple[Any, ...]:
+    """Cuts a vector over layers into a number per leaf, or (L,) if it stacks L."""
+    parts, start = [], 0
+    for shape, axis in zip(shapes, axes, strict=True):
+        if axis is None:
+            parts.append(vector[start])
+            start += 1
+        else:
+            parts.append(vector[start : start + shape[axis]])
+            start += shape[axis]
+    return tuple(parts)
+
+
+def flat_counts(parts: Sequence[Any]) -> np.ndarray:
+    """Counts of leaves, a number or one per layer each, as one int64 vector."""
+    flat = [np.reshape(np.asarray(part, np.int64), -1) for part in parts]
+    return np.concatenate(flat) if flat else np.zeros(0, np.int64)

@@ -1,0 +1,154 @@
+"""Random control masks: do the positions matter, or only the counts?
+
+From the loosest to the closest: ``random_masks_like`` (as many weights in all),
+``shuffle_masks(key, masks)`` (as many in each layer) and ``shuffle_masks(key, masks,
+within="unit")`` (as many for each output unit). Another control keeps the masks and
+draws new weights: ``sparsify(new_params, masks)``.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax import checks, selection
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole
+from sparse_optax.masks.make import Key, as_key, place, random_scores
+from sparse_optax.masks.tree import check_dtype, flatten, slice_counts, unpack
+from sparse_optax.selection import uint64
+
+
+@boundary("shuffle_masks")
+def shuffle_masks(
+    key: Key,
+    masks: PyTree,
+    within: str = "layer",
+    *,
+    stacked: Mapping[str, int] | None = None,
+    unit_axis: int = -1,
+) -> PyTree:
+    r"""Random masks with as many weights in each layer, or for each output unit.
+
+    With :math:`m_g` the mask of a group g, a layer or the weights into one unit, the
+    new mask is uniform among those with :math:`\sum m'_g = \sum m_g`.
+
+    Args:
+      key: Integer seed or random key; each leaf folds in its name.
+      masks: A mask tree, plain or packed.
+      within: ``"layer"``, or ``"unit"`` for each output unit.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      unit_axis: The axis of output units in a layer: the last one in flax and haiku, 0
+        in equinox. A stacked axis is not counted.
+
+    Returns:
+      A mask tree of plain arrays, placed like the masks. ``"unit"`` reshapes each leaf,
+      which may gather it if it is sharded.
+
+    Raises:
+      ValueError: If an argument does not fit the masks.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> found = {"w": jnp.array([[True, True], [False, False], [True, False]])}
+      >>> new = sparse_optax.masks.shuffle_masks(0, found, within="unit")
+      >>> new["w"].sum(0).tolist()
+      [2, 1]
+
+    References:
+      Frankle and Carbin, `The Lottery Ticket Hypothesis
+      <https://arxiv.org/abs/1803.03635>`_, 2019, and, for shuffling within layers,
+      Frankle et al, `Pruning Neural Networks at Initialization
+      <https://arxiv.org/abs/2009.08576>`_, 2021.
+    """
+    cure = (
+        "Use 'unit' to keep the number of inputs of each output unit, or "
+        "random_masks_like to keep only the total."
+    )
+    checks.choice("within", within, ("layer", "unit"), cure=cure)
+    seed = as_key(key)
+    layers, given = _plain_masks(masks, stacked)
+    new = []
+    for name, axis, mask in zip(layers.names, layers.axes, given, strict=True):
+        scores = random_scores(seed, name, mask)
+        axes = () if axis is None else (axis,)
+        if within == "unit":
+            axes += (_unit(mask, axis, unit_axis, name),)
+        new.append(place(_redraw(scores, mask, axes), mask))
+    return layers.rebuild(new)
+
+
+@boundary("random_masks_like")
+def random_masks_like(key: Key, masks: PyTree) -> PyTree:
+    r"""Random masks with as many weights in all, anywhere in the network.
+
+    They are uniform among the masks with :math:`\sum m' = \sum m` over all leaves that
+    take part. So the counts of layers are random too, on average in proportion to their
+    sizes; ``shuffle_masks`` keeps these counts.
+
+    Args:
+      key: Integer seed or random key; each leaf folds in its name.
+      masks: A mask tree, plain or packed.
+
+    Returns:
+      A mask tree of plain arrays, placed like the masks.
+
+    Raises:
+      ValueError: If ``key`` is no key or a mask is not boolean.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> found = {"a": jnp.ones((3, 4), bool), "b": jnp.zeros((5, 4), bool)}
+      >>> sparse_optax.masks.count(sparse_optax.masks.random_masks_like(0, found))
+      12
+    """
+    seed = as_key(key)
+    layers, given = _plain_masks(masks, None)
+    if not given:
+        return layers.rebuild([])
+    pairs = zip(layers.names, given, strict=True)
+    scores = [random_scores(seed, name, mask) for name, mask in pairs]
+    counts = [jnp.reshape(slice_counts(mask), -1) for mask in given]
+    whole = uint64.sum64(jnp.concatenate(counts).astype(jnp.uint32))
+    new = selection.top_k_mask(scores, whole)
+    return layers.rebuild(map(place, new, given))
+
+
+def _plain_masks(masks: PyTree, stacked) -> tuple[Layers, list[jax.Array]]:
+    """The layers that take part, and their masks unpacked."""
+    flat, structure = flatten(masks)
+    plain = [m if is_hole(m) else jnp.asarray(unpack(m)) for m in flat]
+    chosen = [not is_hole(m) for m in plain]
+    layers = chosen_layers(jax.tree.unflatten(structure, plain), chosen, stacked)
+    given = [plain[i] for i in layers.index]
+    for name, mask in zip(layers.names, given, strict=True):
+        check_dtype(mask, name)
+    return layers, given
+
+
+def _unit(mask: jax.Array, axis: int | None, unit_axis: int, name: str) -> int:
+    """The axis of output units, in a leaf that may also have an axis of layers."""
+    rest = [i for i in range(mask.ndim) if i != axis]
+    if not -len(rest) <= unit_axis < len(rest):
+        raise ArgumentError(
+            f"`unit_axis` is {unit_axis}, and the layers of {name!r} have {len(rest)} "
+            f"axes; it must be in [{-len(rest)}, {len(rest) - 1}]. Use -1 for kernels "
+            "of flax, or leave the leaf out of the masks."
+        )
+    return rest[unit_axis]
+
+
+def _redraw(scores: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The highest random scores, with the mask's count in each slice along the axes."""
+    front = tuple(range(len(axes)))
+    scores, mask = (jnp.moveaxis(x, axes, front) for x in (scores, mask))
+    shape = mask.shape
+    if axes:
+        pools = int(np.prod(shape[: len(axes)]))
+        scores, mask = (jnp.reshape(x, (pools, -1)) for x in (scores, mask))
+        counts = slice_counts(mask)
+    else:
+        counts = jnp.sum(slice_counts(mask), dtype=jnp.int32)
+    new = selection.top_k_mask([scores], [counts])[0]
+    return jnp.moveaxis(jnp.reshape(new, shape), front, axes)

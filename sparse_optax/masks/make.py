@@ -1,0 +1,383 @@
+"""Makes masks: of the largest weights, of the highest scores, at random.
+
+Every pruning criterion is a score for each weight, ranked in one pool over the network
+or within each layer, of which an exact number is kept.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparse_optax import checks, selection
+from sparse_optax.budgets.resolve import counts_of, pool_of, unit_counts_of
+from sparse_optax.checks import ArgumentError, boundary, unnamed
+from sparse_optax.layers import Layers, PyTree, Where, is_hole, layers_of, leaf_names
+from sparse_optax.masks.tree import check_names, check_shapes, flatten, names_of, unpack
+from sparse_optax.patterns import Pattern, pattern_of
+from sparse_optax.selection import mesh
+from sparse_optax.selection.topk import LONGEST
+
+Key = jax.Array | int
+Operands = tuple[jax.Array, ...]
+
+
+# --- keys -----------------------------------------------------------------------------
+def as_key(key: Key) -> jax.Array:
+    """A typed key, from a seed, raw key data (uint32) or a typed key."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return jax.random.key(int(key))
+    if isinstance(key, (jax.Array, np.ndarray)):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            default = jax.random.key_impl(jax.random.key(0))
+            if jax.random.key_impl(key) == default:
+                return key
+            # States store key data, which does not say its implementation.
+            return jax.random.key(jax.random.bits(key, dtype=jnp.uint32))
+        if key.dtype == jnp.uint32 and key.ndim >= 1:
+            return jax.random.wrap_key_data(key)
+        # An injected hyper-parameter, or a seed under vmap.
+        if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
+            return jax.random.key(key)
+    allowed = "an integer seed or a key from jax.random.key"
+    checks.fail("key", key, allowed, "Pass, for instance, key=0.")
+
+
+def leaf_key(key: jax.Array, name: str) -> jax.Array:
+    """The random key of a leaf, by its name, so that another leaf changes no mask."""
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+
+
+def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
+    """Uniform uint32 scores with the sharding of the leaf; floats would have ties."""
+    sharding = jax.typeof(like).sharding
+    with mesh.of(like):
+        return jax.random.bits(
+            leaf_key(key, name),
+            like.shape,
+            jnp.uint32,
+            out_sharding=None if sharding.mesh.empty else sharding,  # an Explicit one
+        )
+
+
+# --- selections -----------------------------------------------------------------------
+def top_of_layers(
+    operands: Sequence[Operands],
+    counts: Sequence[Any],
+    axes: Sequence[int | None],
+    score: Callable[..., jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Masks of the highest scores, one pool per layer. ``counts`` has an integer per
+    leaf, or one per slice if the leaf has an axis of layers. ``score`` is a
+    module-level function of a leaf's arrays.
+    """
+    if not operands:
+        return []
+    front = [
+        xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
+        for xs, axis in zip(operands, axes, strict=True)
+    ]
+    chosen: list[Any] = [None] * len(front)
+    for i, (xs, axis) in enumerate(zip(front, axes, strict=True)):
+        if axis is not None and _has_short_rows(xs[0]):
+            chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
+    rest = [i for i, m in enumerate(chosen) if m is None]
+    if rest:
+        leaves = [front[i] if score else front[i][0] for i in rest]
+        found = selection.top_k_mask(leaves, [counts[i] for i in rest], score=score)
+        for i, m in zip(rest, found, strict=True):
+            chosen[i] = m
+    return [
+        m if axis is None else jnp.moveaxis(m, 0, axis)
+        for m, axis in zip(chosen, axes, strict=True)
+    ]
+
+
+def _has_short_rows(x: jax.Array) -> bool:
+    """Whether all pairs of a row may be compared: rows are short and not split."""
+    if x.ndim != 2 or x.shape[1] > LONGEST:
+        return False
+    spec = jax.typeof(x).sharding.spec
+    return len(spec) < 2 or spec[1] is None
+
+
+def place(mask: jax.Array, like: Any) -> jax.Array:
+    """Puts a concrete mask on the devices of its leaf, also under Auto meshes."""
+    concrete = isinstance(like, jax.Array) and not isinstance(like, Tracer)
+    # Uncommitted arrays stay so; otherwise the second step would be compiled again.
+    if isinstance(mask, Tracer) or not concrete or not like.committed:
+        return mask
+    return jax.device_put(mask, like.sharding)
+
+
+class Ranking(NamedTuple):
+    """What is ranked and how much of it is kept."""
+
+    layers: Layers  # the leaves that take part
+    like: tuple[Any, ...]  # these leaves, concrete or abstract, for shape and placement
+    # Units that the pool keeps, or with `costs` their total cost; a list with the
+    # counts of each leaf if layers are ranked alone.
+    limit: Any
+    costs: list[Any] | None = None  # cost of one unit of each leaf
+
+
+def ranking(
+    params: PyTree,
+    density: Any,
+    *,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    embeddings: bool = True,
+    pattern: Pattern | None = None,
+) -> Ranking:
+    """The ranking that a density asks for, without scores; see ``score_masks``."""
+    cure = "Use 'leaf' to rank each layer alone."
+    checks.choice("scope", scope, ("global", "leaf"), cure=cure)
+    pattern = pattern_of(pattern)
+    layers = layers_of(
+        params, where, stacked, pattern, embeddings=embeddings, may_be_empty=True
+    )
+    like = layers.pick(params)
+    if not layers.index:
+        return Ranking(layers, like, [])
+    if pattern.density is not None or scope == "leaf":
+        return Ranking(layers, like, unit_counts_of(density, layers, params))
+    k, costs = pool_of(density, layers, params)
+    return Ranking(layers, like, k, layers.costs(costs))
+
+
+def highest(
+    wanted: Ranking,
+    arrays: Sequence[Operands],
+    score: Callable[..., jax.Array] | None = None,
+    within: Sequence[jax.Array] | None = None,
+) -> PyTree:
+    """The mask tree of a ranking, from scores. ``within`` is a mask per leaf of what
+    ranks first, whatever its score. It follows the pattern; each leaf then has one
+    array of scores, none negative.
+    """
+    layers = wanted.layers
+    operands, score = layers.operands(arrays, score)
+    if within is not None:
+        pairs = zip(operands, layers.view(within), strict=True)
+        operands, score = [(*xs, m) for xs, m in pairs], _first_within
+    if isinstance(wanted.limit, list):
+        kept = top_of_layers(operands, wanted.limit, layers.units.axes, score)
+    else:
+        pool = list(operands) if score else [x for (x,) in operands]
+        kept = selection.top_k_mask(pool, wanted.limit, score=score, costs=wanted.costs)
+    return layers.rebuild(map(place, layers.spread(kept), wanted.like))
+
+
+def _first_within(score: jax.Array, within: jax.Array) -> jax.Array:
+    # Outside of it -1, below every score, so that there is no tie with zero.
+    return jnp.where(within, score, -1)
+
+
+def random_of_layers(
+    key: jax.Array,
+    layers: Layers,
+    like: Sequence[Any],
+    counts: Sequence[Any],
+    keep: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Random masks with these counts; ``like`` gives shapes and placement."""
+    pairs = zip(layers.names, like, strict=True)
+    operands: list[Operands] = [(random_scores(key, name, x),) for name, x in pairs]
+    score = None
+    if keep is not None:
+        operands = [(*xs, m) for xs, m in zip(operands, keep, strict=True)]
+        score = _first_kept
+    kept = top_of_layers(operands, counts, layers.axes, score)
+    return [place(m, x) for m, x in zip(kept, like, strict=True)]
+
+
+def _first_kept(chance: jax.Array, mask: jax.Array) -> jax.Array:
+    # The top bit marks those that come first; 31 random bits order the others.
+    return (chance >> 1) | (mask.astype(jnp.uint32) << 31)
+
+
+# --- what users call ------------------------------------------------------------------
+@boundary("random_masks")
+def random_masks(
+    key: Key,
+    params: PyTree,
+    budget: Any,
+    *,
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    keep: PyTree | None = None,
+) -> PyTree:
+    """Masks of exactly the budget's counts, uniformly at random within each layer.
+
+    Args:
+      key: Integer seed or random key.
+      params: The parameters, concrete or abstract; only shapes are used.
+      budget: A density in (0, 1] for every layer, or a budget.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      keep: Masks whose weights come first: a larger budget keeps all of them and adds
+        random ones, a smaller one keeps a random part of them.
+
+    Returns:
+      A mask tree; each mask has the sharding of its leaf.
+
+    Raises:
+      ValueError: If an argument does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> kept = masks.random_masks(0, {"w": jnp.zeros((20, 10))}, 0.05)
+      >>> masks.count(kept)
+      10
+      >>> more = masks.random_masks(1, {"w": jnp.zeros((20, 10))}, 0.1, keep=kept)
+      >>> masks.count(more), masks.count(masks.combine(jnp.logical_and, kept, more))
+      (20, 10)
+    """
+    layers = layers_of(params, where, stacked)
+    counts, like = counts_of(budget, layers, params), layers.pick(params)
+    first = None
+    if keep is not None:
+        given, structure = flatten(keep)
+        names, flat = leaf_names(params), jax.tree.leaves(params, is_leaf=is_hole)
+        check_names(structure, names)
+        check_shapes(given, flat, names)
+        nothing = jnp.zeros((), bool)
+        first = [
+            jnp.broadcast_to(nothing if is_hole(m) else unpack(m), x.shape)
+            for m, x in zip(layers.pick(keep), like, strict=True)
+        ]
+    kept = random_of_layers(as_key(key), layers, like, counts, first)
+    return layers.rebuild(kept)
+
+
+@boundary("magnitude_masks")
+def magnitude_masks(
+    params: PyTree,
+    density: Any,
+    *,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    embeddings: bool = True,
+    pattern: Pattern | None = None,
+) -> PyTree:
+    """Masks of the weights of largest magnitude, an exact number of them.
+
+    Args:
+      params: The parameters.
+      density: A density in (0, 1], or a budget.
+      scope: ``"global"`` ranks all weights in one pool, with the budget's total;
+        ``"leaf"`` ranks each layer alone, with the budget's count for it.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      embeddings: Whether the default choice takes embedding tables. Give False for the
+        cut after GSM, which leaves them out.
+      pattern: See ``patterns``; ranks the sum of magnitudes. With N:M ``density=None``.
+
+    Returns:
+      A mask tree.
+
+    Raises:
+      ValueError: If an argument does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"w": jnp.array([[0.1, -2.0], [0.3, 1.0]])}
+      >>> sparse_optax.masks.magnitude_masks(params, 0.5)["w"].tolist()
+      [[False, True], [False, True]]
+    """
+    return unnamed(score_masks)(
+        (params,),
+        params,
+        density,
+        score=jnp.abs,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        embeddings=embeddings,
+        pattern=pattern,
+    )
+
+
+@boundary("score_masks")
+def score_masks(
+    scores: PyTree,
+    params: PyTree,
+    density: Any,
+    *,
+    score: Callable[..., jax.Array] | None = None,
+    scope: str = "global",
+    where: Where | None = None,
+    stacked: Mapping[str, int] | None = None,
+    embeddings: bool = True,
+    pattern: Pattern | None = None,
+) -> PyTree:
+    """Masks of the weights of highest score, an exact number of them.
+
+    Equal scores rank by leaf, then by index; NaN ranks above all numbers.
+
+    Args:
+      scores: A tree like ``params``; leaves that do not take part are not read. With
+        ``score``, a tuple of such trees.
+      params: The parameters, concrete or abstract: names, shapes and placement.
+      density: A density in (0, 1], or a budget.
+      score: An element-wise, module-level function of the leaves of the trees in
+        ``scores``. It is applied during the search; its result is never stored.
+      scope: ``"global"`` ranks all weights in one pool, with the budget's total;
+        ``"leaf"`` ranks each layer alone, with the budget's count for it.
+      where: Which leaves take part, see ``eligible``.
+      stacked: ``{name: axis}`` of leaves that stack layers.
+      embeddings: Whether the default choice takes embedding tables.
+      pattern: See ``patterns``; ranks the sum of magnitudes of scores. With ``"leaf"``
+        a layer keeps a unit or more. N:M does not read the density.
+
+    Returns:
+      A mask tree.
+
+    Raises:
+      ValueError: If an argument does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"b": jnp.zeros(2), "w": jnp.zeros((2, 2))}
+      >>> scores = {"b": jnp.ones(2), "w": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+      >>> sparse_optax.masks.score_masks(scores, params, 0.5)["w"].tolist()
+      [[True, False], [False, True]]
+    """
+    wanted = ranking(
+        params,
+        density,
+        scope=scope,
+        where=where,
+        stacked=stacked,
+        embeddings=embeddings,
+        pattern=pattern,
+    )
+    names = leaf_names(params)
+    trees = [scores] if score is None else list(scores)
+    columns = [_picked(tree, names, wanted) for tree in trees]
+    return highest(wanted, list(zip(*columns, strict=True)), score)
+
+
+def _picked(tree: PyTree, names: list[str], wanted: Ranking) -> tuple[Any, ...]:
+    """The leaves of a tree of scores that take part, checked."""
+    if (found := names_of(flatten(tree)[1])) != names:
+        raise ArgumentError(
+            f"`scores` has the leaves {found} and `params` {names}; the structures "
+            "must be equal. Pass one score for each weight."
+        )
+    picked = wanted.layers.pick(tree)
+    for leaf, x in zip(wanted.layers.leaves, picked, strict=True):
+        if (shape := getattr(x, "shape", None)) != leaf.shape:
+            raise ArgumentError(
+                f"the scores of {leaf.name!r} have shape {shape} and `params` "
+                f"{leaf.shape}; they must be equal. Pass one score a weight."
+            )
+    return picked

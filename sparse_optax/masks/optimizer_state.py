@@ -1,0 +1,274 @@
+"""Masks in optimizer states: reads, replaces and applies them."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_optax.checks import ArgumentError, boundary, unnamed
+from sparse_optax.layers import PyTree, is_hole, leaf_names, path_name
+from sparse_optax.masks.tree import (
+    PackedMask,
+    check_dtype,
+    check_shapes,
+    flatten,
+    is_mask,
+    mask_shape,
+    names_of,
+    pack,
+    unpack,
+)
+
+
+def states_with(opt_state: PyTree, *fields: str) -> Iterator[Any]:
+    """Every state that has one of these fields, nested states included. States are
+    found by field, not by class: wrappers such as flax.nnx keep the fields, and the
+    states are defined in later modules.
+    """
+
+    def is_state(node):
+        return any(hasattr(node, field) for field in fields)
+
+    for node in jax.tree.leaves(opt_state, is_leaf=is_state):
+        if is_state(node):
+            yield node
+            yield from states_with(getattr(node, "inner_state", ()), *fields)
+
+
+def named_masks(masks_or_state: PyTree) -> dict[str, Any]:
+    """Masks by the normalised name of their leaf, plain or packed, without holes."""
+    if any(True for _ in states_with(masks_or_state, "regrow_masks")):
+        masks_or_state = get_masks(masks_or_state)
+    flat, structure = flatten(masks_or_state)
+    named = dict(zip(names_of(structure), flat, strict=True))
+    for name, mask in named.items():
+        if not is_mask(mask):  # neither a hole nor packed
+            if not hasattr(mask, "dtype"):
+                raise ArgumentError(
+                    f"in `masks`, {name!r} is a {type(mask).__name__}; it must be a "
+                    "boolean array. Pass a mask tree, such as "
+                    "sparse_optax.get_masks(opt_state)."
+                )
+            check_dtype(mask, name)
+    return {name: mask for name, mask in named.items() if not is_hole(mask)}
+
+
+def _has_masks(node: Any) -> bool:
+    return hasattr(node, "regrow_masks")
+
+
+def _merge(a: PyTree, b: PyTree, path: tuple = ()) -> PyTree:
+    """Merges two trees. A hole may stand for a leaf or for a whole subtree."""
+    if is_hole(a):
+        return b
+    if is_hole(b):
+        return a
+
+    def is_child(tree):
+        return lambda node: node is not tree
+
+    children, structure = jax.tree_util.tree_flatten_with_path(a, is_leaf=is_child(a))
+    others = jax.tree.leaves(b, is_leaf=is_child(b))
+    if is_mask(a) or not children or children[0][1] is a:
+        if not children and not is_mask(a):
+            return a
+        raise ArgumentError(
+            f"two states in `opt_state` mask the leaf {path_name(path)!r}; "
+            "each leaf may have one method. Give the methods disjoint leaves through "
+            "`where` or optax.partition."
+        )
+    merged = [
+        _merge(x, y, (*path, *key))
+        for (key, x), y in zip(children, others, strict=True)
+    ]
+    return jax.tree.unflatten(structure, merged)
+
+
+@boundary("get_masks")
+def get_masks(opt_state: PyTree) -> PyTree:
+    """Masks in an optimizer state, merged over all states of ``regrow`` in it.
+
+    Args:
+      opt_state: An optimizer state, also chained, partitioned, masked or injected.
+
+    Returns:
+      A mask tree like the parameters. Its arrays belong to the state: copy them before
+      a training step that donates the state.
+
+    Raises:
+      ValueError: Without a state of ``regrow``, or if two of them mask one leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.sparse_momentum_regrow(
+      ...     optax.sgd(0.1, momentum=0.9), density=0.25, update_period=10,
+      ...     update_stop=100, key=0)
+      >>> state = tx.init({"w": jnp.ones((4, 5))})
+      >>> sparse_optax.masks.count(sparse_optax.get_masks(state))
+      5
+    """
+    found = [s.regrow_masks for s in states_with(opt_state, "regrow_masks")]
+    if not found:
+        raise ArgumentError(
+            "`opt_state` holds no masks; it must come from an optimizer "
+            "with a sparse training method of this package, such as "
+            "sparse_momentum_regrow. Pass that optimizer's state."
+        )
+    merged, structure = flatten(functools.reduce(_merge, found))
+    return jax.tree.unflatten(
+        structure, [m if is_hole(m) else unpack(m) for m in merged]
+    )
+
+
+@boundary("get_explored")
+def get_explored(opt_state: PyTree) -> PyTree:
+    """Which weights were ever active, if a growth rule records it.
+
+    Args:
+      opt_state: An optimizer state with ``in_time_over_parameterization``, or another
+        method that grows by ``regrowth.grow.unexplored``.
+
+    Returns:
+      A mask tree like the parameters, for ``report.summary(params, opt_state,
+      explored=...)``. Its ``masks.density`` is the explored share R_s. Each cycle
+      updates it. With a ``pattern`` it has one entry per unit.
+
+    Raises:
+      ValueError: If no rule records it, or two rules do for one leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.in_time_over_parameterization(
+      ...     optax.sgd(0.1), density=0.25, update_period=1, update_stop=4, key=0)
+      >>> params = {"w": jnp.ones((4, 5))}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     explored = sparse_optax.masks.get_explored(state)
+      ...     print(sparse_optax.masks.density(explored))
+      ...     _, state = tx.update(params, state, params)
+      0.25
+      0.25
+      0.35
+    """
+
+    def remembers(node):
+        return hasattr(node, "explored")
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=remembers)
+    found = [node.explored.values for node in nodes if remembers(node)]
+    if not found:
+        raise ArgumentError(
+            "no rule in `opt_state` remembers; it must come from "
+            "in_time_over_parameterization, or grow by grow.unexplored. Use "
+            "report.explore to count beside the training."
+        )
+    return functools.reduce(_merge, found)
+
+
+@boundary("set_masks")
+def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
+    """Replaces the masks in an optimizer state.
+
+    Args:
+      opt_state: An optimizer state with at least one state of ``regrow``.
+      masks: A mask tree like the parameters, not read where a state has a hole.
+
+    Returns:
+      The state with the new masks. The next cycle keeps their count, unless the method
+      has a moving ``budget``. They must follow the ``pattern``, which is not checked. A
+      hidden weight that becomes active starts at zero.
+
+    Raises:
+      ValueError: If there is no state of ``regrow``, or the masks do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> tx = sparse_optax.sparse_momentum_regrow(
+      ...     optax.sgd(0.1, momentum=0.9), density=0.25, update_period=10,
+      ...     update_stop=100, key=0)
+      >>> state = tx.init({"w": jnp.ones((4, 5))})
+      >>> new = {"w": jnp.arange(20).reshape(4, 5) < 5}
+      >>> state = sparse_optax.set_masks(state, new)
+      >>> bool((sparse_optax.get_masks(state)["w"] == new["w"]).all())
+      True
+    """
+    unnamed(get_masks)(opt_state)  # raises where there is none
+    given = named_masks(masks)
+    used: set[str] = set()
+
+    def replace(node):
+        if not _has_masks(node):
+            return node
+        old, structure = flatten(node.regrow_masks)
+        new = []
+        for previous, name in zip(old, names_of(structure), strict=True):
+            if is_hole(previous):
+                new.append(previous)
+                continue
+            mask = given.get(name)
+            if mask is None or mask_shape(mask) != mask_shape(previous):
+                got = "none" if mask is None else f"shape {mask_shape(mask)}"
+                raise ArgumentError(
+                    f"`masks` must hold a mask of shape "
+                    f"{mask_shape(previous)} for {name!r}; got {got}. Pass masks made "
+                    "for these parameters."
+                )
+            used.add(name)
+            # Copied: the state may be donated, the caller's masks may not.
+            plain = jnp.array(unpack(mask), bool, copy=True)
+            new.append(pack(plain) if isinstance(previous, PackedMask) else plain)
+        return node._replace(
+            regrow_masks=jax.tree.unflatten(structure, new),
+            inner_state=jax.tree.map(replace, node.inner_state, is_leaf=_has_masks),
+        )
+
+    replaced = jax.tree.map(replace, opt_state, is_leaf=_has_masks)
+    if unknown := sorted(given.keys() - used):
+        raise ArgumentError(
+            f"`masks` holds {unknown}, which no state masks; the names must "
+            f"be among {sorted(used)}. Leave them out."
+        )
+    return replaced
+
+
+@boundary("sparsify")
+def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
+    """Sets missing weights to zero: before the first step, or in averaged weights.
+
+    Leaves are paired by normalised name: masks of ``flax.nnx`` fit a plain tree.
+
+    Args:
+      params: The parameters.
+      masks_or_state: A mask tree, or an optimizer state that holds one.
+
+    Returns:
+      The parameters in their own type, missing weights exactly zero.
+
+    Raises:
+      ValueError: If a mask has no parameter of its name, or another shape.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> params = {"b": jnp.ones(2), "w": jnp.ones((1, 2))}
+      >>> mask = {"w": jnp.array([[True, False]])}
+      >>> sparse_optax.sparsify(params, mask)["w"].tolist()
+      [[1.0, 0.0]]
+    """
+    by_name = named_masks(masks_or_state)
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    result = []
+    for name, x in zip(leaf_names(params), flat, strict=True):
+        mask = by_name.pop(name, None)
+        if mask is None:
+            result.append(x)
+            continue
+        check_shapes([mask], [x], [name])
+        result.append(jnp.where(unpack(mask), x, jnp.zeros((), x.dtype)))
+    if by_name:
+        raise ArgumentError(
+            f"no parameter is named {sorted(by_name)}; the parameters are "
+            f"{leaf_names(params)}. Pass masks made for these parameters."
+        )
+    return jax.tree.unflatten(structure, result)

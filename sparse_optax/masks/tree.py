@@ -1,0 +1,310 @@
+"""Mask trees as data: holes, packed leaves, counts, masks on parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole, leaf_names
+from sparse_optax.patterns import SINGLE, Pattern
+
+
+class PackedMask(NamedTuple):
+    """A boolean array stored with one bit per weight.
+
+    Attributes:
+      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
+      spare: uint8 zeros, one more than the unused bits at the end of each row. Its
+        length stores the shape without a static field in the optimizer state; it is
+        never empty, since not every library stores empty arrays.
+    """
+
+    bits: jax.Array
+    spare: jax.Array
+
+
+def is_mask(node: Any) -> bool:
+    """Whether a node of a mask tree is one leaf: a hole or a packed mask."""
+    return is_hole(node) or isinstance(node, PackedMask)
+
+
+def flatten(masks: PyTree) -> tuple[list[Any], Any]:
+    """Leaves and structure of a mask tree; holes and packed masks count as leaves."""
+    return jax.tree.flatten(masks, is_leaf=is_mask)
+
+
+def names_of(structure: Any) -> list[str]:
+    """Normalised leaf names of a structure that ``flatten`` gave."""
+    return leaf_names(jax.tree.unflatten(structure, [0] * structure.num_leaves))
+
+
+def mask_shape(mask: Any) -> tuple[int, ...]:
+    """Shape of the weights of a plain or packed mask."""
+    if not isinstance(mask, PackedMask):
+        return mask.shape
+    *rows, last = mask.bits.shape
+    return (*rows, 8 * last - mask.spare.shape[-1] + 1)
+
+
+@boundary("pack")
+def pack(mask: jax.Array) -> PackedMask:
+    """Stores a boolean array with one bit per weight, eight along the last axis.
+
+    Args:
+      mask: Boolean array of any shape with at least one dimension.
+
+    Returns:
+      A ``PackedMask`` of ceil(last / 8) bytes per row.
+
+    Raises:
+      ValueError: If the mask is a scalar, or an Explicit mesh splits the last axis
+        within a byte. (An Auto mesh gathers such a mask.)
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> packed = sparse_optax.masks.pack(jnp.ones((3, 10), bool))
+      >>> packed.bits.shape, bool(sparse_optax.masks.unpack(packed).all())
+      ((3, 2), True)
+    """
+    if not mask.ndim:
+        raise ArgumentError(
+            "a scalar mask has no axis to pack. Use packed=False, or leave scalars "
+            "out with `where`."
+        )
+    sharding = jax.typeof(mask).sharding
+    if not sharding.mesh.empty and sharding.spec[-1] is not None:
+        axes = sharding.spec[-1]
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+        if mask.shape[-1] % (8 * parts):
+            raise ArgumentError(
+                f"`packed`: the last axis of a mask of shape {mask.shape} is cut into "
+                f"{parts} parts that are not whole bytes; its length must be a "
+                f"multiple of {8 * parts}. Shard another axis, or use packed=False."
+            )
+    bits = jnp.packbits(mask, axis=-1)
+    unused = 8 * bits.shape[-1] - mask.shape[-1]
+    return PackedMask(bits, jnp.zeros((unused + 1,), jnp.uint8))
+
+
+def unpack(mask: jax.Array | PackedMask) -> jax.Array:
+    """The boolean array of a packed mask; a plain mask is returned.
+
+    Wrappers that do arithmetic on states (``optax.contrib.sam``) turn bools and bytes
+    into integers, which are read as bools and bytes.
+
+    Args:
+      mask: A ``PackedMask`` or a boolean array.
+
+    Returns:
+      A boolean array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks
+      >>> masks.unpack(masks.pack(jnp.array([True, False, True]))).tolist()
+      [True, False, True]
+    """
+    if not isinstance(mask, PackedMask):
+        integer = jnp.issubdtype(getattr(mask, "dtype", bool), jnp.integer)
+        return mask.astype(bool) if integer else mask
+    bits = mask.bits.astype(jnp.uint8)
+    return jnp.unpackbits(bits, axis=-1, count=mask_shape(mask)[-1]).astype(bool)
+
+
+# --- counts -------------------------------------------------------------------------
+def slice_counts(mask: jax.Array) -> jax.Array:
+    """True entries in each slice along axis 0, int32; for a scalar the count itself.
+    An int32 could not hold the count of a whole leaf of 2^31 weights.
+    """
+    return jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
+
+
+def whole_count(mask: jax.Array) -> int:
+    """True entries of a concrete mask of any size, as a Python integer."""
+    return int(np.asarray(slice_counts(mask)).sum(dtype=np.int64))
+
+
+def count(masks: PyTree) -> int:
+    """Number of kept weights.
+
+    Args:
+      masks: A concrete mask tree.
+
+    Returns:
+      The exact count over all leaves, as a Python integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> sparse_optax.masks.count({"w": jnp.array([True, False, True])})
+      2
+    """
+    kept = [m for m in flatten(masks)[0] if not is_hole(m)]
+    # Under a trace, concrete masks are constants and are counted at trace time.
+    with jax.ensure_compile_time_eval():
+        return sum(whole_count(unpack(m)) for m in kept)
+
+
+def density(masks: PyTree) -> float:
+    """Fraction of kept weights among all weights that take part.
+
+    Args:
+      masks: A concrete mask tree.
+
+    Returns:
+      A number in [0, 1]; 1 if no leaf takes part.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> sparse_optax.masks.density({"w": jnp.array([True, False])})
+      0.5
+    """
+    shapes = [mask_shape(m) for m in flatten(masks)[0] if not is_hole(m)]
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    return count(masks) / size if size else 1.0
+
+
+# --- masks and parameters -----------------------------------------------------------
+def check_names(masks: Any, params: Sequence[str]) -> None:
+    """Raises unless the masks have the leaves of the parameters, by name."""
+    names = names_of(masks)
+    if names != list(params):
+        raise ArgumentError(
+            f"the masks have the leaves {names} and `params` {list(params)}; the "
+            "structures must be equal. Pass the tree that the masks were made for."
+        )
+
+
+def check_shapes(
+    masks: Sequence[Any], params: Sequence[Any], names: Sequence[str]
+) -> None:
+    """Raises unless there is a mask for each parameter, of its shape."""
+    if len(masks) != len(params):
+        raise ArgumentError(
+            f"the masks have {len(masks)} leaves and `params` {len(params)}; the "
+            "structures must be equal. Pass the tree that the masks were made for."
+        )
+    for mask, param, name in zip(masks, params, names, strict=True):
+        if not is_hole(mask) and mask_shape(mask) != tuple(param.shape):
+            raise ArgumentError(
+                f"the mask of {name!r} has shape {mask_shape(mask)} and `params` "
+                f"{tuple(param.shape)}; they must be equal. Pass masks made for these "
+                "parameters."
+            )
+
+
+def check_dtype(mask: Any, name: str) -> None:
+    """Raises unless a mask is boolean."""
+    dtype = getattr(mask, "dtype", jnp.dtype(bool))
+    if dtype != jnp.dtype(bool):
+        raise ArgumentError(
+            f"in `masks`, {name!r} has dtype {dtype}; it must be bool. Pass "
+            "mask.astype(bool)."
+        )
+
+
+def layers_of_masks(
+    masks: PyTree,
+    params: PyTree,
+    stacked: Mapping[str, int] | None = None,
+    pattern: Pattern = SINGLE,
+) -> Layers:
+    """The layers that have masks; they rebuild trees like the masks'."""
+    kept, structure = flatten(masks)
+    flat, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
+    check_names(structure, names)
+    check_shapes(kept, flat, names)
+    chosen = [not is_hole(m) for m in kept]
+    return chosen_layers(params, chosen, stacked, pattern, structure)
+
+
+@boundary("masks.apply")
+def apply(masks: PyTree, tree: PyTree) -> PyTree:
+    """Sets every missing weight to exactly zero: ``where(mask, x, 0)``.
+
+    A product would not do: ``inf * 0`` is NaN.
+
+    Args:
+      masks: A mask tree.
+      tree: A tree of the same structure; leaves at a hole are returned as they are.
+
+    Returns:
+      The masked tree, dtypes unchanged.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> mask = {"w": jnp.array([True, False])}
+      >>> sparse_optax.masks.apply(mask, {"w": jnp.array([2.0, jnp.inf])})["w"].tolist()
+      [2.0, 0.0]
+    """
+    kept, _ = flatten(masks)
+    flat, structure = jax.tree.flatten(tree, is_leaf=is_hole)
+    check_shapes(kept, flat, leaf_names(tree))
+    return jax.tree.unflatten(
+        structure,
+        [
+            x if is_hole(m) else jnp.where(unpack(m), x, jnp.zeros((), x.dtype))
+            for m, x in zip(kept, flat, strict=True)
+        ],
+    )
+
+
+def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
+    """Combines mask trees leaf by leaf.
+
+    Args:
+      operator: A function of boolean arrays, such as ``jnp.logical_or``.
+      *masks: Mask trees of the same structure.
+
+    Returns:
+      A mask tree.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([True, True])}
+      >>> sparse_optax.masks.combine(jnp.logical_and, a, b)["w"].tolist()
+      [True, False]
+    """
+    return jax.tree.map(
+        lambda m, *rest: (
+            m if is_hole(m) else operator(unpack(m), *(unpack(r) for r in rest))
+        ),
+        *masks,
+        is_leaf=is_mask,
+    )
+
+
+@boundary("masks.fill")
+def fill(masks: PyTree, params: PyTree) -> PyTree:
+    """Turns holes into all-True masks, so that every parameter has an array.
+
+    Args:
+      masks: A mask tree.
+      params: The parameters.
+
+    Returns:
+      A tree of boolean arrays with the structure of ``params``.
+
+    Raises:
+      ValueError: If the numbers of leaves or a shape differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparse_optax import masks
+      >>> masks.fill({"b": optax.MaskedNode()}, {"b": jnp.zeros(2)})["b"].tolist()
+      [True, True]
+    """
+    kept, _ = flatten(masks)
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    check_shapes(kept, flat, leaf_names(params))
+    filled = [
+        jnp.ones_like(x, dtype=bool) if is_hole(m) and not is_hole(x) else unpack(m)
+        for m, x in zip(kept, flat, strict=True)
+    ]
+    return jax.tree.unflatten(structure, filled)

@@ -1,0 +1,453 @@
+"""Patterns: which weights are kept or removed together, or N of each M.
+
+A pattern cuts each leaf into *units*, which a method keeps or removes as a whole.
+Methods see one number per unit, the sum of :math:`|x|` over its weights, and their
+masks of units are spread over the weights:
+
+===========================  ========================================================
+``single_weights()``         every weight is a unit, as without a pattern
+``blocks(rows, columns)``    rectangles of the last two axes
+``output_units()``           whole columns: the weights of one output unit or channel
+``slices()``                 the spatial slices of convolution kernels
+``n_m(n, m)``                single weights, n of each m along the contraction axis
+===========================  ========================================================
+
+Axes are those of flax and haiku: dense kernels are (in, out), convolution kernels
+(height, width, in, out), and the contraction axis is the last but one. Give the axes of
+other layouts.
+
+Units should not cross devices. On a mesh with Explicit axes an axis that is cut into
+units must not be sharded, since JAX cannot split it there. A pattern is a tuple and not
+a function, since ``optax.inject_hyperparams`` takes every callable for a schedule.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax import checks
+from sparse_optax.selection.passes import scores
+from sparse_optax.selection.topk import LONGEST
+
+__all__ = [
+    "Blocks",
+    "GroupsNM",
+    "Pattern",
+    "SingleWeights",
+    "blocks",
+    "n_m",
+    "output_units",
+    "single_weights",
+    "slices",
+]
+
+Shape = Sequence[int]
+Operands = tuple[jax.Array, ...]
+Score = Callable[..., jax.Array] | None
+
+
+class Pattern(Protocol):
+    """The interface of a pattern. ``stacked`` is the axis whose slices are layers."""
+
+    @property
+    def name(self) -> str:
+        """Its name in errors."""
+        ...
+
+    @property
+    def density(self) -> float | None:
+        """The density that it fixes in every layer; None for any density."""
+        ...
+
+    def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
+        """Raises if the leaf ``name`` of this shape cannot be cut into units."""
+        ...
+
+    def at(self, density: Any) -> "Pattern":
+        """The pattern for another density than its own."""
+        ...
+
+    def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
+        """Number of weights of a unit."""
+        ...
+
+    def view_shape(self, shape: Shape, stacked: int | None = None) -> tuple[int, ...]:
+        """The shape of what ``view`` gives."""
+        ...
+
+    def view_axis(self, stacked: int | None) -> int | None:
+        """The axis of the view whose slices are ranked separately."""
+        ...
+
+    def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
+        """One number per unit: the sum of magnitudes; of a mask, whether any is set."""
+        ...
+
+    def operands(
+        self, score: Score, arrays: Operands, stacked: int | None = None
+    ) -> tuple[Operands, Score]:
+        """The arrays and the score by which a selection ranks units."""
+        ...
+
+    def spread(
+        self, units: jax.Array, shape: Shape, stacked: int | None = None
+    ) -> jax.Array:
+        """A mask of weights from a mask of units."""
+        ...
+
+    def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
+        """Weights per leaf, or stacked layer, from units per layer of the view."""
+        ...
+
+    def grid(
+        self, shape: Shape, stacked: int | None = None
+    ) -> tuple[tuple[int, ...], int | None]:
+        """The shape of the view with whole layers, and the axis of layers in it."""
+        ...
+
+    def follows(self, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+        """Whether a mask follows the pattern, a bool scalar."""
+        ...
+
+
+class SingleWeights(NamedTuple):
+    """The default pattern: every weight is a unit.
+
+    Attributes:
+      name: Its name in errors.
+      density: None: any density.
+    """
+
+    name: str = "single_weights()"
+    density: float | None = None
+
+    def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
+        pass
+
+    def at(self, density: Any) -> Pattern:
+        return self
+
+    def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
+        return 1
+
+    def view_shape(self, shape: Shape, stacked: int | None = None) -> tuple[int, ...]:
+        return tuple(shape)
+
+    def view_axis(self, stacked: int | None) -> int | None:
+        return stacked
+
+    def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
+        return x
+
+    def operands(
+        self, score: Score, arrays: Operands, stacked: int | None = None
+    ) -> tuple[Operands, Score]:
+        return arrays, score
+
+    def spread(
+        self, units: jax.Array, shape: Shape, stacked: int | None = None
+    ) -> jax.Array:
+        return units
+
+    def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
+        return units
+
+    def grid(
+        self, shape: Shape, stacked: int | None = None
+    ) -> tuple[tuple[int, ...], int | None]:
+        return self.view_shape(shape, stacked), stacked
+
+    def follows(self, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+        return jnp.ones([], bool)
+
+
+class Blocks(NamedTuple):
+    """Units that are boxes; made by ``blocks``, ``output_units`` and ``slices``.
+
+    Attributes:
+      name: Its name in errors.
+      sizes: ``(axis, size)`` of a unit along some axes.
+      others: Its size along the other axes: 1, or None for their whole length.
+      density: None: any density.
+    """
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    others: int | None = 1
+    density: float | None = None
+
+    def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
+        _check_axes(self.name, self.sizes, name, shape, stacked)
+
+    def at(self, density: Any) -> Pattern:
+        return self
+
+    def _unit(self, shape: Shape, stacked: int | None) -> list[int]:
+        """Size of a unit along each axis."""
+        sizes = [size if self.others is None else 1 for size in shape]
+        for axis, size in self.sizes:
+            sizes[axis % len(shape)] = size
+        if stacked is not None:
+            sizes[stacked] = 1
+        return sizes
+
+    def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
+        return math.prod(self._unit(shape, stacked))
+
+    def view_shape(self, shape: Shape, stacked: int | None = None) -> tuple[int, ...]:
+        sizes = self._unit(shape, stacked)
+        return tuple(n // size for n, size in zip(shape, sizes, strict=True))
+
+    def view_axis(self, stacked: int | None) -> int | None:
+        return stacked
+
+    def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
+        sizes = self._unit(x.shape, stacked)
+        pairs = zip(x.shape, sizes, strict=True)
+        parts = x.reshape([y for n, size in pairs for y in (n // size, size)])
+        within = tuple(range(1, 2 * x.ndim, 2))
+        if x.dtype == bool:
+            return jnp.any(parts, axis=within)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.sum(jnp.abs(parts.astype(wide)), axis=within)
+
+    def operands(
+        self, score: Score, arrays: Operands, stacked: int | None = None
+    ) -> tuple[Operands, Score]:
+        return (self.view(scores(score, arrays), stacked),), None
+
+    def spread(
+        self, units: jax.Array, shape: Shape, stacked: int | None = None
+    ) -> jax.Array:
+        for axis, size in enumerate(self._unit(shape, stacked)):
+            units = jnp.repeat(units, size, axis=axis, total_repeat_length=shape[axis])
+        return units
+
+    def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
+        return units * self.unit_size(shape, stacked)
+
+    def grid(
+        self, shape: Shape, stacked: int | None = None
+    ) -> tuple[tuple[int, ...], int | None]:
+        return self.view_shape(shape, stacked), stacked
+
+    def follows(self, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+        units = self.view(mask, stacked)
+        return jnp.all(self.spread(units, mask.shape, stacked) == mask)
+
+
+class GroupsNM(NamedTuple):
+    """N of each M weights; made by ``n_m``. Each group is ranked like a layer.
+
+    Attributes:
+      name: Its name in errors.
+      n: Weights kept per group.
+      m: Weights per group.
+      axis: The axis along which groups lie.
+    """
+
+    name: str
+    n: int
+    m: int
+    axis: int
+
+    @property
+    def density(self) -> float | None:
+        """The density n / m of every layer."""
+        return self.n / self.m
+
+    def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
+        _check_axes(self.name, ((self.axis, self.m),), name, shape, stacked)
+
+    def at(self, density: Any) -> Pattern:
+        return self._replace(n=math.floor(min(density, 1) * self.m))
+
+    def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
+        return 1
+
+    def view_shape(self, shape: Shape, stacked: int | None = None) -> tuple[int, ...]:
+        return math.prod(shape) // self.m, self.m
+
+    def view_axis(self, stacked: int | None) -> int | None:
+        return 0
+
+    def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
+        """The values of the leaf, one row per group."""
+        return jnp.moveaxis(x, self.axis, -1).reshape(-1, self.m)
+
+    def operands(
+        self, score: Score, arrays: Operands, stacked: int | None = None
+    ) -> tuple[Operands, Score]:
+        return (self.view(scores(score, arrays), stacked),), None
+
+    def spread(
+        self, units: jax.Array, shape: Shape, stacked: int | None = None
+    ) -> jax.Array:
+        moved = list(shape)
+        moved.append(moved.pop(self.axis))
+        return jnp.moveaxis(units.reshape(moved), -1, self.axis)
+
+    def grid(
+        self, shape: Shape, stacked: int | None = None
+    ) -> tuple[tuple[int, ...], int | None]:
+        axis = self.axis % len(shape)
+        moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+        return moved, None if stacked is None else stacked - (stacked > axis)
+
+    def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
+        whole, own = self.grid(shape, stacked)
+        others = tuple(i for i in range(len(whole)) if i != own)
+        cut = (*whole[:-1], whole[-1] // self.m)
+        return jnp.sum(units.reshape(cut), axis=others, dtype=units.dtype)
+
+    def follows(self, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+        kept = jnp.sum(self.view(mask, stacked), axis=1, dtype=jnp.int32)
+        return jnp.all(kept == self.n)
+
+
+SINGLE = SingleWeights()
+
+
+def pattern_of(pattern: Any) -> Pattern:
+    """A pattern that was given, or the identity for None."""
+    if pattern is None:
+        return SINGLE
+    if not isinstance(pattern, SingleWeights | Blocks | GroupsNM):
+        cure = "Pass patterns.blocks(4, 4) or patterns.n_m(2, 4)."
+        checks.fail("pattern", pattern, "one of sparse_optax.patterns", cure)
+    return pattern
+
+
+def whole_units(counts: Any, size: int) -> Any:
+    """Counts of weights as whole units: rounded down, but one where there is any."""
+    return np.maximum(np.asarray(counts) // size, np.minimum(counts, 1))
+
+
+def _check_axes(pattern, sizes, name, shape, stacked) -> None:
+    rank = len(shape)
+    taken: set[int] = set()
+    for axis, size in sizes:
+        there = -rank <= axis < rank and axis % rank not in taken
+        if there:
+            taken.add(axis % rank)
+            there = axis % rank != stacked or size == 1
+        if not there or shape[axis] % size:
+            what = f"axis {axis}" if there else f"an axis {axis} of its own"
+            raise checks.ArgumentError(
+                f"{pattern} needs {what} whose length is a multiple of {size}; "
+                f"{name!r} has shape {tuple(shape)}"
+                + ("" if stacked is None else f", stacked along axis {stacked}")
+                + ". Leave it out with where=lambda name, leaf: ..., or choose other "
+                "sizes or axes."
+            )
+
+
+# --- the patterns ---------------------------------------------------------------------
+_CURE = "Give a number of weights, such as blocks(4, 4) or n_m(2, 4)."
+
+
+def single_weights() -> SingleWeights:
+    """Every weight is a unit, as without a pattern.
+
+    Returns:
+      A pattern.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.single_weights().unit_size((3, 3, 8, 6))
+      1
+    """
+    return SINGLE
+
+
+@checks.boundary("blocks")
+def blocks(rows: int, columns: int, *, axes: tuple[int, int] = (-2, -1)) -> Blocks:
+    """Rectangles of ``rows`` x ``columns`` weights, of inputs and outputs.
+
+    A convolution kernel has such blocks at each spatial position.
+
+    Args:
+      rows: Weights of a block along the first axis, at least 1.
+      columns: Weights of a block along the second axis, at least 1.
+      axes: The axes of inputs and outputs.
+
+    Returns:
+      A pattern.
+
+    Raises:
+      ValueError: If a size is not an integer of at least 1.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.blocks(4, 2).unit_size((3, 3, 8, 6))
+      8
+    """
+    checks.whole("rows", rows, 1, cure=_CURE)
+    checks.whole("columns", columns, 1, cure=_CURE)
+    return Blocks(f"blocks({rows}, {columns})", ((axes[0], rows), (axes[1], columns)))
+
+
+def output_units(*, axis: int = -1) -> Blocks:
+    """All weights that lead to one output unit or channel.
+
+    Args:
+      axis: The axis of the outputs; 0 in equinox.
+
+    Returns:
+      A pattern.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.output_units().unit_size((3, 3, 8, 6))
+      72
+    """
+    return Blocks("output_units()", ((axis, 1),), others=None)
+
+
+def slices(*, axes: tuple[int, int] = (-2, -1)) -> Blocks:
+    """The spatial slices of convolution kernels: one for each input and output.
+
+    Args:
+      axes: The axes of inputs and outputs.
+
+    Returns:
+      A pattern. Of a dense kernel each weight is a slice.
+
+    Examples:
+      >>> from sparse_optax import patterns
+      >>> patterns.slices().unit_size((3, 3, 8, 6))
+      9
+    """
+    return Blocks("slices()", ((axes[0], 1), (axes[1], 1)), others=None)
+
+
+@checks.boundary("n_m")
+def n_m(n: int, m: int, *, axis: int = -2) -> GroupsNM:
+    """N:M sparsity: n weights of each m neighbours along the contraction axis.
+
+    Hardware for 2:4 matrices skips zeros along the axis that it sums over: inputs.
+
+    Args:
+      n: Weights kept per group, at least 1 and at most m.
+      m: Weights per group, from 2 to 32.
+      axis: The contraction axis; 1 in equinox.
+
+    Returns:
+      A pattern. It fixes the final density of every layer at n / m.
+
+    Raises:
+      ValueError: If n or m is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> kernel = jnp.array([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
+      >>> sparse_optax.patterns.n_m(2, 4).view(kernel).tolist()
+      [[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]]
+    """
+    checks.whole("m", m, 2, LONGEST, cure=_CURE)
+    checks.whole("n", n, 1, m, cure=_CURE)
+    return GroupsNM(f"n_m({n}, {m})", n, m, axis)

@@ -1,0 +1,252 @@
+"""The start of a run: checks the arguments and makes the first masks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from sparse_optax import checks, schedules
+from sparse_optax.budgets.resolve import check_static, total, unit_counts_of
+from sparse_optax.checks import ArgumentError, fail
+from sparse_optax.layers import (
+    Layers,
+    PyTree,
+    Where,
+    check_some,
+    is_hole,
+    layers_of,
+)
+from sparse_optax.masks.make import Key, place, random_of_layers, top_of_layers
+from sparse_optax.masks.tree import check_dtype, layers_of_masks, unpack, whole_count
+from sparse_optax.patterns import Pattern
+from sparse_optax.regrowth.rules import Rule
+from sparse_optax.regrowth.targets import first_counts
+from sparse_optax.schedules.prune_rate import cosine_unless
+
+
+class Method(NamedTuple):
+    """The arguments of ``regrow``, with their names."""
+
+    inner: optax.GradientTransformation | None
+    density: Any
+    prune: Rule
+    redistribute: Rule
+    grow: Rule
+    update_period: int
+    update_start: int
+    update_stop: int | None
+    prune_rate: optax.ScalarOrSchedule | None
+    key: Key
+    masks: PyTree | None
+    where: Where | None
+    stacked: Mapping[str, int] | None
+    momentum: str | float
+    reset_moments: str
+    packed: bool
+    budget: optax.Schedule | schedules.Towards | None
+    hidden: bool
+    pattern: Pattern
+    regrown: str
+
+    @property
+    def rules(self) -> tuple[Rule, Rule, Rule]:
+        """The prune, the redistribution and the growth rule."""
+        return self.prune, self.redistribute, self.grow
+
+    @property
+    def needs(self) -> set[str]:
+        """What the rules read."""
+        return {name for rule in self.rules for name in rule.needs}
+
+    @property
+    def inner_tx(self) -> optax.GradientTransformationExtraArgs:
+        """The wrapped optimizer, or the identity behind an optimizer in a chain."""
+        return optax.with_extra_args_support(self.inner or optax.identity())
+
+    def rate_at(self, count: jax.Array) -> jax.Array:
+        """The prune rate after ``count`` finished updates."""
+        rate = cosine_unless(self.prune_rate, 0.5, self.update_stop)
+        return jnp.asarray(rate(count) if callable(rate) else rate, jnp.float32)
+
+
+# --- arguments ------------------------------------------------------------------------
+def check(method: Method) -> None:
+    """Raises if an argument of ``regrow`` is out of its range. Only Python numbers are
+    checked: injected hyper-parameters are traced.
+    """
+    _check_parts(method)
+    _check_timing(method)
+    _check_budget(method)
+    momentum = method.momentum
+    if isinstance(momentum, str) and momentum != "auto":
+        fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
+    if not isinstance(momentum, str):
+        cure = 'Pass 0.9, or leave it out for "auto".'
+        checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
+    cure = 'Use "grown" for RigL, else "none".'
+    checks.choice("reset_moments", method.reset_moments, ("none", "grown"), cure=cure)
+    cure = 'Use "zero", as most papers do.'
+    checks.choice("regrown", method.regrown, ("zero", "value"), cure=cure)
+    if not isinstance(method.hidden, bool):
+        fail("hidden", method.hidden, "True or False", "Leave it out for False.")
+    if method.inner is None:
+        cure = "Wrap the optimizer: regrow(optax.sgd(...), ...)."
+        for name, plain in (
+            ("momentum", "auto"),
+            ("reset_moments", "none"),
+            ("hidden", False),
+        ):
+            value = getattr(method, name)
+            if value != plain:
+                fail(name, value, f"{plain!r} where there is no `inner`", cure)
+
+
+def _check_parts(method: Method) -> None:
+    if method.inner is not None:
+        checks.transformation("inner", method.inner)
+    names = ("prune", "redistribute", "grow")
+    for name, rule in zip(names, method.rules, strict=True):
+        if not isinstance(rule, Rule):
+            cure = "Wrap a function: regrowth.stateless(f)."
+            fail(name, rule, "a regrowth.Rule", cure)
+
+
+def _check_timing(method: Method) -> None:
+    cure = "Pass the steps of an epoch."
+    checks.whole("update_period", method.update_period, 1, cure=cure)
+    cure = "Give a number of updates."
+    checks.whole("update_start", method.update_start, 0, cure=cure)
+    if method.update_stop is not None:
+        checks.whole("update_stop", method.update_stop, 1, cure=cure)
+    if method.prune_rate is None:
+        if method.update_stop is None:
+            cure = "The default prune rate falls to 0 at update_stop; or pass a rate."
+            fail("update_stop", None, "given where `prune_rate` is None", cure)
+    else:
+        cure = "Use 0.5 as in the paper."
+        checks.number("prune_rate", method.prune_rate, 0, 1, schedule=True, cure=cure)
+
+
+def _check_budget(method: Method) -> None:
+    may_miss = method.masks is not None and method.budget is None
+    check_static(method.density, pattern=method.pattern, may_miss=may_miss)
+    budget = method.budget
+    moves = callable(budget) or isinstance(budget, schedules.Towards)
+    if budget is not None and not moves:
+        cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
+        fail("budget", budget, "a schedule of the density", cure)
+
+
+def refuse_multi_steps(inner_state: Any) -> None:
+    """Raises if gradients are accumulated inside the engine."""
+
+    def is_accumulator(node):
+        return isinstance(node, optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(inner_state, is_leaf=is_accumulator)
+    if any(is_accumulator(node) for node in nodes):
+        raise ArgumentError(
+            "optax.MultiSteps stands inside; masks would move on steps that only "
+            "accumulate. Put it outside: optax.MultiSteps(method(...), k)."
+        )
+
+
+# --- first masks ----------------------------------------------------------------------
+def first_masks(
+    method: Method, params: PyTree, seed: jax.Array
+) -> tuple[Layers, tuple[jax.Array, ...]]:
+    """The layers and their first masks: given, random, or of the largest weights."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    if not flat:  # `optax.tree.map_params` initialises with a tree without leaves
+        return Layers(structure, (), (), method.pattern), ()
+    if method.masks is None:
+        layers = layers_of(params, method.where, method.stacked, method.pattern)
+        _check_sizes(layers)
+        return layers, tuple(_made(method, layers, params, seed))
+    layers = layers_of_masks(method.masks, params, method.stacked, method.pattern)
+    check_some(layers, params)
+    _check_sizes(layers)
+    given = layers.pick(method.masks)
+    for name, mask in zip(layers.names, given, strict=True):
+        check_dtype(mask, name)
+    # Copied, since the state may be donated and the caller keeps the masks. The tree is
+    # that of the parameters, not of the masks.
+    kept = tuple(jnp.array(unpack(m), copy=True) for m in given)
+    _check_given(method, layers, params, kept)
+    return layers._replace(structure=structure), kept
+
+
+def _check_sizes(layers: Layers) -> None:
+    for leaf in layers.leaves:
+        if leaf.size >= 2**31:  # counts of a layer are int32
+            raise ArgumentError(
+                f"{leaf.name!r} of shape {leaf.shape} is a layer of {leaf.size} "
+                "weights; a layer must hold fewer than 2**31. Make it several layers: "
+                f"stacked={{{leaf.name!r}: axis}} takes each slice along an axis as "
+                "one."
+            )
+
+
+def _made(
+    method: Method, layers: Layers, params: PyTree, seed: jax.Array
+) -> list[jax.Array]:
+    """Masks of whole units, with the counts that a budget has at the start."""
+    if not layers.index:
+        return []
+    if method.budget is None:
+        counts: Sequence[Any] = unit_counts_of(method.density, layers, params)
+    else:
+        counts = first_counts(method.budget, method.density, layers, params)
+    leaves, units = layers.pick(params), layers.units
+    # Shapes alone have no largest weights; any masks have the right type.
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+    if method.hidden and not abstract:
+        sizes = [(x,) for x in layers.view(leaves)]
+        kept = top_of_layers(sizes, counts, units.axes, jnp.abs)
+    else:
+        # If units are weights, masks have the sharding of the leaf.
+        like = [
+            x if x.shape == unit.shape else jax.ShapeDtypeStruct(unit.shape, x.dtype)
+            for x, unit in zip(leaves, units.leaves, strict=True)
+        ]
+        kept = random_of_layers(jax.random.fold_in(seed, 0), units, like, counts)
+    return list(map(_laid_like, layers.spread(kept), leaves))
+
+
+def _laid_like(mask: jax.Array, leaf: Any) -> jax.Array:
+    """A mask with the sharding of its leaf, which a mask of units may lack."""
+    if jax.typeof(mask).sharding == jax.typeof(leaf).sharding:
+        return place(mask, leaf)
+    return jnp.logical_and(mask, jnp.ones_like(leaf, dtype=bool))
+
+
+def _check_given(
+    method: Method, layers: Layers, params: PyTree, kept: Sequence[jax.Array]
+) -> None:
+    """Raises unless given masks follow the pattern and keep what the density asks."""
+    if any(isinstance(m, (Tracer, jax.ShapeDtypeStruct)) for m in kept):
+        return
+    pattern, moving = layers.pattern, method.budget is not None
+    # Under a moving budget, groups of N:M may start with any number.
+    if not (moving and pattern.density is not None):
+        for mask, leaf in zip(kept, layers.leaves, strict=True):
+            if not pattern.follows(mask, leaf.axis):
+                raise ArgumentError(
+                    f"in `masks`, {leaf.name!r} does not follow {pattern.name}; units "
+                    "must be whole or empty. Make the masks with this pattern."
+                )
+    if moving or method.density is None or pattern.density is not None:
+        return
+    counts = unit_counts_of(method.density, layers, params)
+    wanted = sum(
+        total(n) * size for n, size in zip(counts, layers.unit_sizes, strict=True)
+    )
+    given = sum(whole_count(mask) for mask in kept)
+    if wanted != given:
+        raise ArgumentError(
+            f"`masks` keep {given} weights and `density`={method.density!r} asks for "
+            f"{wanted}; they must agree. Leave out `density`: the masks are the budget."
+        )

@@ -1,0 +1,132 @@
+"""Gradients and other statistics of some leaves, summed over batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from sparse_optax.checks import ArgumentError
+from sparse_optax.layers import PyTree, is_hole
+
+Leaves = list[jax.Array]
+
+
+class Split(NamedTuple):
+    """A tree of parameters, split into scored and other leaves."""
+
+    chosen: Leaves  # the leaves that are differentiated
+    rebuild: Callable[[Leaves], PyTree]  # the whole tree from such leaves
+
+
+def split(params: PyTree, index: Iterable[int]) -> Split:
+    """Takes the scored leaves out of a tree, since not all leaves have gradients."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    index = list(index)
+
+    def rebuild(chosen):
+        whole = list(flat)
+        for i, x in zip(index, chosen, strict=True):
+            whole[i] = x
+        return jax.tree.unflatten(structure, whole)
+
+    return Split([flat[i] for i in index], rebuild)
+
+
+def total(
+    statistic: Callable[[Leaves, Any], Leaves],
+    chosen: Leaves,
+    batches: Iterable[Any],
+) -> tuple[Leaves, list[Any]]:
+    """Sums a statistic over batches, compiled once for all batches of one shape."""
+    # A tuple of arrays would be one batch of inputs and targets.
+    arrays = isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches)
+    if hasattr(batches, "shape") or isinstance(batches, dict) or (batches and arrays):
+        raise ArgumentError(
+            f"`batches` must be an iterable of batches; got one "
+            f"{type(batches).__name__} of arrays. Pass [batch]."
+        )
+    compiled = jax.jit(lambda w, batch: _widened(statistic(w, batch)))
+    sums, lengths = None, []
+    for batch in batches:
+        lengths.append(length(batch))
+        if lengths[-1] == 0:
+            raise ArgumentError(
+                "`batches` holds a batch without examples; each must have "
+                "at least one. Leave the empty one out."
+            )
+        part = compiled(chosen, batch)
+        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+    if sums is None:
+        raise ArgumentError(
+            "`batches` is empty; it must hold at least one batch. Pass "
+            "[batch], and a list where an iterator may be used up."
+        )
+    return sums, lengths
+
+
+def length(batch: Any) -> int | None:
+    """Number of examples of a batch: the length of its first array."""
+    arrays = [x for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+    return arrays[0].shape[0] if arrays else None
+
+
+def mean_over_examples(
+    statistic: Callable[[Leaves, Any], Leaves],
+    chosen: Leaves,
+    batches: Iterable[Any],
+) -> Leaves:
+    """Mean of a statistic of one example over all examples."""
+
+    def summed(chosen, batch):
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+        if len(lengths) != 1 or lengths == {()}:
+            found = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+            raise ArgumentError(
+                f"a batch holds arrays of shapes {found}; their first axis "
+                "must count the same examples. Give each example one entry in each."
+            )
+        each = jax.vmap(lambda example: _widened(statistic(chosen, example)))(batch)
+        return [jnp.sum(x, axis=0) for x in each]
+
+    sums, lengths = total(summed, chosen, batches)
+    return [x / sum(lengths) for x in sums]
+
+
+def _widened(values: Leaves) -> Leaves:
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in values]
+
+
+def ones(inputs: Any) -> Any:
+    """A batch of ones."""
+    if isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs):
+        return jnp.ones(inputs)
+    flat = jax.tree.leaves(inputs)
+    if not flat or not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in flat):
+        raise ArgumentError(
+            f"`inputs` must be a shape, a tuple of whole numbers, or a tree "
+            f"of arrays or jax.ShapeDtypeStruct; got {inputs!r}. Pass (1, 784), for "
+            "instance."
+        )
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
+
+
+def check_scalar(shape: Any) -> None:
+    """Raises if a loss is no scalar."""
+    found = jax.tree.map(jnp.shape, shape)
+    if found != ():
+        raise ArgumentError(
+            f"`loss` must return one number; got an output of shape {found}. "
+            "Take the mean over the batch, and leave out auxiliary outputs."
+        )
+
+
+def check_finite(scores: Leaves, names: Iterable[str], cure: str) -> None:
+    """Raises if a score is not finite; traced scores are not checked."""
+    for x, name in zip(scores, names, strict=True):
+        if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
+            raise ArgumentError(
+                f"the scores of {name!r} hold numbers that are not finite; "
+                f"a ranking needs finite ones. {cure}"
+            )

@@ -1,0 +1,13 @@
+"""Small Optax transformations beside a method or inside one.
+
+- ``clipping``: ``clip_by_active_norm``: clips by the norm of active weights only.
+- ``l1_decay``: ``add_l1_decay``, which Optax does not have.
+- ``follow``: a second step after each of an optimizer's, for ``ham``.
+- ``signed_step``: noise and L1 on weights with fixed signs, for DEEP-R.
+- ``backward_set``: gradients and steps of the largest weights only, for Top-KAST.
+"""
+
+from sparse_optax.transforms.clipping import clip_by_active_norm as clip_by_active_norm
+from sparse_optax.transforms.follow import FollowState as FollowState
+from sparse_optax.transforms.l1_decay import L1DecayState as L1DecayState
+from sparse_optax.transforms.l1_decay import add_l1_decay as add_l1_decay

@@ -1,0 +1,115 @@
+"""A noisy step of weights with fixed signs, for DEEP-R."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_optax.checks import ArgumentError
+from sparse_optax.layers import PyTree, is_hole, leaf_names
+from sparse_optax.masks.make import Key, as_key, leaf_key, random_scores
+from sparse_optax.masks.tree import flatten, unpack
+from sparse_optax.selection import mesh
+
+# Differs from the keys of first masks and cycles, which fold in small numbers.
+_OWN = np.uint32(zlib.crc32(b"signed_step"))
+
+
+class SignedStepState(NamedTuple):
+    """State of ``signed_step``."""
+
+    count: jax.Array  # finished updates, int32
+    key: jax.Array  # random key data, uint32
+    positive: PyTree  # the signs: a tree like the parameters, bool
+
+
+def signed_step(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    l1: optax.ScalarOrSchedule,
+    temperature: optax.ScalarOrSchedule,
+    key: Key,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds L1 and noise to updates, and lets no weight cross zero, as in DEEP-R.
+
+    With theta = sign * w and the incoming update u, for an active weight:
+
+    .. math:: \theta \leftarrow \max(0, \theta + sign \cdot u - \eta \lambda
+              + \sqrt{2 \eta T} \, \nu), \quad \nu \sim N(0, 1)
+
+    The sign is that of the first parameters, and random for those that are missing or
+    zero. It is the last transformation inside ``regrow``, which passes the masks. A
+    temperature of the number 0 draws no noise.
+    """
+
+    def init_fn(params):
+        seed = as_key(key)
+        seed = jax.random.fold_in(seed, _OWN)
+        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+        signs = [
+            x if is_hole(x) else random_scores(seed, name, x) >> 31 == 1
+            for name, x in zip(leaf_names(params), flat, strict=True)
+        ]
+        return SignedStepState(
+            count=jnp.zeros([], jnp.int32),
+            key=jnp.array(jax.random.key_data(seed), copy=True),
+            positive=jax.tree.unflatten(structure, signs),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        exist = extra_args.get("regrow_masks")
+        if exist is None or params is None:
+            raise ArgumentError(
+                "`regrow_masks` or `params` is None; they must say which "
+                "weights exist. Put it inside regrow, as deep_rewiring does."
+            )
+
+        def at(value):
+            return value(state.count) if callable(value) else value
+
+        eta, strength, heat = at(learning_rate), at(l1), at(temperature)
+        seed = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+        first = state.count == 0
+        moves = flatten(exist)[0]
+        flat, structure = jax.tree.flatten(updates, is_leaf=is_hole)
+        weights, signs = (
+            jax.tree.leaves(tree, is_leaf=is_hole) for tree in (params, state.positive)
+        )
+        for i, name in enumerate(leaf_names(params)):
+            if is_hole(moves[i]):
+                continue
+            w, move = weights[i], unpack(moves[i])
+            decided = jnp.logical_and(first, jnp.logical_and(move, w != 0))
+            signs[i] = positive = jnp.where(decided, w > 0, signs[i])
+            step = flat[i].astype(jnp.promote_types(flat[i].dtype, jnp.float32))
+            step = step - eta * strength * jnp.where(positive, 1.0, -1.0)
+            if not (isinstance(heat, int | float) and heat == 0):
+                step += jnp.sqrt(2.0 * eta * heat) * _normal(seed, name, w)
+            # In the parameter's dtype, so that the sum equals that of apply_updates.
+            step = step.astype(w.dtype)
+            after = w + step
+            across = jnp.where(positive, after < 0, after > 0)
+            flat[i] = jnp.where(jnp.logical_and(move, across), -w, step)
+        tree = jax.tree.structure(state.positive, is_leaf=is_hole)
+        return jax.tree.unflatten(structure, flat), SignedStepState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            key=state.key.astype(jnp.uint32),
+            positive=jax.tree.unflatten(tree, signs),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _normal(key: jax.Array, name: str, like: Any) -> jax.Array:
+    """Noise for a leaf, with its sharding."""
+    sharding = jax.typeof(like).sharding
+    with mesh.of(like):
+        return jax.random.normal(
+            leaf_key(key, name),
+            like.shape,
+            jnp.float32,
+            out_sharding=None if sharding.mesh.empty else sharding,
+        )
