@@ -1,13 +1,23 @@
 """Settings and fixtures that every test file shares."""
 
+import collections
+import importlib.metadata
 import os
 import pathlib
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all of the tests' time is compilation, which this halves; 0 keeps it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A third less again, by a flag that the XLA of these versions knows.
+lowest = importlib.metadata.version("jaxlib").startswith("0.10.")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and lowest:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
-import hypothesis
-import jax
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,3 +43,77 @@ def data_dir() -> pathlib.Path:
     if not pathlib.Path(folder).is_dir():
         pytest.skip(f"SPARSE_OPTAX_DATA={folder} is not a folder")
     return pathlib.Path(folder)
+
+
+# --- what the default run leaves out --------------------------------------------------
+# `pytest -m exhaustive` runs the rest, and CI runs both. Left out are tests that start
+# processes or train for long, and of tables whose rows each compile a program of their
+# own all but every n-th row.
+LONG = (
+    "test_checkpoints.py::test_killed_and_restarted",
+    "test_checkpoints.py::test_regrow_goes_on_at_another_density",
+    "test_checkpoints.py::test_resumed_in_another_process",
+    "test_cli.py::test_killed_process_goes_on_and_ends_the_same",
+    "test_cli.py::test_no_worker_outlives_a_run_that_is_told_to_end",
+    "test_cli.py::test_reproduce_runs_what_is_missing_once",
+    "test_counting.py::test_totals_past_32_bits",
+    "test_data.py::test_real_cifar",
+    "test_dynamic_sharding.py",
+    "test_scale.py",
+    "test_selection_sharding.py",
+    "test_train.py::test_densities_of_a_cut_share_one_training",
+    "test_train.py::test_gsm_is_cut_to_the_largest_weights",
+    "test_train.py::test_killed_run_goes_on_bit_for_bit",
+    "test_train.py::test_rules_of_one_pool_train_at_their_exact_count",
+    "test_train.py::test_run_killed_in_its_base_goes_on_there",
+    "test_train.py::test_same_seed_same_run_and_other_seed_another",
+    "test_train.py::test_settled_gsm_trains_only_the_largest_weights",
+    "test_training_sharding.py",
+    "test_two_processes.py",
+)
+# Of the contract every tenth pair, numbered through all properties, so that each
+# transformation and each property is met; of other tables of these files every third
+# row, or as said.
+PAIRS = 10
+COMPILING = (
+    *("test_control_masks", "test_dense_to_sparse", "test_dynamic_methods"),
+    *("test_engine_budget", "test_gsm", "test_interop", "test_models"),
+    *("test_one_shot", "test_patterns", "test_regularizers", "test_selection"),
+    *("test_sparse_files", "test_sparse_momentum", "test_train"),
+)
+ROWS = {
+    "test_every_method_keeps_its_pattern": 13,
+    "test_every_method_trains_at_its_exact_count": 9,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what the default run leaves out."""
+    seen = collections.Counter()
+    for item in items:
+        name = item.nodeid.split("/")[-1]
+        file, _, test = name.partition(".py::")
+        test, is_row, _ = test.partition("[")
+        if file == "test_contract":
+            table, every = file, PAIRS
+        elif file in COMPILING and is_row:
+            table, every = (file, test), ROWS.get(test, 3)
+        else:
+            table, every = None, 1
+        if name.startswith(LONG) or seen[table] % every:
+            item.add_marker(pytest.mark.exhaustive)
+        seen[table] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives all pairs of one transformation to one worker, which compiles it once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTransformation(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            found = re.search(r"test_contract\.py::\w+\[(\w+)\]$", nodeid)
+            return found.group(1) if found else nodeid
+
+    return ByTransformation(config, log)

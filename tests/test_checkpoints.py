@@ -24,6 +24,7 @@ from helpers import as_users_compile, cpu_devices
 
 import sparse_optax
 from sparse_optax import layers, masks
+from sparse_optax.masks import tree
 
 SAVED, RESUMED, ON_MESH = 35, 85, 45
 
@@ -177,7 +178,7 @@ def test_regrow_goes_on_at_another_density(method, density, folder):
         kept = sparse_optax.get_masks(run["opt_state"])
         assert masks.count(kept) == total
         for name, mask in zip(
-            layers.leaf_names(kept), masks.flatten(kept)[0], strict=True
+            layers.leaf_names(kept), tree.flatten(kept)[0], strict=True
         ):
             if not layers.is_hole(mask):
                 layer, leaf = name.split("/")

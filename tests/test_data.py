@@ -272,7 +272,6 @@ def test_real_idx_sets(name, counts):
 
 
 @needs_files
-@pytest.mark.slow
 def test_real_cifar():
     cifar = data.load("cifar10")
     assert cifar.train_x.shape == (45_000, 32, 32, 3)

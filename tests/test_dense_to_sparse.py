@@ -123,7 +123,7 @@ def test_a_ramp_cannot_end_short_of_its_target(period, density):
     """With 100 updates and a cycle every 30 the plain ramp ends at 0.124, not 0.1."""
     params = {"a": jnp.ones((40, 30)), "z": jnp.ones((20, 10))}
     wanted = jax.tree.leaves(budgets.resolve(density, params))
-    last = schedules.last_due(period, stop=100)
+    last = schedules.last_due(period, update_stop=100)
     plain = schedules.cubic_density(1.0, 0.1, 0, 100)
     assert last == 99 or float(plain(last)) > 0.100001
 
@@ -359,7 +359,7 @@ def test_without_heads_the_mask_stays_and_a_budget_is_still_met():
         d = float(np.float32(ramp[min(t, 4)]))
         return [oracles.target(d, 0.2, n, c) for n, c in ((30, 6), (20, 4))]
 
-    tx = sparse_optax.network_surgery(SGD, density=0.2, budget=budget, gamma=1e9)
+    tx = sparse_optax.network_surgery(SGD, density=0.2, ramp=budget, gamma=1e9)
     params, grads, weights, step_grads = start(9)
     seen = equals(
         run(tx, params, grads),
@@ -423,7 +423,7 @@ def test_straight_through_magnitude(moving):
         return [oracles.target(1 - s, 0.2, n, c) for n, c in ((30, 6), (20, 4))]
 
     tx = sparse_optax.straight_through_magnitude(
-        SGD, density=0.2, budget=budget if moving else None
+        SGD, density=0.2, ramp=budget if moving else None
     )
     params, grads, weights, step_grads = start(20)
 
@@ -573,17 +573,17 @@ def test_wrong_arguments(name):
             "top_kast",
             "backward_density",
             2.0,
-            r"_density` must be in \(0, 1\]",
+            r"_density` must be a number in \(0, 1\]",
         ),
         (
             "top_kast",
             "backward_density",
             "x",
-            r"_density` must be in \(0, 1\]",
+            r"_density` must be a number in \(0, 1\]",
         ),
         ("gradual_magnitude", "initial_density", 0.1, "0.2"),
-        ("network_surgery", "budget", 0.5, "a schedule"),
-        ("straight_through_magnitude", "budget", 0.5, "a schedule"),
+        ("network_surgery", "ramp", 0.5, "a schedule"),
+        ("straight_through_magnitude", "ramp", 0.5, "a schedule"),
     ],
 )
 def test_wrong_values(name, argument, value, allowed):

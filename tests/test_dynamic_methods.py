@@ -650,14 +650,15 @@ def test_global_granet_meets_the_total_and_moves_between_layers():
     ("argument", "value", "allowed"),
     [
         ("scope", "leaf", "layer"),
-        ("density", sparse_optax.budgets.nonzeros(9), r"\(0, 1\]"),
+        ("initial_density", 0.01, "at least the density"),
         ("density", None, r"\(0, 1\]"),
         ("density_stop", 22, "at most 21"),
     ],
 )
 def test_wrong_arguments_of_granet(argument, value, allowed):
     with refuses("granet", argument, "", allowed):
-        sparse_optax.granet(SGD, **RAMP | {argument: value})
+        tx = sparse_optax.granet(SGD, **RAMP | {argument: value})
+        tx.init(network(SHAPES))
 
 
 # --- DEEP-R ---------------------------------------------------------------------------

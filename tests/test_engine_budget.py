@@ -98,7 +98,7 @@ def test_counts_of_each_layer_follow_the_schedule(density):
     final = [int(given["a"]), *map(int, given["s"]), int(given["z"])]
     total = Fraction(sum(final), sum(sizes))
     end = FIFTH if density == "float" else total
-    tx = engine(density=asked, budget=table(RAMP), stacked=stacked)
+    tx = engine(density=asked, ramp=table(RAMP), stacked=stacked)
     grads = random_gradients(4, params, len(RAMP) + 2)
     for t, (after, state) in enumerate(run(tx, params, grads)):
         d = RAMP[min(max(t - 1, 0), len(RAMP) - 1)]
@@ -157,7 +157,7 @@ def test_a_schedule_towards_whatever_the_density_comes_to(density):
 
     params = network(SHAPES)
     final = jax.tree.leaves(budgets.resolve(density, params))
-    tx = engine(density=density, budget=schedules.Towards(make))
+    tx = engine(density=density, ramp=schedules.Towards(make))
     runs = list(run(tx, params, random_gradients(1, params, 5)))
     got = [[m.sum() for m in kept(s)] for _, s in runs]
     assert got[0] == [30, 20]
@@ -167,7 +167,7 @@ def test_a_schedule_towards_whatever_the_density_comes_to(density):
 
 
 def test_first_masks_are_random_and_follow_the_key():
-    tx = [engine(budget=table([0.7]), key=k) for k in (0, 0, 1)]
+    tx = [engine(ramp=table([0.7]), key=k) for k in (0, 0, 1)]
     a, b, c = (kept(t.init(network(SHAPES))) for t in tx)
     assert [m.sum() for m in a] == [21, 14]
     assert all((x == y).all() for x, y in zip(a, b, strict=True))
@@ -176,7 +176,7 @@ def test_first_masks_are_random_and_follow_the_key():
 
 def test_given_first_masks_move_to_the_schedule_at_the_first_cycle():
     mask = [np.arange(30).reshape(6, 5) < 3, np.ones((5, 4), bool)]
-    tx = engine(masks=mask_tree(mask), budget=table([1.0, 0.2]))
+    tx = engine(masks=mask_tree(mask), ramp=table([1.0, 0.2]))
     params = network(SHAPES)
     runs = list(run(tx, params, random_gradients(1, params, 3)))
     assert [[m.sum() for m in kept(s)] for _, s in runs] == [[3, 20]] * 2 + [[6, 4]] * 2
@@ -187,7 +187,7 @@ def test_given_first_masks_move_to_the_schedule_at_the_first_cycle():
 @pytest.mark.parametrize(("rate", "d"), [(0.5, 0.6), (0.3, 0.2), (1.0, 1.0)])
 def test_a_prune_rate_moves_weights_on_top_of_the_schedule(rate, d):
     """``floor(p min(a, t)) + max(a - t, 0)`` go, and what is then missing comes."""
-    tx = engine(prune_rate=rate, budget=table([0.4, d]), grow=regrowth.grow.random)
+    tx = engine(prune_rate=rate, ramp=table([0.4, d]), grow=regrowth.grow.random)
     params = network(SHAPES)
     _, (_, before), (_, after) = run(tx, params, random_gradients(1, params, 2))
     sizes, final = [30, 20], [6, 4]
@@ -208,7 +208,7 @@ def test_shares_place_weights_elsewhere_and_the_total_is_kept():
     ramp = [1.0, 0.5, 0.3, 0.9, 0.2, 0.2]
     tx = engine(
         prune_rate=0.4,
-        budget=table(ramp),
+        ramp=table(ramp),
         redistribute=regrowth.redistribute.momentum,
         grow=regrowth.grow.momentum,
     )
@@ -261,7 +261,7 @@ def test_hidden_weights_train_and_come_back_with_their_value(rate, period, packe
     grads = random_gradients(1, params, 12)
     ramp = [0.5, 0.5, 0.4, 1.0, 0.3, 0.2, 0.9, 0.2]
     tx = engine(
-        budget=table(ramp),
+        ramp=table(ramp),
         hidden=True,
         prune_rate=rate,
         update_period=period,
@@ -339,7 +339,7 @@ def test_the_inner_optimizer_sees_all_weights():
 
 def test_first_masks_with_hidden_weights_are_those_of_the_largest():
     params = network(SHAPES)
-    state = engine(hidden=True, budget=table([0.6])).init(params)
+    state = engine(hidden=True, ramp=table([0.6])).init(params)
     for w, m, k in zip(kernels(params), kept(state), (18, 12), strict=True):
         np.testing.assert_array_equal(m, largest(np.abs(w), np.ones_like(m), k))
 
@@ -390,7 +390,7 @@ def test_a_nan_anywhere_stops_the_cycles_and_is_counted(place):
 
 def test_a_budget_that_is_not_finite_moves_nothing():
     params = network(SHAPES)
-    tx = engine(budget=table([1.0, np.nan, 0.5, np.inf, 0.2]))
+    tx = engine(ramp=table([1.0, np.nan, 0.5, np.inf, 0.2]))
     got = [
         (sum(m.sum() for m in kept(s)), int(s.skipped))
         for _, s in run(tx, params, random_gradients(1, params, 5))
@@ -404,7 +404,7 @@ def test_a_budget_that_is_not_finite_moves_nothing():
 MOVING = dict(
     hidden=True,
     prune_rate=0.3,
-    budget=schedules.cubic_density(1.0, 0.2, 0, 4),
+    ramp=schedules.cubic_density(1.0, 0.2, 0, 4),
 )
 
 
@@ -450,10 +450,8 @@ def test_accumulated_steps():
 def test_injected():
     params = network(SHAPES)
     grads = random_gradients(1, params, 5)
-    settings = dict(
-        inner=SGD, density=0.2, update_period=1, key=0, caller="regrow", **RULES
-    )
-    static = [*settings, "hidden", "budget"]
+    settings = dict(inner=SGD, density=0.2, update_period=1, key=0, **RULES)
+    static = [*settings, "hidden", "ramp"]
     make = optax.inject_hyperparams(regrowth.regrow, static_args=static)
     tx = make(**settings, **MOVING)
     wanted = run(engine(**MOVING), params, grads)
@@ -462,16 +460,14 @@ def test_injected():
     ):
         same(after, other)
         same(state.hidden, around.inner_state.hidden)
-    with refuses("regrow", "budget", allowed="schedule"):
+    with refuses("regrow", "ramp", allowed="schedule"):
         optax.inject_hyperparams(regrowth.regrow, static_args=static[:-1])(
             **settings, **MOVING
         ).init(params)
 
 
 def test_vmap_over_seeds():
-    txs = [
-        engine(**{**MOVING, "budget": table([0.5, 0.4, 0.2])}, key=k) for k in (0, 1)
-    ]
+    txs = [engine(**{**MOVING, "ramp": table([0.5, 0.4, 0.2])}, key=k) for k in (0, 1)]
     params = network(SHAPES)
     members = [jax.tree.map(lambda p: p * (1 + k), params) for k in (0, 1)]  # noqa: B023
     grads = random_gradients(1, params, 5)
@@ -502,7 +498,7 @@ def test_hidden_weights_of_weak_parameters_have_a_type():
 def test_init_of_shapes_and_under_jit():
     params = network(SHAPES)
     for hidden in (False, True):
-        tx = engine(**{**MOVING, "hidden": hidden, "budget": table([0.7])})
+        tx = engine(**{**MOVING, "hidden": hidden, "ramp": table([0.7])})
         state = tx.init(params)
         same(jax.jit(tx.init)(params), state)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -512,7 +508,7 @@ def test_init_of_shapes_and_under_jit():
 
 def test_reset_moments_of_weights_that_come_back():
     params = network(((6, 5),))
-    tx = engine(**{**MOVING, "budget": table([0.2, 0.2, 1.0])}, reset_moments="grown")
+    tx = engine(**{**MOVING, "ramp": table([0.2, 0.2, 1.0])}, reset_moments="grown")
     grads = random_gradients(1, params, 3)
     *_, (_, before), (_, after) = run(tx, params, grads)
     (mask,) = kept(before)
@@ -528,14 +524,14 @@ def test_reset_moments_of_weights_that_come_back():
 @pytest.mark.parametrize(
     ("argument", "value", "allowed", "change"),
     [
-        ("budget", "0.5", "a schedule of the density", dict(budget=0.5)),
+        ("ramp", "0.5", "a schedule of the density", dict(ramp=0.5)),
         (
             "density",
             "None",
-            "given where `budget` is",
+            "a budget",
             dict(
                 density=None,
-                budget=table([1.0]),
+                ramp=table([1.0]),
                 masks=mask_tree([np.ones(s, bool) for s in SHAPES]),
             ),
         ),
@@ -547,10 +543,10 @@ def test_reset_moments_of_weights_that_come_back():
         ),
         ("hidden", "'yes'", "True or False", dict(hidden="yes")),
         (
-            "budget",
+            "ramp",
             "not finite",
             "a schedule of the density",
-            dict(budget=table([np.nan])),
+            dict(ramp=table([np.nan])),
         ),
     ],
 )
@@ -564,7 +560,7 @@ def test_a_first_value_that_is_traced():
 
     @jax.jit
     def init(d):
-        return engine(budget=lambda count: d).init(network(SHAPES))
+        return engine(ramp=lambda count: d).init(network(SHAPES))
 
-    with refuses("regrow", "budget", allowed="traced"):
+    with refuses("regrow", "ramp", allowed="traced"):
         init(0.5)

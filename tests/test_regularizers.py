@@ -290,5 +290,5 @@ def test_ham_wrong_input():
         tx.update(params, tx.init(params))
     with refuses("ham", "params", "4 leaves", "equal"):
         tx.update(params["Dense_0"], tx.init(params), params["Dense_0"])
-    with refuses("ham", "no leaf", "bias", "must be one"):
+    with refuses("ham", "no leaf", "bias", "at least one must"):
         tx.init({"bias": jnp.ones(3)})

@@ -109,9 +109,9 @@ def test_the_table_by_hand():
     made = report.summary(HAND, masks=NOW, previous_masks=BEFORE)
     assert report.table(made).splitlines() == [
         "layer        weights  kept  density  bytes  churn  empty_units",
-        "conv/kernel        4     2      50%      9    50%           1",
-        "head/kernel       12     4    33.3%     10    50%           3",
-        "total             16     6    37.5%     18    50%           4",
+        "conv/kernel        4     2      50%      9    50%            1",
+        "head/kernel       12     4    33.3%     10    50%            3",
+        "total             16     6    37.5%     18    50%            4",
         "26 bytes sparse, 48 dense; 2 parameters in dense leaves included.",
     ]
 

@@ -226,7 +226,7 @@ def test_halves_mixed_with_float32():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_order_of_all_values_of_16_bits(dtype):
     every = np.arange(2**16, dtype=np.uint16).view(HARD[dtype].dtype)
-    order = keys.order_of([every.dtype], ["x"], "test")
+    order = keys.order_of([every.dtype], ["x"])
     value = exact([every])
     nan = np.isnan(value)
     expected = np.full(every.shape, 2**16)
@@ -461,7 +461,7 @@ class Endless(passes.Part):
 ENDLESS = plan.Plan(
     None,
     keys.Order("uint32"),
-    (plan.Leaf((2**16, 2**20), 1, True, 0, 0, 1, 0, 1),),
+    (plan.PlannedLeaf((2**16, 2**20), 1, True, 0, 0, 1, 0, 1),),
     axis_name=None,
     shards=1,
     least=False,

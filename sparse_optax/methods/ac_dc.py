@@ -110,7 +110,7 @@ def ac_dc(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        budget=schedules.Towards(
+        ramp=schedules.Towards(
             lambda end: schedules.alternating_density(
                 end, phase=update_period, start=first, stop=last
             )

@@ -113,5 +113,5 @@ def gradual_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        budget=schedules.Towards(make),
+        ramp=schedules.Towards(make),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 from sparse_optax import checks, schedules
@@ -106,6 +107,15 @@ def granet(
     if end > last:
         cure = f"No cycle comes after {last}: lower it or raise update_stop."
         checks.fail("density_stop", density_stop, f"at most {last}", cure)
+
+    def make(final):
+        initial = float(np.float32(initial_density))  # as ``final`` is
+        if final > initial:
+            cure = "Raise it, or lower `density`."
+            allowed = f"at least the density in the end, {final:g}"
+            checks.fail("initial_density", initial_density, allowed, cure)
+        return schedules.cubic_density(initial, final, density_start, end)
+
     pools = prune.global_magnitude, grow.global_gradient
     rules = pools if scope == "global" else (prune.magnitude, grow.gradient)
     return unnamed(regrow)(
@@ -125,10 +135,6 @@ def granet(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
-        budget=schedules.Towards(
-            lambda final: schedules.cubic_density(
-                initial_density, final, density_start, end
-            )
-        ),
+        ramp=schedules.Towards(make),
         regrown="value",
     )

@@ -101,7 +101,7 @@ def iterative_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        budget=schedules.Towards(
+        ramp=schedules.Towards(
             lambda end: schedules.geometric_density(
                 1.0, end, first - update_period, last
             )

@@ -18,7 +18,7 @@ def network_surgery(
     inner: optax.GradientTransformation,
     *,
     density: Any = None,
-    budget: optax.Schedule | schedules.Towards | None = None,
+    ramp: optax.Schedule | schedules.Towards | None = None,
     ratio: float = 0.9 / 1.1,
     gamma: float = 1e-4,
     power: float = 1.0,
@@ -46,13 +46,13 @@ def network_surgery(
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
-      budget: A schedule of the density that ends at ``density``. None keeps that many
+      ramp: A schedule of the density that ends at ``density``. None keeps that many
         weights from the start, first the largest.
       ratio: a / b, in (0, 1], the factor of missing weights in the ranking.
       gamma: In the probability above, at least 0; 0 is every update.
       power: Exponent of the probability, at least 0.
       update_stop: No mask changes from this many updates on; None never stops. A
-        ``budget`` must have ended by then.
+        ``ramp`` must have ended by then.
       where: Which leaves become sparse, see ``eligible``.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
@@ -87,7 +87,7 @@ def network_surgery(
     thresholds use ``regrow(density=1.0, prune=prune.below_spread(c),
     grow=grow.above_spread(c), hidden=True, prune_rate=0.0, update_period=1, ...)``. The
     random decision depends on the step alone and is the same in all runs. While a
-    budget falls, the smallest weights are pruned at every update.
+    ramp falls, the smallest weights are pruned at every update.
     """
     return unnamed(regrow)(
         inner,
@@ -103,6 +103,6 @@ def network_surgery(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        budget=budget,
+        ramp=ramp,
         hidden=True,
     )

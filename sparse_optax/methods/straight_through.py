@@ -18,7 +18,7 @@ def straight_through_magnitude(
     inner: optax.GradientTransformation,
     *,
     density: Any = None,
-    budget: optax.Schedule | schedules.Towards | None = None,
+    ramp: optax.Schedule | schedules.Towards | None = None,
     update_stop: int | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
@@ -41,9 +41,9 @@ def straight_through_magnitude(
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
-      budget: A schedule of the density that ends at ``density``; None is constant.
+      ramp: A schedule of the density that ends at ``density``; None is constant.
       update_stop: The masks stay from this many updates on; None never stops. A
-        ``budget`` must have ended by then.
+        ``ramp`` must have ended by then.
       where: Which leaves become sparse, see ``eligible``.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
@@ -88,6 +88,6 @@ def straight_through_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
-        budget=budget,
+        ramp=ramp,
         hidden=True,
     )

@@ -4,7 +4,7 @@ README.md in this folder explains the algebra and how to write a rule.
 
 - ``engine``: ``regrow``: what happens at ``init``, at an update, at a cycle.
 - ``start``: the arguments, checked, and the first masks.
-- ``targets``: the counts that a moving budget asks for.
+- ``targets``: the counts that a ramp asks for.
 - ``cycle``: prune, redistribute, grow, as one pure function.
 - ``rules``: ``Evidence``, what a rule sees, and ``Rule``, what it is.
 - ``prune``, ``redistribute``, ``grow``: the rules.

@@ -83,7 +83,7 @@ def regrow(
     momentum: str | float = "auto",
     reset_moments: str = "none",
     packed: bool = False,
-    budget: optax.Schedule | schedules.Towards | None = None,
+    ramp: optax.Schedule | schedules.Towards | None = None,
     hidden: bool = False,
     pattern: Pattern | None = None,
     regrown: str = "zero",
@@ -135,7 +135,7 @@ def regrow(
       reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
         grown; ``"none"`` leaves them.
       packed: Stores one bit per weight.
-      budget: A schedule of the density by the number of finished updates, for methods
+      ramp: A schedule of the density by the number of finished updates, for methods
         that become sparse while they train. With d its value at a cycle and D the
         density of ``density``, layer i gets ``c_i + floor(x (n_i - c_i))`` of its n_i
         weights, with x = (d - D) / (1 - D) clipped to [0, 1] and c_i its final count:
@@ -149,7 +149,7 @@ def regrow(
         see the sum of magnitudes of each unit. If units differ in size between layers,
         and with N:M, nothing is redistributed, since the number of weights would
         change. With N:M leave out ``density``; a cycle prunes its share of a whole
-        layer, and each group grows what it lost. Under a ``budget`` a group has n +
+        layer, and each group grows what it lost. Under a ``ramp`` a group has n +
         floor(x (m - n)) of its m weights.
       regrown: The value of a weight that is pruned and grows again in one cycle:
         ``"zero"``, or its own ``"value"``.
@@ -193,7 +193,7 @@ def regrow(
         momentum,
         reset_moments,
         packed,
-        budget,
+        ramp,
         hidden,
         pattern_of(pattern),
         regrown,
@@ -214,7 +214,7 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     seed = as_key(method.key)
     layers, kept = first_masks(method, params, seed)
     leaves = layers.pick(params)
-    rules = rules_under(layers, method.rules, method.budget is not None)
+    rules = rules_under(layers, method.rules, method.ramp is not None)
     inner_state = method.inner_tx.init(params)
     refuse_multi_steps(inner_state)
     own: Any = ()
@@ -266,7 +266,7 @@ class _Seen(NamedTuple):
     # First and second moments of each leaf.
     moments: tuple[tuple[jax.Array, jax.Array | None], ...] | None
     rate: jax.Array  # the prune rate
-    goal: Goal | None  # what a moving budget asks for
+    goal: Goal | None  # what a ramp asks for
 
 
 def _update(
@@ -289,7 +289,7 @@ def _update(
     if not never_due(*timing):
         how = _How(
             layers,
-            rules_under(layers, method.rules, method.budget is not None),
+            rules_under(layers, method.rules, method.ramp is not None),
             idle=method.inner is None,
             stays=method.hidden or method.regrown == "value",
         )
@@ -365,8 +365,8 @@ def _look(
         columns = zip(masks, weights, behind, strict=True)
         weights = tuple(jnp.where(unpack(m), w, h) for m, w, h in columns)
     goal = None
-    if method.budget is not None and layers.index:
-        goal = goal_at(method.budget, method.density, state.count, layers, params)
+    if method.ramp is not None and layers.index:
+        goal = goal_at(method.ramp, method.density, state.count, layers, params)
     return _Seen(
         params=weights,
         gradient=layers.pick(updates) if "gradient" in method.needs else None,

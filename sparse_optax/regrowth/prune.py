@@ -83,7 +83,7 @@ def _global_magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
     target = active if evidence.target is None else evidence.target
     one = jnp.minimum(active, 1)
     saved = _largest(evidence, one)
-    # Of a moving budget only the total counts: layers need not meet their targets.
+    # Of a ramp only the total counts: layers need not meet their targets.
     lost = uint64.add64(
         allocate.signed_sum(counts - jnp.maximum(active - target, 0)),
         allocate.signed_sum(active - target),
@@ -100,7 +100,7 @@ magnitude = stateless(_magnitude, exact=True)
 
 #: Removes in each layer a fraction, the prune rate, of the positive weights and of the
 #: negative weights, those closest to zero, each rounded down. Active weights of exactly
-#: zero count as positive. Not for a moving budget.
+#: zero count as positive. Not for a ramp.
 two_sided = stateless(_two_sided, by_share=True)
 
 #: Removes the ``sum(counts)`` active weights of smallest magnitude of the network. Of
@@ -156,7 +156,7 @@ def adaptive_threshold(
               H \leftarrow 2 H \text{ if } K < (1 - \delta) N_p
 
     with K the sum of K_i. A layer that would lose all weights keeps the largest. The
-    rule sets its own counts: with a moving ``budget`` the total lags behind.
+    rule sets its own counts: with a ``ramp`` the total lags behind.
 
     Args:
       initial: The first threshold H, above 0.

@@ -46,7 +46,7 @@ class Method(NamedTuple):
     momentum: str | float
     reset_moments: str
     packed: bool
-    budget: optax.Schedule | schedules.Towards | None
+    ramp: optax.Schedule | schedules.Towards | None
     hidden: bool
     pattern: Pattern
     regrown: str
@@ -79,7 +79,7 @@ def check(method: Method) -> None:
     """
     _check_parts(method)
     _check_timing(method)
-    _check_budget(method)
+    _check_ramp(method)
     momentum = method.momentum
     if isinstance(momentum, str) and momentum != "auto":
         fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
@@ -130,14 +130,14 @@ def _check_timing(method: Method) -> None:
         checks.number("prune_rate", method.prune_rate, 0, 1, schedule=True, cure=cure)
 
 
-def _check_budget(method: Method) -> None:
-    may_miss = method.masks is not None and method.budget is None
+def _check_ramp(method: Method) -> None:
+    may_miss = method.masks is not None and method.ramp is None
     check_static(method.density, pattern=method.pattern, may_miss=may_miss)
-    budget = method.budget
-    moves = callable(budget) or isinstance(budget, schedules.Towards)
-    if budget is not None and not moves:
+    ramp = method.ramp
+    moves = callable(ramp) or isinstance(ramp, schedules.Towards)
+    if ramp is not None and not moves:
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
-        fail("budget", budget, "a schedule of the density", cure)
+        fail("ramp", ramp, "a schedule of the density", cure)
 
 
 def refuse_multi_steps(inner_state: Any) -> None:
@@ -196,10 +196,10 @@ def _made(
     """Masks of whole units, with the counts that a budget has at the start."""
     if not layers.index:
         return []
-    if method.budget is None:
+    if method.ramp is None:
         counts: Sequence[Any] = unit_counts_of(method.density, layers, params)
     else:
-        counts = first_counts(method.budget, method.density, layers, params)
+        counts = first_counts(method.ramp, method.density, layers, params)
     leaves, units = layers.pick(params), layers.units
     # Shapes alone have no largest weights; any masks have the right type.
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
@@ -229,8 +229,8 @@ def _check_given(
     """Raises unless given masks follow the pattern and keep what the density asks."""
     if any(isinstance(m, (Tracer, jax.ShapeDtypeStruct)) for m in kept):
         return
-    pattern, moving = layers.pattern, method.budget is not None
-    # Under a moving budget, groups of N:M may start with any number.
+    pattern, moving = layers.pattern, method.ramp is not None
+    # Under a ramp, groups of N:M may start with any number.
     if not (moving and pattern.density is not None):
         for mask, leaf in zip(kept, layers.leaves, strict=True):
             if not pattern.follows(mask, leaf.axis):

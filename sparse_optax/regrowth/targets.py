@@ -1,4 +1,4 @@
-"""The counts that a moving budget asks for at a step."""
+"""The counts that a ramp asks for at a step."""
 
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from sparse_optax import schedules
 from sparse_optax.budgets.resolve import unit_counts_of
-from sparse_optax.checks import ArgumentError, fail
+from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import Layers, PyTree, flat_counts
 
 # Densities are whole numbers of 2^-30. The value of a schedule is off by a few units in
@@ -32,7 +32,7 @@ class Goal(NamedTuple):
 
 
 def goal_at(
-    budget: optax.Schedule | schedules.Towards,
+    ramp: optax.Schedule | schedules.Towards,
     density: Any,
     step: Any,
     layers: Layers,
@@ -53,10 +53,10 @@ def goal_at(
         end = Fraction(total, max(size, 1))
         met = Fraction(float(np.float32((total + 1) / max(size, 1))))
     end, met = (min(int(x * DENSE), DENSE) for x in (end, met))
-    if isinstance(budget, schedules.Towards):
+    if isinstance(ramp, schedules.Towards):
         exact = density if is_float else total / max(size, 1)
-        budget = budget.make(float(np.float32(exact)))
-    now = jnp.asarray(budget(step), jnp.float32)
+        ramp = ramp.make(float(np.float32(exact)))
+    now = jnp.asarray(ramp(step), jnp.float32)
     steps = (jnp.clip(now, 0.0, 1.0) * DENSE).astype(jnp.uint32)  # exact: a shift
     above = jnp.minimum(steps + SLACK, np.uint32(DENSE)) - np.uint32(end)
     excess = jnp.where(steps > met, above, jnp.uint32(0))
@@ -65,24 +65,25 @@ def goal_at(
 
 
 def first_counts(
-    budget: optax.Schedule | schedules.Towards,
+    ramp: optax.Schedule | schedules.Towards,
     density: Any,
     layers: Layers,
     params: PyTree,
 ) -> tuple[Any, ...]:
     """Number of units of each leaf before the first update."""
     with jax.ensure_compile_time_eval():
-        goal = goal_at(budget, density, 0, layers, params)
+        goal = goal_at(ramp, density, 0, layers, params)
     if isinstance(goal.excess, Tracer):
         raise ArgumentError(
-            "the first value of `budget` is traced; the first masks need a number. "
+            "the first value of `ramp` is traced; the first masks need a number. "
             "Name it in `static_args` of optax.inject_hyperparams."
         )
     excess = int(np.asarray(goal.excess))
     if excess == BROKEN:
-        cure = "Pass schedules.cubic_density(...)."
-        allowed = "a schedule of the density whose first value is in (0, 1]"
-        fail("budget", budget, allowed, cure)
+        raise ArgumentError(
+            "`ramp` must be a schedule of the density, in (0, 1]; its first value is "
+            "not finite. Pass schedules.cubic_density(...)."
+        )
     final = goal.final.astype(np.int64)
     more = [excess * int(n) // int(goal.whole) for n in layers.units.sizes - final]
     return layers.units.split(final + np.asarray(more, np.int64))

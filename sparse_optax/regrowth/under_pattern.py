@@ -42,7 +42,7 @@ def rules_under(layers: Layers, rules: Rules, moving: bool = False) -> Rules:
 
 def _of_whole_layers(prune: Rule, layers: Layers, moving: bool) -> Rule:
     """A prune rule that takes its share of whole layers, not of each group of N:M. The
-    share of a group would be rounded down, mostly to zero. With a moving budget, each
+    share of a group would be rounded down, mostly to zero. With a ramp, each
     group is first pruned to its own target.
     """
     grids = [layers.pattern.grid(x.shape, x.axis) for x in layers.leaves]

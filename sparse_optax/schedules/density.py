@@ -157,7 +157,7 @@ def alternating_density(
 class Towards(NamedTuple):
     """A schedule of the density whose end follows from ``density`` and the parameters.
 
-    ``regrow(budget=Towards(make))`` calls ``make`` with the density that ``density``
+    ``regrow(ramp=Towards(make))`` calls ``make`` with the density that ``density``
     gives for the parameters, whether it is a float, counts or bytes.
 
     Attributes:

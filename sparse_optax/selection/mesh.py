@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from sparse_optax.selection.passes import Part, Place, whole
-from sparse_optax.selection.plan import Leaf, Plan
+from sparse_optax.selection.plan import Plan, PlannedLeaf
 
 Body = Callable[..., Any]
 
@@ -171,7 +171,7 @@ def _even(array, mesh) -> list[tuple[str, ...]]:
     ]
 
 
-def _local_place(leaf: Leaf, spec, mesh) -> Place:
+def _local_place(leaf: PlannedLeaf, spec, mesh) -> Place:
     """The place of this device's part of a sharded leaf."""
     base, cell, used = jnp.uint32(leaf.start), 0, set()
     for axis, (axes, size) in enumerate(zip(spec, leaf.shape, strict=True)):

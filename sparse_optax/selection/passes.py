@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from sparse_optax.selection import keys as key_order
-from sparse_optax.selection.plan import Leaf, Plan, row_major
+from sparse_optax.selection.plan import Plan, PlannedLeaf, row_major
 
 
 class Place(NamedTuple):
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     counts: Any  # False on all but one of the devices that hold a copy; None is True
 
 
-def whole(leaf: Leaf) -> Place:
+def whole(leaf: PlannedLeaf) -> Place:
     """The place of a leaf that is not split."""
     return Place(leaf.strides, leaf.start, 0, None)
 

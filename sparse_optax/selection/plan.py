@@ -18,7 +18,7 @@ from sparse_optax.selection.keys import Order
 LIMIT = 2**32
 
 
-class Leaf(NamedTuple):
+class PlannedLeaf(NamedTuple):
     """The static facts of one leaf; hashable."""
 
     shape: tuple[int, ...]  # of its scores; of one shard under shard_map, else global
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
     score: Any  # the score function, or None for the leaves themselves
     order: Order  # how scores compare
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[PlannedLeaf, ...]
     axis_name: Any = None  # axes of a surrounding shard_map over which pools extend
     shards: int = 1  # number of shards along these axes
     least: bool = False  # whether the smallest score kept is wanted

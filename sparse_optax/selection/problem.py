@@ -166,7 +166,9 @@ def _layout(args, slices, single, prices, shards, names):
         shape = arrays[0].shape
         split = parts is not None or size >= plan.LIMIT
         pools = 1 if parts is None else parts
-        leaf = plan.Leaf(shape, len(arrays), split, cell, pool, pools, start, price)
+        leaf = plan.PlannedLeaf(
+            shape, len(arrays), split, cell, pool, pools, start, price
+        )
         if leaf.size * shards >= plan.LIMIT or (parts is None and leaf.cells > 2**20):
             raise ArgumentError(
                 f"{name} of shape {shape} holds {size} weights; from 2**32 "

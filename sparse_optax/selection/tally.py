@@ -16,7 +16,7 @@ from jax import lax
 from sparse_optax.selection import mesh, uint64
 from sparse_optax.selection.keys import Order
 from sparse_optax.selection.passes import Part
-from sparse_optax.selection.plan import Leaf, Plan
+from sparse_optax.selection.plan import Plan, PlannedLeaf
 
 # A plan needs an order, which a tally does not use.
 _ORDER = Order("float32")
@@ -38,7 +38,7 @@ def tally(
     for arrays, is_split in zip(leaves, split, strict=True):
         shape = tuple(arrays[0].shape)
         cells = shape[0] if is_split else 1
-        leaf = Leaf(shape, len(arrays), is_split, cell, cell, cells, 0, 1)
+        leaf = PlannedLeaf(shape, len(arrays), is_split, cell, cell, cells, 0, 1)
         layout.append(leaf)
         cell += cells
     plan = Plan(function, _ORDER, tuple(layout))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_optax.checks import ArgumentError
+from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import PyTree, is_hole, leaf_names
 from sparse_optax.masks.make import Key, as_key, leaf_key, random_scores
 from sparse_optax.masks.tree import flatten, unpack
@@ -26,6 +26,7 @@ class SignedStepState(NamedTuple):
     positive: PyTree  # the signs: a tree like the parameters, bool
 
 
+@boundary("signed_step")
 def signed_step(
     learning_rate: optax.ScalarOrSchedule,
     *,
