@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
 import optax
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -84,13 +85,15 @@ def number(
     *,
     ends: str = "[]",
     schedule: bool = False,
+    static: bool = False,
     cure: str,
 ) -> None:
     """Raises unless a value is a finite number in a range, traced, or a schedule.
     ``ends`` says which ends belong to the range, such as ``"(]"``.
     """
-    if isinstance(value, jax.Array) or (schedule and callable(value)):
+    if (isinstance(value, jax.Array) and not static) or (schedule and callable(value)):
         return
+    value = _plain(value)
     right = known(value) and not isinstance(value, bool)
     if right and math.isfinite(value):
         above = value > low if ends[0] == "(" else value >= low
@@ -107,15 +110,29 @@ def number(
 
 
 def whole(
-    argument: str, value: Any, least: int, most: float = math.inf, *, cure: str
+    argument: str,
+    value: Any,
+    least: int,
+    most: float = math.inf,
+    *,
+    static: bool = False,
+    cure: str,
 ) -> None:
     """Raises unless a value is an integer in a range, or traced."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) and not static:
         return
+    value = _plain(value)
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not right or not least <= int(value) <= most:
         among = f"of at least {least}" if most == math.inf else f"in [{least}, {most}]"
         fail(argument, value, f"an integer {among}", cure)
+
+
+def _plain(value: Any) -> Any:
+    """The number in a NumPy array without axes."""
+    if isinstance(value, np.ndarray) and not value.ndim:
+        return value.item()
+    return value
 
 
 def choice(argument: str, value: Any, options: Iterable[str], *, cure: str) -> None:

@@ -264,7 +264,8 @@ class GroupsNM(NamedTuple):
         _check_axes(self.name, ((self.axis, self.m),), name, shape, stacked)
 
     def at(self, density: Any) -> Pattern:
-        return self._replace(n=math.floor(min(density, 1) * self.m))
+        n = math.floor(min(density, 1) * self.m)
+        return self._replace(name=f"n_m({n}, {self.m})", n=n)
 
     def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
         return 1
@@ -386,8 +387,8 @@ def blocks(rows: int, columns: int, *, axes: tuple[int, int] = (-2, -1)) -> Bloc
       >>> patterns.blocks(4, 2).unit_size((3, 3, 8, 6))
       8
     """
-    checks.whole("rows", rows, 1, cure=_CURE)
-    checks.whole("columns", columns, 1, cure=_CURE)
+    checks.whole("rows", rows, 1, static=True, cure=_CURE)
+    checks.whole("columns", columns, 1, static=True, cure=_CURE)
     return Blocks(f"blocks({rows}, {columns})", ((axes[0], rows), (axes[1], columns)))
 
 
@@ -448,6 +449,6 @@ def n_m(n: int, m: int, *, axis: int = -2) -> GroupsNM:
       >>> sparse_optax.patterns.n_m(2, 4).view(kernel).tolist()
       [[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]]
     """
-    checks.whole("m", m, 2, LONGEST, cure=_CURE)
-    checks.whole("n", n, 1, m, cure=_CURE)
+    checks.whole("m", m, 2, LONGEST, static=True, cure=_CURE)
+    checks.whole("n", n, 1, m, static=True, cure=_CURE)
     return GroupsNM(f"n_m({n}, {m})", n, m, axis)

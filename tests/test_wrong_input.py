@@ -453,3 +453,92 @@ def test_traced_numbers_are_not_checked():
         return first, second
 
     run(0.3, 0.4)
+
+
+# --- numbers that are no Python numbers -----------------------------------------------
+def test_numbers_in_arrays_without_axes_are_numbers():
+    sparse_optax.ham(optax.sgd(0.1), 0.1, alpha=np.array(2.0))
+    sparse_optax.clip_by_active_norm(np.float32(1.0))
+    sparse_optax.rigl(
+        optax.sgd(0.1),
+        density=0.5,
+        update_period=2,
+        update_stop=9,
+        prune_rate=np.array(0.3),
+        key=0,
+    )
+
+
+def test_an_infinite_norm_clips_nothing():
+    sparse_optax.clip_by_active_norm(float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "call"),
+    [
+        ("prune.below_spread", "c", lambda x: regrowth.prune.below_spread(x)),
+        (
+            "grow.above_spread",
+            "gamma",
+            lambda x: regrowth.grow.above_spread(1.0, gamma=x),
+        ),
+        ("prune.outranked", "ratio", lambda x: regrowth.prune.outranked(x)),
+        ("blocks", "rows", lambda x: sparse_optax.patterns.blocks(x, 2)),
+        ("n_m", "n", lambda x: sparse_optax.patterns.n_m(x, 4)),
+    ],
+)
+def test_numbers_that_must_be_known_are_not_traced(function, argument, call):
+    """They are keys of caches, or shapes."""
+    with refuses(function, argument):
+        call(jnp.int32(1))
+    with refuses(function, argument):
+        jax.jit(lambda x: call(x) and x)(1)
+
+
+def test_masks_in_other_containers_than_the_parameters():
+    """The density and the state follow the parameters, whatever holds the masks."""
+    params = (jnp.ones((4, 4)),)
+    mask = [jnp.arange(16).reshape(4, 4) < 8]
+    tx = sparse_optax.static_sparse(optax.sgd(0.1), masks=mask, density=(8,))
+    state = tx.init(params)
+    assert jax.tree.structure(state.regrow_masks) == jax.tree.structure(params)
+    updates, _ = tx.update(params, state, params)
+    assert int((optax.apply_updates(params, updates)[0] != 0).sum()) == 8
+
+
+def test_a_packed_scalar_names_the_method():
+    tx = sparse_optax.static_sparse(
+        optax.sgd(0.1), density=1.0, key=0, packed=True, where={"w": True}
+    )
+    with pytest.raises(ValueError, match=r"^static_sparse: a scalar mask"):
+        tx.init({"w": jnp.ones([])})
+
+
+def test_an_unknown_kind_of_budget_is_no_uniform_one():
+    with pytest.raises(KeyError):
+        sparse_optax.budgets.Shares("nope", 0.5).counts({"w": jnp.ones((4, 4))})
+
+
+def test_a_budget_reads_as_the_call_that_made_it():
+    made = sparse_optax.budgets.num_flops(9, {"w": 2}, dense=["w"])
+    assert repr(made) == "num_flops(9, costs={'w': 2}, dense=('w',))"
+    assert repr(sparse_optax.budgets.uniform(0.5)) == "uniform(0.5)"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("initial_density", "x"), ("initial_density", 2.0), ("density_stop", 6.5)],
+)
+def test_granet_is_checked_at_construction(argument, value):
+    settings = dict(density=0.1, update_period=2, update_stop=9, key=0)
+    with refuses("granet", argument, str(value)):
+        sparse_optax.granet(optax.sgd(0.1), **settings | {argument: value})
+
+
+def test_rates_of_gsm_are_numbers():
+    with refuses("gsm", "learning_rate", "x"):
+        sparse_optax.gsm("x", 0.5)
+    with refuses("gsm_log_decay", "learning_rate", "-1.0"):
+        sparse_optax.gsm_log_decay(-1.0, 0.9, 5e-4, 10)
+    with refuses("gsm_gap", "alive_above", "x"):
+        sparse_optax.gsm_gap({"w": jnp.ones((2, 2))}, 0.5, alive_above="x")

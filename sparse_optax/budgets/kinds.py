@@ -135,6 +135,15 @@ class Shares(NamedTuple):
     axes: Axes = (-2, -1)
     costs: tuple[tuple[str, Number], ...] = ()
 
+    def __repr__(self) -> str:
+        """The call that made it."""
+        shown = [repr(self.amount)]
+        for field in ("costs", "overrides", "dense"):
+            value = getattr(self, field)
+            if value:
+                shown.append(f"{field}={value if field == 'dense' else dict(value)}")
+        return f"{self.kind}({', '.join(shown)})"
+
     @property
     def density(self) -> float | None:
         """The density that it was made with, or None."""
@@ -199,8 +208,12 @@ def _erdos_renyi(leaf: Leaf, budget: Shares) -> Fraction:
     return Fraction(leaf.size * (n_in + n_out), n_in * n_out)
 
 
-# How the share of a layer grows; by default in proportion to its size.
+# What the share of a layer is in proportion to.
 _SLOPES: dict[str, Callable[[Leaf, Shares], Number]] = {
+    **dict.fromkeys(
+        ("uniform", "nonzeros", "num_bytes", "num_flops"),
+        lambda leaf, budget: leaf.size,
+    ),
     "erdos_renyi": _erdos_renyi,
     "erdos_renyi_kernel": lambda leaf, budget: sum(leaf.layer_shape),
     "linear": lambda leaf, budget: sum(_neurons(leaf, budget)),
@@ -283,7 +296,7 @@ def _bounded(budget: Shares, layers: Layers, costs: Sequence[Number]) -> list[Sh
             f"`overrides` or `dense` names {unknown}, which do not take part; they "
             f"must name some of {list(layers.names)}. Correct the names."
         )
-    slope = _SLOPES.get(budget.kind, lambda leaf, budget: leaf.size)
+    slope = _SLOPES[budget.kind]
     shares = []
     for leaf, cost in zip(layers.leaves, costs, strict=True):
         low, high = min(1, leaf.size), leaf.size

@@ -115,7 +115,9 @@ def counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
     if isinstance(density, Shares):
         return density.counts_of(layers)
     if is_budget(density):
-        counts = density.counts(params, where=layers.where, stacked=layers.stacked)
+        # In the containers of the parameters, whatever those of the masks are.
+        own = layers._replace(structure=jax.tree.structure(params, is_leaf=is_hole))
+        counts = density.counts(params, where=own.where, stacked=layers.stacked)
         return list(layers.pick(counts))
     if _is_float(density):
         # Not by the method of the record, which would put its name on errors.
@@ -130,7 +132,8 @@ def _given_counts(density: Any, layers: Layers, params: PyTree) -> list[Any]:
     try:
         if isinstance(density, int) and not single:
             raise ValueError
-        given = layers.structure.flatten_up_to(density)
+        structure = jax.tree.structure(params, is_leaf=is_hole)
+        given = structure.flatten_up_to(density)
     except ValueError:
         cure = "Write 1.0 to keep every weight, budgets.nonzeros(n) to keep n."
         fail(

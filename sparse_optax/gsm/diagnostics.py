@@ -60,6 +60,7 @@ def gsm_gap(
       (2, 2, 'Cut: it costs nothing.')
     """
     check_static(density)
+    checks.number("alive_above", alive_above, 0, cure="Leave it out for 1e-4.")
     layers = layers_of(params, where, embeddings=False)
     pool = [(x,) for x in layers.pick(params)]
     if not pool:
@@ -131,6 +132,7 @@ def gsm_log_decay(
       Ding et al, 2019, see ``gsm_mask``.
     """
     cure = "Pass the values of your optimizer."
+    checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
     checks.whole("steps", steps, 0, cure=cure)

@@ -333,6 +333,7 @@ def gsm(
       2019.
     """
     cure = "Use momentum 0.99 and weight decay 5e-4 for the paper's LeNets."
+    checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
     if settle_start is not None:

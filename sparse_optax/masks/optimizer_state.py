@@ -177,7 +177,7 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
 
     Returns:
       The state with the new masks. The next cycle keeps their count, unless the method
-      has a moving ``budget``. They must follow the ``pattern``, which is not checked. A
+      has a ``ramp``. They must follow the ``pattern``, which is not checked. A
       hidden weight that becomes active starts at zero.
 
     Raises:
@@ -218,7 +218,9 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
             used.add(name)
             # Copied: the state may be donated, the caller's masks may not.
             plain = jnp.array(unpack(mask), bool, copy=True)
-            new.append(pack(plain) if isinstance(previous, PackedMask) else plain)
+            new.append(
+                unnamed(pack)(plain) if isinstance(previous, PackedMask) else plain
+            )
         return node._replace(
             regrow_masks=jax.tree.unflatten(structure, new),
             inner_state=jax.tree.map(replace, node.inner_state, is_leaf=_has_masks),

@@ -55,7 +55,7 @@ def ac_dc(
         ``update_period`` that is not smaller.
       update_stop: The last phase begins at the last multiple of ``update_period`` below
         it. If that phase would be dense, the sparse one before it continues.
-      prune: Which weights are pruned: a rule that follows a budget.
+      prune: Which weights are pruned: a rule that follows a ramp.
       reset_moments: See ``regrow``; weights that come back have dense moments.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``.

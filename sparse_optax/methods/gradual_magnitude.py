@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from sparse_optax import schedules
+from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import Where
 from sparse_optax.masks.make import Key
@@ -54,7 +54,7 @@ def gradual_magnitude(
       update_start: No prune before this many updates; until then all weights train.
       update_stop: No prune from this many updates on; train a third or more after it.
       initial_density: d_i, the density that the first prune leaves, in (0, 1].
-      prune: Which weights are pruned: a rule that follows a budget.
+      prune: Which weights are pruned: a rule that follows a ramp.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``.
       stacked: ``{name: axis}`` of leaves that stack layers.
@@ -93,6 +93,9 @@ def gradual_magnitude(
     last = unnamed(schedules.last_due)(
         update_period, update_start, update_stop=update_stop
     )
+
+    cure = "Use 1.0 to start dense."
+    checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
 
     def make(end):
         ramp = schedules.cubic_density(initial_density, end, min(first, last - 1), last)

@@ -53,8 +53,8 @@ def granet(
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
         incoming update and needs ``reset_moments="none"``.
-      density: d_f, the fraction of weights per layer at the end, in (0, 1], or a budget
-        made with a density; the paper's is ``budgets.erdos_renyi_kernel(d_f)``.
+      density: d_f, the fraction of weights per layer at the end, in (0, 1], or a
+        budget; the paper's is ``budgets.erdos_renyi_kernel(d_f)``.
       initial_density: d_i, in (0, 1]: 1 (a dense network) or 0.5 in the paper.
       update_period: Updates between two cycles; 1000 in the paper on CIFAR.
       update_stop: No cycle from this many updates on.
@@ -104,6 +104,9 @@ def granet(
         update_period, density_start, update_stop=update_stop
     )
     end = last if density_stop is None else density_stop
+    cure = "Use 1.0 to start dense."
+    checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
+    checks.whole("density_stop", end, 1, cure="Give a number of updates.")
     if end > last:
         cure = f"No cycle comes after {last}: lower it or raise update_stop."
         checks.fail("density_stop", density_stop, f"at most {last}", cure)

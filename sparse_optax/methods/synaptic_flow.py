@@ -85,7 +85,7 @@ def synflow_masks(
     Differences from the paper: its networks have no biases. Here biases and norm scales
     join the flow by their absolute value and are not pruned by default.
     """
-    checks.whole("rounds", rounds, 1, cure="Use 100, as in the paper.")
+    checks.whole("rounds", rounds, 1, static=True, cure="Use 100, as in the paper.")
     wanted = ranking(
         params,
         density,

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from sparse_optax import checks, schedules
-from sparse_optax.checks import boundary
+from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import Layers, PyTree, Where, is_hole, leaf_names
 from sparse_optax.masks.make import Key, as_key
 from sparse_optax.masks.tree import (
@@ -225,7 +225,9 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     return RegrowState(
         count=jnp.zeros([], jnp.int32),
         inner_state=inner_state,
-        regrow_masks=layers.rebuild(map(pack, kept) if method.packed else kept),
+        regrow_masks=layers.rebuild(
+            map(unnamed(pack), kept) if method.packed else kept
+        ),
         # Copied, since the state may be donated and the caller keeps the key.
         key=jnp.array(jax.random.key_data(seed), copy=True),
         momentum=own,
@@ -468,7 +470,9 @@ def _open_cycle(operands: tuple[RegrowState, _Seen], how: _How):
 
     def store(plain):
         pairs = zip(plain, stored, strict=True)
-        return tuple(pack(x) if isinstance(m, PackedMask) else x for x, m in pairs)
+        return tuple(
+            unnamed(pack)(x) if isinstance(m, PackedMask) else x for x, m in pairs
+        )
 
     go = jnp.logical_and(result.ok, enabled)
 

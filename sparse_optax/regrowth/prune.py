@@ -277,9 +277,9 @@ def outranked(ratio: float = 1.0, *, gamma: float = 0.0, power: float = 1.0) -> 
     References:
       Guo, Yao and Chen, 2016, see ``network_surgery``.
     """
-    checks.number("ratio", ratio, 0, 1, ends="(]", cure=_COIN)
-    checks.number("gamma", gamma, 0, cure=_COIN)
-    checks.number("power", power, 0, cure=_COIN)
+    checks.number("ratio", ratio, 0, 1, ends="(]", static=True, cure=_COIN)
+    checks.number("gamma", gamma, 0, static=True, cure=_COIN)
+    checks.number("power", power, 0, static=True, cure=_COIN)
     return _outranked(float(ratio), float(gamma), float(power))
 
 
@@ -365,6 +365,6 @@ def thresholds(
 def check_spread(c: Any, factor: Any, gamma: Any, power: Any) -> None:
     """Raises if an argument of ``below_spread`` or ``above_spread`` is out of range."""
     cure = "Use c=1.0 and leave out the others, for instance."
-    checks.number("c", c, cure=cure)
+    checks.number("c", c, static=True, cure=cure)
     for name, value in (("factor", factor), ("gamma", gamma), ("power", power)):
-        checks.number(name, value, 0, cure=cure)
+        checks.number(name, value, 0, static=True, cure=cure)

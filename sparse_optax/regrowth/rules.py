@@ -37,7 +37,7 @@ class Evidence(NamedTuple):
       counts: Per layer, how many weights to prune or to grow. A prune rule may set its
         own counts. A growth rule may place them in other layers, but must meet the sum.
       active: Per layer, how many weights are active before the prune.
-      target: Per layer, active weights after the cycle; ``active`` without a budget.
+      target: Per layer, active weights after the cycle; ``active`` without a ramp.
       before: The masks before the prune.
       rate: The prune rate p, float32 scalar.
       key: A random key, new for each cycle.

@@ -167,6 +167,8 @@ def first_masks(
         _check_sizes(layers)
         return layers, tuple(_made(method, layers, params, seed))
     layers = layers_of_masks(method.masks, params, method.stacked, method.pattern)
+    # The trees of the state are like the parameters, whatever the masks' containers.
+    layers = layers._replace(structure=structure)
     check_some(layers, params)
     _check_sizes(layers)
     given = layers.pick(method.masks)
@@ -176,7 +178,7 @@ def first_masks(
     # that of the parameters, not of the masks.
     kept = tuple(jnp.array(unpack(m), copy=True) for m in given)
     _check_given(method, layers, params, kept)
-    return layers._replace(structure=structure), kept
+    return layers, kept
 
 
 def _check_sizes(layers: Layers) -> None:
@@ -193,7 +195,7 @@ def _check_sizes(layers: Layers) -> None:
 def _made(
     method: Method, layers: Layers, params: PyTree, seed: jax.Array
 ) -> list[jax.Array]:
-    """Masks of whole units, with the counts that a budget has at the start."""
+    """Masks of whole units, with the counts that a ramp has at the start."""
     if not layers.index:
         return []
     if method.ramp is None:

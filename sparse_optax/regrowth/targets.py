@@ -22,7 +22,7 @@ BROKEN = np.uint32(2**32 - 1)
 
 
 class Goal(NamedTuple):
-    """What a budget asks for at a step, see ``allocate.target_counts``."""
+    """What a ramp asks for at a step, see ``allocate.target_counts``."""
 
     final: np.ndarray  # the final counts, an int32 vector with one entry per layer
     # How far the density is above the final one, in units of 2^-30, a uint32 scalar;

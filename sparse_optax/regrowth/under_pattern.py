@@ -16,7 +16,7 @@ Rules = tuple[Rule, Rule, Rule]
 # Cached: rules are static arguments of the compiled cycle.
 @functools.lru_cache
 def rules_under(layers: Layers, rules: Rules, moving: bool = False) -> Rules:
-    """Rules that keep the number of weights; ``moving`` says that a budget moves. If
+    """Rules that keep the number of weights; ``moving`` says that there is a ramp. If
     units differ in size, and with N:M, nothing is redistributed.
     """
     prune, _, grow = rules

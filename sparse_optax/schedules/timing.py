@@ -108,7 +108,7 @@ def last_due(update_period: int, update_start: int = 0, *, update_stop: int) -> 
       >>> end, round(float(density(end)), 3)
       (30, 0.1)
     """
-    _check(update_period, update_start, update_stop)
+    _check(update_period, update_start, None)
     checks.whole("update_stop", update_stop, 0, cure="Give a number of updates.")
     if never_due(update_period, update_start, update_stop):
         raise ArgumentError(

@@ -9,7 +9,12 @@ import numpy as np
 import optax
 
 from sparse_optax import checks
-from sparse_optax.budgets.resolve import counts_of, total, unit_counts
+from sparse_optax.budgets.resolve import (
+    check_static,
+    counts_of,
+    total,
+    unit_counts,
+)
 from sparse_optax.checks import unnamed
 from sparse_optax.layers import is_hole
 from sparse_optax.masks.make import Ranking, highest
@@ -38,10 +43,8 @@ def backward_set(
     A. ``backward_density`` is at least ``density``; N:M rounds it down.
     """
     inner = optax.with_extra_args_support(inner)
+    check_static(backward_density, "backward_density")
     is_number = isinstance(backward_density, int | float)
-    if is_number or isinstance(backward_density, str):
-        cure = "Give twice the density, for instance."
-        checks.number("backward_density", backward_density, 0, 1, ends="(]", cure=cure)
 
     def too_small(least):
         allowed = f"at least `density`={least!r} in every layer"

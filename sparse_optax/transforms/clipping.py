@@ -1,5 +1,7 @@
 """Clipping by the norm of active weights only."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -38,7 +40,9 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
       ...     optax.chain(sparse_optax.clip_by_active_norm(1.0), optax.sgd(0.1)),
       ...     density=0.05, update_period=100, update_stop=1000, key=0)
     """
-    checks.number("max_norm", max_norm, 0, ends="(]", cure="Use 1.0, for instance.")
+    if not (checks.known(max_norm) and max_norm == math.inf):  # that clips nothing
+        cure = "Use 1.0, for instance."
+        checks.number("max_norm", max_norm, 0, ends="(]", cure=cure)
 
     def update_fn(updates, state, params=None, *, regrow_masks=None, **extra_args):
         del params, extra_args
