@@ -29,7 +29,18 @@ def run_on_eight_devices(file, passed):
     # compile, and not with fusions switched off.
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        # All tests of the file, also those that the default run leaves out.
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "",
+            file,
+        ],
         env=os.environ | flags,
         capture_output=True,
         text=True,
