@@ -36,6 +36,25 @@ def is_hole(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+class PackedMask(NamedTuple):
+    """A boolean array stored with one bit per weight.
+
+    Attributes:
+      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
+      spare: uint8 zeros, one more than the unused bits at the end of each row. Its
+        length stores the shape without a static field in the optimizer state; it is
+        never empty, since not every library stores empty arrays.
+    """
+
+    bits: jax.Array
+    spare: jax.Array
+
+
+def is_mask(node: Any) -> bool:
+    """Whether a node of a mask tree is one leaf: a hole or a packed mask."""
+    return is_hole(node) or isinstance(node, PackedMask)
+
+
 def key_name(key: Any) -> str:
     """One key of a path as text: a dict key, an attribute or an index."""
     for attribute in ("key", "name", "idx"):
@@ -244,7 +263,7 @@ class Layers(NamedTuple):
 
     def pick(self, tree: PyTree) -> tuple[Any, ...]:
         """The leaves that take part, from a tree with as many leaves."""
-        flat = jax.tree.leaves(tree, is_leaf=_is_one)
+        flat = jax.tree.leaves(tree, is_leaf=is_mask)
         return tuple(flat[i] for i in self.index)
 
     def rebuild(self, values: Iterable[Any]) -> PyTree:
@@ -290,11 +309,6 @@ class Layers(NamedTuple):
         """Weights per leaf, or stacked layer, from a vector of units per layer."""
         pairs = zip(self.units.split(units), self.leaves, strict=True)
         return tuple(self.pattern.weights(n, x.shape, x.axis) for n, x in pairs)
-
-
-def _is_one(node: Any) -> bool:
-    # A packed mask is one leaf, found by its fields: its class is in a later module.
-    return is_hole(node) or (hasattr(node, "bits") and hasattr(node, "spare"))
 
 
 def layers_of(

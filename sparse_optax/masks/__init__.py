@@ -10,6 +10,7 @@ array of its shape, True where the weight is kept, or a ``PackedMask``; other le
 - ``optimizer_state``: masks in an optimizer state: read, replace, apply.
 """
 
+from sparse_optax.layers import PackedMask as PackedMask
 from sparse_optax.masks.controls import random_masks_like as random_masks_like
 from sparse_optax.masks.controls import shuffle_masks as shuffle_masks
 from sparse_optax.masks.make import magnitude_masks as magnitude_masks
@@ -19,7 +20,6 @@ from sparse_optax.masks.optimizer_state import get_explored as get_explored
 from sparse_optax.masks.optimizer_state import get_masks as get_masks
 from sparse_optax.masks.optimizer_state import set_masks as set_masks
 from sparse_optax.masks.optimizer_state import sparsify as sparsify
-from sparse_optax.masks.tree import PackedMask as PackedMask
 from sparse_optax.masks.tree import apply as apply
 from sparse_optax.masks.tree import combine as combine
 from sparse_optax.masks.tree import count as count

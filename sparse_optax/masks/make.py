@@ -52,16 +52,25 @@ def leaf_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
 
-def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
-    """Uniform uint32 scores with the sharding of the leaf; floats would have ties."""
+def draw(
+    sample: Callable[..., jax.Array], key: jax.Array, name: str, like: Any, dtype: Any
+) -> jax.Array:
+    """Random numbers for a leaf, with its shape and sharding. ``sample`` is a function
+    of ``jax.random``.
+    """
     sharding = jax.typeof(like).sharding
     with mesh.of(like):
-        return jax.random.bits(
+        return sample(
             leaf_key(key, name),
             like.shape,
-            jnp.uint32,
+            dtype,
             out_sharding=None if sharding.mesh.empty else sharding,  # an Explicit one
         )
+
+
+def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
+    """Uniform uint32 scores for a leaf; floats would have ties."""
+    return draw(jax.random.bits, key, name, like, jnp.uint32)
 
 
 # --- selections -----------------------------------------------------------------------

@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import PyTree, is_hole, leaf_names, path_name
-from sparse_optax.masks.tree import (
+from sparse_optax.layers import (
     PackedMask,
+    PyTree,
+    is_hole,
+    is_mask,
+    leaf_names,
+    path_name,
+)
+from sparse_optax.masks.tree import (
     check_dtype,
     check_shapes,
     flatten,
-    is_mask,
     mask_shape,
     names_of,
     pack,

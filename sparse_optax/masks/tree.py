@@ -1,34 +1,23 @@
 """Mask trees as data: holes, packed leaves, counts, masks on parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole, leaf_names
+from sparse_optax.layers import (
+    Layers,
+    PackedMask,
+    PyTree,
+    chosen_layers,
+    is_hole,
+    is_mask,
+    leaf_names,
+)
 from sparse_optax.patterns import SINGLE, Pattern
-
-
-class PackedMask(NamedTuple):
-    """A boolean array stored with one bit per weight.
-
-    Attributes:
-      bits: uint8, the mask's shape with its last axis divided by eight, rounded up.
-      spare: uint8 zeros, one more than the unused bits at the end of each row. Its
-        length stores the shape without a static field in the optimizer state; it is
-        never empty, since not every library stores empty arrays.
-    """
-
-    bits: jax.Array
-    spare: jax.Array
-
-
-def is_mask(node: Any) -> bool:
-    """Whether a node of a mask tree is one leaf: a hole or a packed mask."""
-    return is_hole(node) or isinstance(node, PackedMask)
 
 
 def flatten(masks: PyTree) -> tuple[list[Any], Any]:

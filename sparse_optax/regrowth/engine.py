@@ -12,16 +12,17 @@ from jax import lax
 
 from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
-from sparse_optax.layers import Layers, PyTree, Where, is_hole, leaf_names
-from sparse_optax.masks.make import Key, as_key
-from sparse_optax.masks.tree import (
+from sparse_optax.layers import (
+    Layers,
     PackedMask,
-    check_shapes,
+    PyTree,
+    Where,
+    is_hole,
     is_mask,
-    layers_of_masks,
-    pack,
-    unpack,
+    leaf_names,
 )
+from sparse_optax.masks.make import Key, as_key
+from sparse_optax.masks.tree import check_shapes, layers_of_masks, pack, unpack
 from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta

@@ -1,7 +1,7 @@
 """A noisy step of weights with fixed signs, for DEEP-R."""
 
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,8 @@ import optax
 
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import PyTree, is_hole, leaf_names
-from sparse_optax.masks.make import Key, as_key, leaf_key, random_scores
+from sparse_optax.masks.make import Key, as_key, draw, random_scores
 from sparse_optax.masks.tree import flatten, unpack
-from sparse_optax.selection import mesh
 
 # Differs from the keys of first masks and cycles, which fold in small numbers.
 _OWN = np.uint32(zlib.crc32(b"signed_step"))
@@ -88,7 +87,8 @@ def signed_step(
             step = flat[i].astype(jnp.promote_types(flat[i].dtype, jnp.float32))
             step = step - eta * strength * jnp.where(positive, 1.0, -1.0)
             if not (isinstance(heat, int | float) and heat == 0):
-                step += jnp.sqrt(2.0 * eta * heat) * _normal(seed, name, w)
+                noise = draw(jax.random.normal, seed, name, w, jnp.float32)
+                step += jnp.sqrt(2.0 * eta * heat) * noise
             # In the parameter's dtype, so that the sum equals that of apply_updates.
             step = step.astype(w.dtype)
             after = w + step
@@ -102,15 +102,3 @@ def signed_step(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _normal(key: jax.Array, name: str, like: Any) -> jax.Array:
-    """Noise for a leaf, with its sharding."""
-    sharding = jax.typeof(like).sharding
-    with mesh.of(like):
-        return jax.random.normal(
-            leaf_key(key, name),
-            like.shape,
-            jnp.float32,
-            out_sharding=None if sharding.mesh.empty else sharding,
-        )
