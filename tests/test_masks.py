@@ -342,6 +342,9 @@ def test_random_masks_keep_what_they_are_told_to(density):
         was, now = np.asarray(old[name]), np.asarray(new[name])
         assert now.sum() == int(density * size)
         assert (was & now).sum() == min(was.sum(), now.sum())
+    packed = {"b": old["b"], **{n: masks.pack(old[n]) for n in ("v", "w")}}
+    again = masks.random_masks(4, params, density, keep=packed)
+    assert all(bool((new[n] == again[n]).all()) for n in ("v", "w"))
     other = masks.random_masks(5, params, density, keep=old)
     same = all(bool((new[n] == other[n]).all()) for n in ("v", "w"))
     assert same == (density in (0.2, 1.0))

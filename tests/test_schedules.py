@@ -103,6 +103,21 @@ def test_ends_are_exact(a, b, start, length):
     assert np.asarray(schedules.constant_prune_rate(a)(7)) == np.float32(a)
 
 
+@pytest.mark.parametrize("stop", [41, 47, 55, 61, 82, 100])
+def test_ends_are_exact_in_a_compiled_step(stop):
+    """A compiler may multiply by 1 / stop, and 41 * (1 / 41) is below one."""
+    ends = {
+        schedules.cubic_density(0.9, 0.1, 0, stop): (0.9, 0.1),
+        schedules.geometric_density(0.9, 0.1, 0, stop): (0.9, 0.1),
+        schedules.cosine_prune_rate(0.5, stop=stop): (0.5, 0.0),
+        schedules.linear_prune_rate(0.5, stop=stop): (0.5, 0.0),
+    }
+    for made, (first, last) in ends.items():
+        compiled = jax.jit(made)
+        assert np.asarray(compiled(0)) == np.float32(first)
+        assert np.asarray(compiled(stop)) == np.float32(last)
+
+
 @given(fraction, fraction, st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
 def test_between_the_ends_a_schedule_stays_between_them(a, b, stop, count):
     low, high = sorted((a, b))

@@ -11,6 +11,8 @@ def progress(count: Any, start: Any, stop: Any) -> jax.Array:
     count = jnp.asarray(count)
     # Subtracted and compared as integers: a float32 is not exact past 2**24.
     part = (count - start).astype(jnp.float32) / jnp.float32(stop - start)
+    # A compiler may multiply by 1 / (stop - start), so that the quotient at ``stop`` is
+    # just below one: the end is compared as integers too.
     return jnp.where(count >= stop, 1.0, jnp.clip(part, 0.0, 1.0)).astype(jnp.float32)
 
 
