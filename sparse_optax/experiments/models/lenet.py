@@ -15,6 +15,8 @@ import jax
 from flax import nnx
 
 from sparse_optax import budgets
+from sparse_optax.experiments.models.convolution import convolution
+from sparse_optax.experiments.models.max_pool import max_pool
 
 
 class Initializers(NamedTuple):
@@ -80,6 +82,7 @@ def _conv(inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> nnx.Conv:
         outputs,
         (5, 5),
         padding="VALID",
+        conv_general_dilated=convolution,
         rngs=rngs,
         **initializers(init, 25 * inputs)._asdict(),
     )
@@ -226,7 +229,7 @@ class LeNet5Caffe(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape (b, classes)."""
-        x = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), strides=(2, 2))
-        x = nnx.max_pool(nnx.relu(self.conv2(x)), (2, 2), strides=(2, 2))
+        x = max_pool(nnx.relu(self.conv1(images)))
+        x = max_pool(nnx.relu(self.conv2(x)))
         x = nnx.relu(self.fc1(x.reshape(x.shape[0], -1)))
         return self.fc2(x)

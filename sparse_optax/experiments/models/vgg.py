@@ -15,6 +15,8 @@ import jax
 from flax import nnx
 
 from sparse_optax.experiments.models import lenet
+from sparse_optax.experiments.models.convolution import convolution
+from sparse_optax.experiments.models.max_pool import max_pool
 
 # Widths of the convolutions, block by block; a 2 x 2 max pooling ends each block.
 BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
@@ -29,6 +31,7 @@ def _conv(
         outputs,
         (window, window),
         padding=1,
+        conv_general_dilated=convolution,
         rngs=rngs,
         **lenet.initializers(init, window**2 * inputs)._asdict(),
     )
@@ -125,7 +128,7 @@ class VGG16(nnx.Module):
                 conv = getattr(self, f"conv{block}_{layer}")
                 norm = getattr(self, f"norm{block}_{layer}")
                 x = nnx.relu(norm(conv(x), use_running_average=not train))
-            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
         x = self.norm_fc1(nnx.relu(self.fc1(x)), use_running_average=not train)
         x = self.norm_fc2(nnx.relu(self.fc2(x)), use_running_average=not train)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from sparse_optax.experiments.models import lenet
+from sparse_optax.experiments.models.convolution import convolution
 
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -27,6 +28,7 @@ def _conv(
         # "SAME" would shift the windows where the stride is 2.
         padding=window // 2,
         use_bias=False,
+        conv_general_dilated=convolution,
         kernel_init=_he_normal if init == "torch" else start.kernel_init,
         rngs=rngs,
     )

@@ -10,6 +10,7 @@ from sparse_optax.experiments.tables import (
     digits_lenet300,
     gsm_lenet300,
     methods_lenet300,
+    mnist_lenet5,
     mnist_lenet300,
     ticket_lenet300,
 )
@@ -19,6 +20,7 @@ TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
     for module in (
         mnist_lenet300,
+        mnist_lenet5,
         gsm_lenet300,
         methods_lenet300,
         ablation_lenet300,

@@ -127,6 +127,42 @@ def group(rows: Sequence[Row], records: dict[str, Record], name: str) -> list[Re
     return [records[r.name] for r in rows if r.group == name and r.name in records]
 
 
+def against_paper(
+    rows: Sequence[Row], papers: dict[str, Paper], records: dict[str, Record]
+) -> str:
+    """One line a density, ours beside the published error; groups are densities."""
+    lines = []
+    for name, paper in papers.items():
+        ours = group(rows, records, name)
+        label = "dense" if name == "dense" else f"{100 * float(name):g}%"
+        published = f"{paper.mean:.2f} ± {paper.se:.3f}"
+        if not ours:
+            lines.append([label, "-", "-", published, "-", "not run yet"])
+            continue
+        errors = [record.results["test_error"] for record in ours]
+        result = compare(errors, paper)
+        interval = f"{result.low:+.2f} … {result.high:+.2f}" if result.verdict else "-"
+        lines.append(
+            [
+                label,
+                f"{ours[0].results['kept']:,}",
+                mean_se(errors),
+                published,
+                interval,
+                result.verdict or "one run",
+            ]
+        )
+    header = [
+        "weights",
+        "kept",
+        "test error %, mean ± SE (runs)",
+        "paper",
+        "95% interval of ours - paper",
+        "verdict",
+    ]
+    return markdown(header, lines)
+
+
 def mean_se(values: Sequence[float], digits: int = 2) -> str:
     """Formats a mean and its standard error, ``1.53 ± 0.020 (10)``."""
     if not values:

@@ -46,36 +46,7 @@ ROWS = tuple(
 
 def render(records):
     """Paper against ours, one line a density."""
-    lines = []
-    for group, paper in PAPER.items():
-        ours = common.group(ROWS, records, group)
-        label = "dense" if group == "dense" else f"{100 * float(group):g}%"
-        published = f"{paper.mean:.2f} ± {paper.se:.3f}"
-        if not ours:
-            lines.append([label, "-", "-", published, "-", "not run yet"])
-            continue
-        errors = [record.results["test_error"] for record in ours]
-        result = common.compare(errors, paper)
-        interval = f"{result.low:+.2f} … {result.high:+.2f}" if result.verdict else "-"
-        lines.append(
-            [
-                label,
-                f"{ours[0].results['kept']:,}",
-                common.mean_se(errors),
-                published,
-                interval,
-                result.verdict or "one run",
-            ]
-        )
-    header = [
-        "weights",
-        "kept",
-        "test error %, mean ± SE (runs)",
-        "paper",
-        "95% interval of ours - paper",
-        "verdict",
-    ]
-    return common.markdown(header, lines) + (
+    return common.against_paper(ROWS, PAPER, records) + (
         "\n\nMNIST, 90/10 split, 100 epochs, last epoch. Welch interval, the paper's "
         "10 to 12 runs taken as 10."
     )
