@@ -14,6 +14,14 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 lowest = importlib.metadata.version("jaxlib").startswith("0.10.")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and lowest:
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# What one process has compiled others and later runs load; `pytest --cache-clear`
+# removes it. Not where there are several devices: a program's key does not tell how
+# the selection is divided among them.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -29,7 +29,8 @@ def as_users_compile(test):
 def cpu_devices(number):
     """Environment of a process with so many, which compiles like this one otherwise."""
     flag = f"--xla_force_host_platform_device_count={number}"
-    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    return {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
 def network(shapes, values=None):

@@ -27,7 +27,10 @@ def run_on_eight_devices(file, passed):
     """Runs a test file where JAX has eight CPU devices; ``passed`` tests must pass."""
     # Without the flags of this process: meshes give the bits of one device as users
     # compile, and not with fusions switched off.
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }
     done = subprocess.run(
         # All tests of the file, also those that the default run leaves out.
         [

@@ -60,6 +60,7 @@ def main(method, kind, devices, donate):
     """Compiles one update; it needs a process in which JAX has not started yet."""
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = flag
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
     import jax
     import jax.numpy as jnp
