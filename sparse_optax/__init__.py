@@ -24,8 +24,9 @@ run can reach its goal, and whether it did).
 ``ham``, ``add_l1_decay``, ``clip_by_active_norm``.
 
 **Masks and states:**
-``eligible`` (what is made sparse), ``sparsify``, ``get_masks``, ``set_masks``,
-``shuffle_masks``, ``random_masks_like``, ``save_sparse``, ``load_sparse``.
+``eligible`` (what is made sparse), ``decay_mask`` (what decays), ``sparsify``,
+``get_masks``, ``set_masks``, ``shuffle_masks``, ``random_masks_like``,
+``save_sparse``, ``load_sparse``.
 
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
@@ -51,6 +52,7 @@ from sparse_optax.gsm import gsm as gsm
 from sparse_optax.gsm import gsm_gap as gsm_gap
 from sparse_optax.gsm import gsm_log_decay as gsm_log_decay
 from sparse_optax.gsm import gsm_mask as gsm_mask
+from sparse_optax.layers import decay_mask as decay_mask
 from sparse_optax.layers import eligible as eligible
 from sparse_optax.masks import get_masks as get_masks
 from sparse_optax.masks import random_masks_like as random_masks_like
@@ -105,6 +107,7 @@ __all__ = [
     "add_l1_decay",
     "budgets",
     "clip_by_active_norm",
+    "decay_mask",
     "deep_rewiring",
     "dynamic_sparse",
     "eligible",

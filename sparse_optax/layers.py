@@ -7,7 +7,6 @@ from the user's arguments or from the masks of a state.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,16 +17,10 @@ import optax
 
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.patterns import SINGLE, Pattern
+from sparse_optax.roles import layout, roles
 
 PyTree = Any
 Where = PyTree | Callable[[str, Any], bool]
-
-# Scales and shifts are dense in every paper of the field. They are recognised by name,
-# not only by rank: attention biases have shape (heads, head_dim), and `nn.scan` stacks
-# biases and scales to two dimensions.
-DENSE_NAMES = frozenset({"bias", "b", "scale", "offset", "gamma", "beta"})
-
-_EMBEDDING = re.compile(r"(.*_)?embed(ding|der)?s?(_?\d+)?", re.IGNORECASE)
 
 
 # --- leaves and their names -----------------------------------------------------------
@@ -80,14 +73,74 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [path_name(path) for path, _ in paths]
 
 
-def is_embedding(name: str) -> bool:
-    """Whether one of the last two keys contains "embed", as ``Embed_0`` does."""
-    return any(_EMBEDDING.fullmatch(key) for key in name.split("/")[-2:])
-
-
 # --- which of them take part ----------------------------------------------------------
-def _default_where(name: str, leaf: Any) -> bool:
-    return len(leaf.shape) >= 2 and name.split("/")[-1] not in DENSE_NAMES
+class Choice(NamedTuple):
+    """What is decided of one leaf, and why.
+
+    Attributes:
+      name: Its normalised name.
+      shape: Its shape; ``()`` for what is no array.
+      dtype: Its dtype, or None for what is no array.
+      kind: ``"kernel"``, ``"table"`` (of embeddings), ``"adapter"`` (of low rank),
+        ``"bias"``, ``"scale"``, ``"vector"``, or ``"other"`` for what has no floating
+        or complex numbers.
+      sparse: Whether it is made sparse.
+      reason: Why, in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str
+    sparse: bool
+    reason: str
+
+
+def choices(
+    params: PyTree, where: Where | None = None, *, embeddings: bool = False
+) -> list[Choice]:
+    """What is decided of each leaf, and why; see ``eligible`` for the arguments."""
+    leaves, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
+    given = None if where is None else _given_choices(params, where, leaves, names)
+    found = roles(names, [_shape_of(x) for x in leaves])
+    made = []
+    for i, (name, x, role) in enumerate(zip(names, leaves, found, strict=True)):
+        kind, reason = role
+        if not _is_inexact(x):
+            kind, reason = "other", _no_number(x)
+        sparse = kind == "kernel" or (embeddings and kind == "table")
+        if given is not None:
+            sparse = given[i]
+            if kind != "other":
+                reason = f"{'chosen' if sparse else 'left out'} by `where`"
+        shape, dtype = _shape_of(x) or (), getattr(x, "dtype", None)
+        made.append(Choice(name, shape, dtype, kind, sparse, reason))
+    return made
+
+
+def choose(
+    params: PyTree, where: Where | None = None, *, embeddings: bool = False
+) -> list[bool]:
+    """Whether each leaf takes part, a list of bools; see ``eligible``."""
+    return [x.sparse for x in choices(params, where, embeddings=embeddings)]
+
+
+def _shape_of(x: Any) -> tuple[int, ...] | None:
+    shape = getattr(x, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _is_inexact(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _no_number(x: Any) -> str:
+    """Why a leaf cannot be made sparse."""
+    if is_hole(x):
+        return "no array here: optax.MaskedNode()"
+    if not hasattr(x, "dtype"):
+        return f"no array: {type(x).__name__}"
+    return f"neither floating nor complex: {x.dtype}"
 
 
 def _is_function(where: Any) -> bool:
@@ -95,20 +148,10 @@ def _is_function(where: Any) -> bool:
     return callable(where) and all(callable(x) for x in jax.tree.leaves(where))
 
 
-def choose(
-    params: PyTree, where: Where | None = None, *, embeddings: bool = True
+def _given_choices(
+    params: PyTree, where: Where, leaves: Sequence[Any], names: Sequence[str]
 ) -> list[bool]:
-    """Whether each leaf takes part, a list of bools; see ``eligible``."""
-    leaves = jax.tree.leaves(params, is_leaf=is_hole)
-    names = leaf_names(params)
-    floating = [
-        hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves
-    ]
-    if where is None:
-        return [
-            f and _default_where(name, x) and (embeddings or not is_embedding(name))
-            for name, x, f in zip(names, leaves, floating, strict=True)
-        ]
+    """What ``where`` says of each leaf, checked."""
     if _is_function(where):
         chosen = [
             False if is_hole(x) else where(name, x)
@@ -129,53 +172,87 @@ def choose(
         False if is_hole(x) else choice
         for x, choice in zip(leaves, chosen, strict=True)
     ]
-    for name, x, f, choice in zip(names, leaves, floating, chosen, strict=True):
+    for name, x, choice in zip(names, leaves, chosen, strict=True):
         if not isinstance(choice, bool):
             raise ArgumentError(
                 f"`where` must give True or False for each leaf; got {choice!r} for "
                 f"{name!r}. Pass a tree of bools or a callable (name, leaf) -> bool."
             )
-        if choice and not f:
+        if choice and not _is_inexact(x):
             raise ArgumentError(
                 f"`where` chooses the leaf {name!r} of dtype "
-                f"{getattr(x, 'dtype', type(x).__name__)}; only floating leaves can "
-                "be made sparse. Leave it out of `where`."
+                f"{getattr(x, 'dtype', type(x).__name__)}; only floating and complex "
+                "leaves can be made sparse. Leave it out of `where`."
             )
     return chosen
 
 
+def _tree_like(params: PyTree, values: Sequence[Any]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_hole), values)
+
+
 @boundary("eligible")
 def eligible(
-    params: PyTree, where: Where | None = None, *, embeddings: bool = True
+    params: PyTree, where: Where | None = None, *, embeddings: bool = False
 ) -> PyTree:
     """Shows which leaves are made sparse: a tree of bools like ``params``.
 
-    It is the default choice of every transformation here and a mask for Optax, for
-    instance to decay kernels but not biases. ``gsm_mask`` also leaves out embedding
-    tables: rows absent from the batch have no gradient and would only decay.
+    It is the default choice of every transformation here. By default kernels take part:
+    floating or complex leaves of two or more dimensions that are no biases, scales,
+    parts of norms, tables of embeddings (tied or not, ``pos_embed``), learned tokens or
+    adapters of low rank. These are told by names, sibling leaves and shapes;
+    ``report.eligibility`` shows the reason for each leaf. Tables stay dense because a
+    row that is absent from the batches has no gradient: it would be cut first, or only
+    decay. For a mask of weight decay see ``decay_mask``.
 
     Args:
       params: The parameters, concrete or abstract.
-      where: None for the default (floating leaves of two or more dimensions whose last
-        key is not bias, b, scale, offset, gamma or beta), a tree or prefix tree of
-        bools, or a callable ``(name, leaf) -> bool``.
-      embeddings: Whether the default choice takes embedding tables.
+      where: None for the default, a tree or prefix tree of bools, or a callable
+        ``(name, leaf) -> bool``.
+      embeddings: Whether the default choice takes tables of embeddings. The tree that
+        comes back can be the ``where`` of every method.
 
     Returns:
       A tree like ``params`` of Python bools.
 
     Raises:
-      ValueError: If ``where`` does not fit or chooses a leaf that is no float.
+      ValueError: If ``where`` does not fit or chooses a leaf of other numbers.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> import jax.numpy as jnp, sparse_optax
       >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
       >>> sparse_optax.eligible(params)
       {'bias': False, 'kernel': True}
-      >>> decay = optax.add_decayed_weights(5e-4, mask=sparse_optax.eligible)
+      >>> table = {"embedding": jnp.zeros((5, 2))}
+      >>> sparse_optax.eligible(table), sparse_optax.eligible(table, embeddings=True)
+      ({'embedding': False}, {'embedding': True})
     """
-    chosen = choose(params, where, embeddings=embeddings)
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_hole), chosen)
+    return _tree_like(params, choose(params, where, embeddings=embeddings))
+
+
+@boundary("decay_mask")
+def decay_mask(params: PyTree) -> PyTree:
+    """The leaves that weight decay is for: all that multiply, a tree of bools.
+
+    These are kernels, tables of embeddings and adapters of low rank, and not biases,
+    scales and parts of norms. So tables are decayed although they stay dense, see
+    ``eligible``.
+
+    Args:
+      params: The parameters, concrete or abstract.
+
+    Returns:
+      A tree like ``params`` of Python bools.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> params = {"bias": jnp.zeros(3), "embedding": jnp.zeros((2, 3))}
+      >>> sparse_optax.decay_mask(params)
+      {'bias': False, 'embedding': True}
+      >>> decay = optax.add_decayed_weights(5e-4, mask=sparse_optax.decay_mask)
+    """
+    decayed = ("kernel", "table", "adapter")
+    return _tree_like(params, [x.kind in decayed for x in choices(params)])
 
 
 # --- the record -----------------------------------------------------------------------
@@ -186,6 +263,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     axis: int | None = None  # whose slices are layers
+    pattern: Pattern = SINGLE  # which of its weights are one unit, with its axes
 
     @property
     def copies(self) -> int:
@@ -231,13 +309,13 @@ class Layers(NamedTuple):
     @property
     def units(self) -> "Layers":
         """The same leaves with one entry per unit, as methods see them."""
-        pattern = self.pattern
-        if pattern == SINGLE:
+        if self.pattern == SINGLE:
             return self
         views = tuple(
             leaf._replace(
-                shape=pattern.view_shape(leaf.shape, leaf.axis),
-                axis=pattern.view_axis(leaf.axis),
+                shape=leaf.pattern.view_shape(leaf.shape, leaf.axis),
+                axis=leaf.pattern.view_axis(leaf.axis),
+                pattern=SINGLE,
             )
             for leaf in self.leaves
         )
@@ -246,7 +324,7 @@ class Layers(NamedTuple):
     @property
     def unit_sizes(self) -> tuple[int, ...]:
         """For each leaf the number of weights per unit."""
-        return tuple(self.pattern.unit_size(x.shape, x.axis) for x in self.leaves)
+        return tuple(x.pattern.unit_size(x.shape, x.axis) for x in self.leaves)
 
     @property
     def where(self) -> PyTree:
@@ -279,16 +357,16 @@ class Layers(NamedTuple):
 
     def view(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Arrays of weights, or masks, as one number per unit."""
-        pairs = zip(arrays, self.axes, strict=True)
-        return tuple(self.pattern.view(x, axis) for x, axis in pairs)
+        pairs = zip(arrays, self.leaves, strict=True)
+        return tuple(leaf.pattern.view(x, leaf.axis) for x, leaf in pairs)
 
     def operands(
         self, arrays: Sequence[tuple[jax.Array, ...]], score: Any
     ) -> tuple[list[tuple[jax.Array, ...]], Any]:
         """The arrays and the score by which a selection ranks units."""
         pairs = [
-            self.pattern.operands(score, xs, axis)
-            for xs, axis in zip(arrays, self.axes, strict=True)
+            leaf.pattern.operands(score, xs, leaf.axis)
+            for xs, leaf in zip(arrays, self.leaves, strict=True)
         ]
         return [xs for xs, _ in pairs], pairs[0][1] if pairs else score
 
@@ -303,12 +381,17 @@ class Layers(NamedTuple):
     def spread(self, masks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Masks of units as masks of weights."""
         pairs = zip(masks, self.leaves, strict=True)
-        return tuple(self.pattern.spread(m, x.shape, x.axis) for m, x in pairs)
+        return tuple(x.pattern.spread(m, x.shape, x.axis) for m, x in pairs)
 
     def weights(self, units: Any) -> tuple[Any, ...]:
         """Weights per leaf, or stacked layer, from a vector of units per layer."""
         pairs = zip(self.units.split(units), self.leaves, strict=True)
-        return tuple(self.pattern.weights(n, x.shape, x.axis) for n, x in pairs)
+        return tuple(x.pattern.weights(n, x.shape, x.axis) for n, x in pairs)
+
+    def at(self, density: Any) -> "Layers":
+        """The same leaves under a pattern for another density than its own."""
+        leaves = tuple(x._replace(pattern=x.pattern.at(density)) for x in self.leaves)
+        return self._replace(leaves=leaves, pattern=self.pattern.at(density))
 
 
 def layers_of(
@@ -317,11 +400,10 @@ def layers_of(
     stacked: Mapping[str, int] | None = None,
     pattern: Pattern = SINGLE,
     *,
-    embeddings: bool = True,
     may_be_empty: bool = False,
 ) -> Layers:
     """The layers that a user chose; see ``eligible`` for the arguments."""
-    chosen = choose(params, where, embeddings=embeddings)
+    chosen = choose(params, where)
     layers = chosen_layers(params, chosen, stacked, pattern)
     if not may_be_empty:
         check_some(layers, params)
@@ -337,9 +419,19 @@ def check_some(layers: Layers, params: PyTree) -> None:
         raise ArgumentError(
             f"no leaf of {leaf_names(params)} takes part; at least one must. Pass the "
             "parameters of a layer with a kernel, or choose leaves with where=lambda "
-            "name, leaf: ...; by default those of two or more dimensions that are not "
-            "biases or scales take part."
+            "name, leaf: ...; report.eligibility(params) says of each leaf why it does "
+            "not take part."
         )
+
+
+def check_real(leaves: Iterable[Leaf], what: str) -> None:
+    """Raises if one of the leaves is complex: ``what`` is not defined for it."""
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ArgumentError(
+                f"{leaf.name!r} has dtype {leaf.dtype}, and {what} is defined for real "
+                "weights only. Leave it out with where=lambda name, leaf: ..."
+            )
 
 
 def chosen_layers(
@@ -355,19 +447,73 @@ def chosen_layers(
     flat, own = jax.tree.flatten(params, is_leaf=is_hole)
     names, axes = leaf_names(params), dict(stacked or {})
     index = tuple(i for i, choice in enumerate(chosen) if choice)
+    shapes = {
+        n: tuple(x.shape)
+        for n, x in zip(names, flat, strict=True)
+        if hasattr(x, "shape")
+    }
     leaves = []
     for i in index:
         shape, axis = tuple(flat[i].shape), axes.pop(names[i], None)
         if axis is not None:
             axis = _checked_axis(names[i], shape, axis)
-        pattern.check(names[i], shape, axis)
-        leaves.append(Leaf(names[i], shape, flat[i].dtype, axis))
+        own_pattern = pattern
+        if pattern.asks:
+            own_pattern = pattern.along(names[i], layout(names[i], shapes, axis))
+        own_pattern.check(names[i], shape, axis)
+        leaves.append(Leaf(names[i], shape, flat[i].dtype, axis, own_pattern))
     if axes and flat:
         raise ArgumentError(
             f"`stacked` names {sorted(axes)}, which do not take part; it must name "
             f"some of {[names[i] for i in index]}. Correct the names."
         )
     return Layers(structure or own, index, tuple(leaves), pattern)
+
+
+def shapes_by_name(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shapes of all leaves that have one."""
+    pairs = zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_hole), strict=True)
+    return {name: tuple(x.shape) for name, x in pairs if hasattr(x, "shape")}
+
+
+def unit_axes(
+    layers: Layers, tree: PyTree, given: int | Mapping[str, Any] | None
+) -> list[tuple[int, ...] | None]:
+    """For each leaf the axes of output units, counted in one layer; None if they cannot
+    be told. ``given`` is that axis for all leaves, or ``{name: axis or axes}``. The
+    tree has the shapes of all leaves, also of those that do not take part.
+    """
+    named: Any = given if isinstance(given, Mapping) else {}
+    if unknown := sorted(set(named) - set(layers.names)):
+        raise ArgumentError(
+            f"`unit_axis` names {unknown}, which are no layers here; it must name some "
+            f"of {list(layers.names)}. Correct the names."
+        )
+    shapes, found = shapes_by_name(tree), []
+    for leaf in layers.leaves:
+        rank = len(leaf.layer_shape)
+        if rank < 2:  # each weight of a vector is a unit, and a scalar has none
+            found.append((0,) if rank else None)
+            continue
+        axis: Any = named.get(leaf.name) if given is named else given
+        if axis is None:
+            told = layout(leaf.name, shapes, leaf.axis)
+            found.append(None if told is None else _in_layer(told.outputs, leaf.axis))
+            continue
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        if not all(-rank <= a < rank for a in axes):
+            raise ArgumentError(
+                f"`unit_axis`={axis!r} is no axis of {leaf.name!r}, whose layers have "
+                f"{rank} axes; it must be in [{-rank}, {rank - 1}]. Leave it out to "
+                "have it told from the layout of the layer."
+            )
+        found.append(tuple(a % rank for a in axes))
+    return found
+
+
+def _in_layer(axes: tuple[int, ...], stacked: int | None) -> tuple[int, ...]:
+    """Axes of a leaf as axes of one of its layers."""
+    return tuple(a - (stacked is not None and a > stacked) for a in axes)
 
 
 def _checked_axis(name: str, shape: tuple[int, ...], axis: int) -> int:

@@ -6,15 +6,17 @@ masks of units are spread over the weights:
 
 ===========================  ========================================================
 ``single_weights()``         every weight is a unit, as without a pattern
-``blocks(rows, columns)``    rectangles of the last two axes
+``blocks(rows, columns)``    rectangles of inputs and outputs
 ``output_units()``           whole columns: the weights of one output unit or channel
 ``slices()``                 the spatial slices of convolution kernels
 ``n_m(n, m)``                single weights, n of each m along the contraction axis
 ===========================  ========================================================
 
-Axes are those of flax and haiku: dense kernels are (in, out), convolution kernels
-(height, width, in, out), and the contraction axis is the last but one. Give the axes of
-other layouts.
+The axes of inputs and outputs are told leaf by leaf, from names and shapes: dense
+kernels of flax and haiku are (in, out), convolution kernels (height, width, in, out),
+and a leaf called ``weight``, as in equinox, is (out, in, ...). A bias beside a kernel
+has the shape of its outputs. Where this does not decide, an error asks for the axes:
+``n_m(2, 4, axis={"query/kernel": 0})``; ``contraction_axes`` reads them from a module.
 
 Units should not cross devices. On a mesh with Explicit axes an axis that is cut into
 units must not be sharded, since JAX cannot split it there. A pattern is a tuple and not
@@ -22,14 +24,16 @@ a function, since ``optax.inject_hyperparams`` takes every callable for a schedu
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax import checks
+from sparse_optax.contraction import contraction_axes as contraction_axes
+from sparse_optax.roles import Layout
 from sparse_optax.selection.passes import scores
 from sparse_optax.selection.topk import LONGEST
 
@@ -39,6 +43,7 @@ __all__ = [
     "Pattern",
     "SingleWeights",
     "blocks",
+    "contraction_axes",
     "n_m",
     "output_units",
     "single_weights",
@@ -46,6 +51,7 @@ __all__ = [
 ]
 
 Shape = Sequence[int]
+Axes = tuple[int, int]
 Operands = tuple[jax.Array, ...]
 Score = Callable[..., jax.Array] | None
 
@@ -61,6 +67,17 @@ class Pattern(Protocol):
     @property
     def density(self) -> float | None:
         """The density that it fixes in every layer; None for any density."""
+        ...
+
+    @property
+    def asks(self) -> bool:
+        """Whether its axes differ from leaf to leaf, see ``along``."""
+        ...
+
+    def along(self, name: str, layout: Layout | None) -> "Pattern":
+        """The pattern with the axes of the leaf ``name``; raises if they are unknown.
+        ``layout`` is what names and shapes tell, or None.
+        """
         ...
 
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
@@ -125,6 +142,13 @@ class SingleWeights(NamedTuple):
     name: str = "single_weights()"
     density: float | None = None
 
+    @property
+    def asks(self) -> bool:
+        return False
+
+    def along(self, name: str, layout: Layout | None) -> Pattern:
+        return self
+
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         pass
 
@@ -173,12 +197,39 @@ class Blocks(NamedTuple):
       sizes: ``(axis, size)`` of a unit along some axes.
       others: Its size along the other axes: 1, or None for their whole length.
       density: None: any density.
+      given: ``(name, axes)`` of leaves whose axes were given; None if ``sizes`` has
+        the axes of all leaves.
     """
 
     name: str
     sizes: tuple[tuple[int, int], ...]
     others: int | None = 1
     density: float | None = None
+    given: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self.given is not None
+
+    def along(self, name: str, layout: Layout | None) -> Pattern:
+        axes = dict(self.given or ()).get(name)
+        if axes is None and layout is None:
+            pairs = len(self.sizes) > 1
+            told = f"axes={{{name!r}: (-2, -1)}}" if pairs else f"axis={{{name!r}: -1}}"
+            _unknown(self.name, name, told)
+        return self._replace(sizes=self._sizes(axes, layout), given=None)
+
+    def _sizes(self, axes: tuple[int, ...] | None, layout: Any) -> Any:
+        """``sizes`` along given axes, or those of a layout."""
+        lengths = [size for _, size in self.sizes]
+        if axes is not None:
+            lengths = lengths * (len(axes) // len(lengths))
+            return tuple(zip(axes, lengths, strict=True))
+        if len(lengths) == 1:  # output units
+            return tuple((axis, 1) for axis in layout.outputs)
+        if self.others is None:  # slices
+            return tuple((axis, 1) for axis in (*layout.inputs, *layout.outputs))
+        return ((layout.inputs[-1], lengths[0]), (layout.outputs[-1], lengths[1]))
 
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         _check_axes(self.name, self.sizes, name, shape, stacked)
@@ -248,12 +299,27 @@ class GroupsNM(NamedTuple):
       n: Weights kept per group.
       m: Weights per group.
       axis: The axis along which groups lie.
+      given: ``(name, axis)`` of leaves whose axis was given; None if ``axis`` is that
+        of all leaves.
     """
 
     name: str
     n: int
     m: int
     axis: int
+    given: tuple[tuple[str, int], ...] | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self.given is not None
+
+    def along(self, name: str, layout: Layout | None) -> Pattern:
+        axis = dict(self.given or ()).get(name)
+        if axis is None and layout is None:
+            _unknown(self.name, name, f"axis={{{name!r}: axis}}")
+        if axis is None:
+            axis = layout.inputs[-1]  # type: ignore[union-attr]
+        return self._replace(axis=axis, given=None)
 
     @property
     def density(self) -> float | None:
@@ -328,6 +394,31 @@ def whole_units(counts: Any, size: int) -> Any:
     return np.maximum(np.asarray(counts) // size, np.minimum(counts, 1))
 
 
+def _unknown(pattern: str, name: str, told: str) -> NoReturn:
+    raise checks.ArgumentError(
+        f"{pattern}: the axes of {name!r} cannot be told from names and shapes; they "
+        "may be those of a convolution or of a projection of attention. Give them: "
+        f"{told}, or read them from the module with patterns.contraction_axes."
+    )
+
+
+def _by_name(argument: str, given: Any, several: int) -> Any:
+    """``(name, axes)`` pairs of axes given by name; () for None."""
+    if given is None:
+        return ()
+    cure = "Give {'query/kernel': 0}, or leave it out."
+    pairs = []
+    for name, axes in given.items():
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        for axis in axes:
+            checks.whole(argument, axis, -LONGEST, static=True, cure=cure)
+        if several and len(axes) % several:
+            allowed = f"{several} axes for {name!r}"
+            checks.fail(argument, axes, allowed, cure)
+        pairs.append((name, tuple(map(int, axes)) if several else int(axes[0])))
+    return tuple(pairs)
+
+
 def _check_axes(pattern, sizes, name, shape, stacked) -> None:
     rank = len(shape)
     taken: set[int] = set()
@@ -366,15 +457,18 @@ def single_weights() -> SingleWeights:
 
 
 @checks.boundary("blocks")
-def blocks(rows: int, columns: int, *, axes: tuple[int, int] = (-2, -1)) -> Blocks:
+def blocks(
+    rows: int, columns: int, *, axes: Axes | Mapping[str, Axes] | None = None
+) -> Blocks:
     """Rectangles of ``rows`` x ``columns`` weights, of inputs and outputs.
 
     A convolution kernel has such blocks at each spatial position.
 
     Args:
-      rows: Weights of a block along the first axis, at least 1.
-      columns: Weights of a block along the second axis, at least 1.
-      axes: The axes of inputs and outputs.
+      rows: Weights of a block along the inputs, at least 1.
+      columns: Weights of a block along the outputs, at least 1.
+      axes: The axes of inputs and outputs, of all leaves or as ``{name: axes}`` of
+        some. None tells them from names and shapes, see ``patterns``.
 
     Returns:
       A pattern.
@@ -389,14 +483,28 @@ def blocks(rows: int, columns: int, *, axes: tuple[int, int] = (-2, -1)) -> Bloc
     """
     checks.whole("rows", rows, 1, static=True, cure=_CURE)
     checks.whole("columns", columns, 1, static=True, cure=_CURE)
-    return Blocks(f"blocks({rows}, {columns})", ((axes[0], rows), (axes[1], columns)))
+    (first, second), given = _axes_of(axes, (-2, -1))
+    sizes = ((first, rows), (second, columns))
+    return Blocks(f"blocks({rows}, {columns})", sizes, given=given)
 
 
-def output_units(*, axis: int = -1) -> Blocks:
+def _axes_of(axes: Any, usual: tuple[int, ...]) -> tuple[tuple[int, ...], Any]:
+    """Axes of all leaves, and those given by name; None where all leaves share them."""
+    if axes is None or isinstance(axes, Mapping):
+        argument = "axes" if len(usual) > 1 else "axis"
+        return usual, _by_name(argument, axes, len(usual))
+    return tuple(axes) if isinstance(axes, Sequence) else (axes,), None
+
+
+@checks.boundary("output_units")
+def output_units(*, axis: int | Mapping[str, Any] | None = None) -> Blocks:
     """All weights that lead to one output unit or channel.
 
+    The queries of attention have one unit for each head and index.
+
     Args:
-      axis: The axis of the outputs; 0 in equinox.
+      axis: The axis of the outputs, of all leaves or as ``{name: axis}`` of some, a
+        tuple for several. None tells it from names and shapes, see ``patterns``.
 
     Returns:
       A pattern.
@@ -406,14 +514,17 @@ def output_units(*, axis: int = -1) -> Blocks:
       >>> patterns.output_units().unit_size((3, 3, 8, 6))
       72
     """
-    return Blocks("output_units()", ((axis, 1),), others=None)
+    (only,), given = _axes_of(axis, (-1,))
+    return Blocks("output_units()", ((only, 1),), others=None, given=given)
 
 
-def slices(*, axes: tuple[int, int] = (-2, -1)) -> Blocks:
+@checks.boundary("slices")
+def slices(*, axes: Axes | Mapping[str, Axes] | None = None) -> Blocks:
     """The spatial slices of convolution kernels: one for each input and output.
 
     Args:
-      axes: The axes of inputs and outputs.
+      axes: The axes of inputs and outputs, of all leaves or as ``{name: axes}`` of
+        some. None tells them from names and shapes, see ``patterns``.
 
     Returns:
       A pattern. Of a dense kernel each weight is a slice.
@@ -423,11 +534,12 @@ def slices(*, axes: tuple[int, int] = (-2, -1)) -> Blocks:
       >>> patterns.slices().unit_size((3, 3, 8, 6))
       9
     """
-    return Blocks("slices()", ((axes[0], 1), (axes[1], 1)), others=None)
+    (first, second), given = _axes_of(axes, (-2, -1))
+    return Blocks("slices()", ((first, 1), (second, 1)), others=None, given=given)
 
 
 @checks.boundary("n_m")
-def n_m(n: int, m: int, *, axis: int = -2) -> GroupsNM:
+def n_m(n: int, m: int, *, axis: int | Mapping[str, int] | None = None) -> GroupsNM:
     """N:M sparsity: n weights of each m neighbours along the contraction axis.
 
     Hardware for 2:4 matrices skips zeros along the axis that it sums over: inputs.
@@ -435,7 +547,9 @@ def n_m(n: int, m: int, *, axis: int = -2) -> GroupsNM:
     Args:
       n: Weights kept per group, at least 1 and at most m.
       m: Weights per group, from 2 to 32.
-      axis: The contraction axis; 1 in equinox.
+      axis: The contraction axis, of all leaves or as ``{name: axis}`` of some. None
+        tells it from names and shapes, see ``patterns``; where it cannot be told, an
+        error asks for it. ``contraction_axes`` reads it from a module.
 
     Returns:
       A pattern. It fixes the final density of every layer at n / m.
@@ -451,4 +565,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> GroupsNM:
     """
     checks.whole("m", m, 2, LONGEST, static=True, cure=_CURE)
     checks.whole("n", n, 1, m, static=True, cure=_CURE)
-    return GroupsNM(f"n_m({n}, {m})", n, m, axis)
+    given = None
+    if axis is None or isinstance(axis, Mapping):
+        axis, given = -2, _by_name("axis", axis, 0)
+    return GroupsNM(f"n_m({n}, {m})", n, m, axis, given)

@@ -108,7 +108,7 @@ def _gate_broken(step: Step, name: str, index) -> None:
 
 def _gate_masks(state, params):
     del state
-    return sparse_optax.masks.magnitude_masks(params, DENSITY, embeddings=False)
+    return sparse_optax.masks.magnitude_masks(params, DENSITY)
 
 
 def _mask_budget(density, params) -> int:

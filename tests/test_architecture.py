@@ -21,6 +21,8 @@ ORDER = (
     "checks.py",
     "selection/",
     "schedules/",
+    "roles.py",
+    "contraction.py",
     "patterns.py",
     "layers.py",
     "budgets/",
@@ -38,7 +40,7 @@ ORDER = (
 # What the core may import; the rest of the environment serves experiments and tests.
 CORE_NEEDS = {"jax", "optax", "numpy", "sparse_optax"}
 # Asked for inside a function, by those who convert to it; see the import test below.
-ON_DEMAND = {"export/model.py": {"scipy"}}
+ON_DEMAND = {"export/model.py": {"scipy"}, "contraction.py": {"flax"}}
 
 
 def _files():

@@ -118,6 +118,29 @@ def test_units_along_another_axis(stacked):
     np.testing.assert_array_equal(np.asarray(new["w"]).sum(rest), found.sum(rest))
 
 
+def test_units_are_told_from_the_layout():
+    """The rows of a weight of equinox, and the heads and indices of queries."""
+    rng = np.random.default_rng(0)
+    weight = rng.random((6, 40)) < np.linspace(0, 1, 6)[:, None]
+    query = rng.random((30, 2, 4)) < np.linspace(0, 1, 8).reshape(2, 4)
+    found = {"linear": {"weight": weight}, "query": {"kernel": query}}
+    new = shuffle_masks(0, jax.tree.map(jnp.asarray, found), "unit")
+    moved, kernel = (
+        np.asarray(new["linear"]["weight"]),
+        np.asarray(new["query"]["kernel"]),
+    )
+    np.testing.assert_array_equal(moved.sum(1), weight.sum(1))
+    np.testing.assert_array_equal(kernel.sum(0), query.sum(0))
+    assert (moved != weight).any()
+    assert (kernel != query).any()
+    unknown = {"proj": {"kernel": jnp.asarray(query)}}
+    with refuses("shuffle_masks", "unit_axis", "proj/kernel", "cannot be told"):
+        shuffle_masks(0, unknown, "unit")
+    new = shuffle_masks(0, unknown, "unit", unit_axis={"proj/kernel": (1, 2)})
+    kernel = np.asarray(new["proj"]["kernel"])
+    np.testing.assert_array_equal(kernel.sum(0), query.sum(0))
+
+
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("within", ["layer", "unit"])
 def test_empty_and_full_masks_stay(fill, within):
@@ -181,7 +204,7 @@ def test_wrong_input():
         shuffle_masks(0, FOUND, stacked={"nobody": 0})
     with refuses("shuffle_masks", "unit_axis", "2", r"\[-2, 1\]"):
         shuffle_masks(0, {"w": uneven()}, "unit", unit_axis=2)
-    with refuses("shuffle_masks", "unit_axis", "-1", r"0 axes"):
+    with refuses("shuffle_masks", "'w'", r"0 axes", "unit_axis"):
         shuffle_masks(0, {"w": jnp.array(True)}, "unit")
 
 

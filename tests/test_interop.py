@@ -270,13 +270,11 @@ SPARSE = {
     ("equinox", "mlp"): {f"layers/{i}/weight" for i in range(3)},
     ("haiku", "mlp"): {f"mlp/~/linear_{i}/w" for i in range(3)},
     ("linen", "model"): {
-        "embed/embedding",
         "head/kernel",
         "blocks/mlp/kernel",
         *(f"blocks/attention/{p}/kernel" for p in PROJECTIONS),
     },
     ("nnx", "model"): {
-        "embed/embedding",
         "head/kernel",
         *(f"blocks/{i}/mlp/kernel" for i in range(LAYERS)),
         *(
@@ -286,12 +284,10 @@ SPARSE = {
         ),
     },
     ("equinox", "model"): {
-        "embed/weight",
         "head/weight",
         *(f"attention/{p}_proj/weight" for p in ("key", "output", "query", "value")),
     },
     ("haiku", "model"): {
-        "embed/embeddings",
         "head/w",
         *(f"attention/{p}/w" for p in ("key", "linear", "query", "value")),
     },
@@ -341,9 +337,12 @@ def test_leaves_that_take_part(library, task):
     params, _ = RUNS[library](task, optax.identity()).now()
     chosen = by_name(sparse_optax.eligible(params))
     assert {name for name, yes in chosen.items() if yes} == SPARSE[library, task]
-    without = by_name(sparse_optax.eligible(params, embeddings=False))
+    tables = by_name(sparse_optax.eligible(params, embeddings=True))
+    decayed = by_name(sparse_optax.decay_mask(params))
     embeddings = {name for name in chosen if name.split("/")[0] == "embed"}
-    assert {n for n in chosen if chosen[n] and not without[n]} == embeddings
+    assert bool(embeddings) == (task == "model")
+    assert {n for n in chosen if tables[n] and not chosen[n]} == embeddings
+    assert decayed == tables
     dense = {name: x for name, x in by_name(params).items() if not chosen[name]}
     if library in ("linen", "nnx") and task == "model":
         # Rank alone would not tell these from a kernel.
@@ -443,7 +442,7 @@ def test_gsm(library, task, options):
     run.train()
     _, (given, state, passed, _) = run.now()
     given, passed, numbers = by_name(given), by_name(passed), by_name(state.gsm_passed)
-    names = [n for n in params if n in SPARSE[library, task] and "embed" not in n]
+    names = [n for n in params if n in SPARSE[library, task]]
     assert set(numbers) == set(names)
     if options:
         assert {x.dtype for x in given.values()} == {jnp.dtype(options["dtype"])}

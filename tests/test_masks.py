@@ -1,5 +1,6 @@
 """Mask trees: who takes part, exact counts, reading and replacing, packing."""
 
+import equinox as eqx
 import flax.linen as nn
 import flax.nnx as nnx
 import hypothesis
@@ -62,8 +63,8 @@ def test_attention_biases_and_scanned_scales_stay_dense():
     }
     dense = set(dims) - chosen
     assert max(dims[n] for n in dense) >= 3, "the example must hold the hard case"
-    assert {n.split("/")[-1] for n in dense} == {"bias", "scale"}
-    assert {n.split("/")[-1] for n in chosen} == {"kernel", "embedding"}
+    assert {n.split("/")[-1] for n in dense} == {"bias", "scale", "embedding"}
+    assert {n.split("/")[-1] for n in chosen} == {"kernel"}
 
 
 def test_nnx_attention_biases_stay_dense():
@@ -118,6 +119,360 @@ def test_eligible_is_a_tree_of_python_bools_on_abstract_arrays():
     assert all(type(x) is bool for x in jax.tree.leaves(chosen))
     assert sparse_optax.eligible({}) == {}
     assert sparse_optax.eligible({"w": None}) == {"w": None}
+
+
+# --- what names, siblings and shapes tell ---------------------------------------------
+
+
+def _shaped(tree):
+    """Abstract arrays from a tree of shapes."""
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+class _Net(eqx.Module):
+    """Layers of equinox whose leaves are all called ``weight`` and ``bias``."""
+
+    linear: eqx.nn.Linear
+    conv: eqx.nn.Conv2d
+    one_input: eqx.nn.Linear
+    scaled: eqx.nn.WeightNorm
+    scaled_conv: eqx.nn.WeightNorm
+    first: eqx.nn.LayerNorm
+    second: eqx.nn.RMSNorm
+    norm: eqx.nn.RMSNorm
+    embed: eqx.nn.Embedding
+    patch_embed: eqx.nn.Conv2d
+    embed_features: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.linear = eqx.nn.Linear(6, 8, key=key)
+        self.conv = eqx.nn.Conv2d(6, 8, 3, key=key)
+        self.one_input = eqx.nn.Linear("scalar", 8, key=key)
+        self.scaled = eqx.nn.WeightNorm(eqx.nn.Linear(6, 8, key=key))
+        self.scaled_conv = eqx.nn.WeightNorm(eqx.nn.Conv2d(6, 8, 3, key=key))
+        self.first = eqx.nn.LayerNorm((4, 8))
+        self.second = eqx.nn.RMSNorm((4, 8))
+        self.norm = eqx.nn.RMSNorm((4, 8), use_bias=False)
+        self.embed = eqx.nn.Embedding(10, 8, key=key)
+        self.patch_embed = eqx.nn.Conv2d(3, 8, 4, use_bias=False, key=key)
+        self.embed_features = eqx.nn.Linear(5, 8, key=key)
+
+
+KERNELS = {
+    "linear/weight",
+    "conv/weight",
+    "one_input/weight",
+    "scaled/layer/weight",
+    "scaled_conv/layer/weight",
+    "patch_embed/weight",
+    "embed_features/weight",
+}
+
+
+@pytest.fixture(scope="module")
+def equinox_net():
+    return eqx.filter(_Net(jax.random.key(0)), eqx.is_inexact_array)
+
+
+def test_scales_of_equinox_stay_dense(equinox_net):
+    assert _names(sparse_optax.eligible(equinox_net)) == KERNELS
+    tables = _names(sparse_optax.eligible(equinox_net, embeddings=True))
+    assert tables == KERNELS | {"embed/weight"}
+    assert _names(sparse_optax.decay_mask(equinox_net)) == tables
+
+
+def test_no_unit_dies_of_its_weight_norm():
+    """`g` has shape (out, 1): as a kernel it would be cut to a tenth."""
+    net = eqx.nn.WeightNorm(eqx.nn.Linear(16, 64, key=jax.random.key(0)))
+    params = eqx.filter(net, eqx.is_inexact_array)
+    state = sparse_optax.rigl(
+        optax.sgd(0.1), density=0.1, update_period=9, update_stop=99, key=0
+    ).init(params)
+    thin = sparse_optax.sparsify(params, state)
+    assert np.count_nonzero(thin.g) == 64
+    assert np.count_nonzero(thin.layer.weight) == 64 * 16 // 10
+
+
+def test_stacked_scales_are_told_by_their_bias():
+    norms = eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(8))(jnp.arange(3))
+    assert _names(sparse_optax.eligible(eqx.filter(norms, eqx.is_array))) == set()
+
+
+ROLES = {
+    # name of a leaf: its shape and whether it is made sparse
+    "torch/weight_g": ((8, 1), False),
+    "torch/weight_v": ((8, 6), True),
+    "lstm/g": ((8, 8), True),  # a gate, not a length
+    "lstm/v": ((8, 8), True),
+    "ssm/log_step": ((16, 1), False),
+    "ssm/A_log": ((16, 4), False),
+    "ssm/B": ((16, 4), True),
+    "lora/lora_a": ((6, 2), False),
+    "lora/lora_b": ((2, 8), False),
+    "peft/lora_A/default/weight": ((2, 6), False),
+    "qwix/kernel_lora_b": ((2, 8), False),
+    "lora_linear/kernel": ((6, 8), True),
+    "t5/relative_attention_bias": ((32, 4), False),
+    "rnn/bias_hh": ((1, 8), False),
+    "mlp/b1": ((1, 8), False),
+    "mlp/w1": ((8, 1), True),
+    "vit/pos_embed": ((1, 5, 8), False),
+    "vit/cls_token": ((1, 1, 8), False),
+    "vit/cls": ((1, 1, 8), False),
+    "vit/embedding/kernel": ((4, 4, 3, 8), True),
+    "vit/ls/lambda": ((1, 1, 8), False),
+    "llama/embed_tokens/weight": ((50, 8), False),
+    "llama/q_norm/weight": ((4, 16), False),
+    "gpt/wte": ((50, 8), False),
+    "gpt/ln_f/g": ((3, 8), False),
+    "gpt/ln1_w": ((3, 8), False),
+    "film/norm/kernel": ((6, 8), True),
+    "film/norm_proj/weight": ((6, 8), True),
+    "clip/logit_scale": ((1, 1), False),
+    "remember/weight": ((6, 8), True),
+    "Embed_0/embedding": ((10, 8), False),
+    "TokenEmbed/embedding": ((10, 8), False),
+}
+
+
+def test_names_of_other_libraries():
+    tree: dict = {}
+    for name, (shape, _) in ROLES.items():
+        *parents, key = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = shape
+    chosen = _names(sparse_optax.eligible(_shaped(tree)))
+    assert chosen == {name for name, (_, sparse) in ROLES.items() if sparse}
+
+
+def test_a_kernel_of_one_input_may_have_a_bias_of_its_shape():
+    params = _shaped({"w": (1, 8), "b": (1, 8)})
+    assert _names(sparse_optax.eligible(params)) == {"w"}
+
+
+def test_eligibility_says_why(equinox_net):
+    made = sparse_optax.report.eligibility(equinox_net)
+    assert [x.name for x in made.leaves] == layers.leaf_names(equinox_net)
+    assert {x.name for x in made.leaves if x.sparse} == KERNELS
+    reasons = {x.name: x.reason for x in made.leaves}
+    assert "'bias' beside it" in reasons["first/weight"]
+    assert "'scaled/layer/weight'" in reasons["scaled/g"]
+    assert "'norm'" in reasons["norm/weight"]
+    assert "embeddings" in reasons["embed/weight"]
+    lines = made.table().splitlines()
+    assert len(lines) == len(made.leaves) + 2
+    assert lines[0].split() == ["leaf", "shape", "dtype", "kind", "verdict", "reason"]
+    (line,) = [x for x in lines if x.startswith("norm/weight ")]
+    assert line.split()[1:6] == ["(4,", "8)", "float32", "scale", "dense"]
+    assert lines[-1] == f"{len(KERNELS)} of {len(made.leaves)} leaves are made sparse."
+
+
+def test_eligibility_of_what_was_asked_for_and_of_other_leaves():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "n": jnp.arange(4), "f": jnp.sin}
+    made = sparse_optax.report.eligibility(params, lambda name, leaf: name == "b")
+    told = {x.name: (x.sparse, x.reason) for x in made.leaves}
+    assert told == {
+        "a": (False, "left out by `where`"),
+        "b": (True, "chosen by `where`"),
+        "f": (False, f"no array: {type(jnp.sin).__name__}"),
+        "n": (False, "neither floating nor complex: int32"),
+    }
+    with pytest.raises(ValueError, match="eligibility: `where` chooses the leaf 'n'"):
+        sparse_optax.report.eligibility(
+            params, {"a": True, "b": True, "n": True, "f": False}
+        )
+
+
+TABLES = {
+    "tied": {"embedding": (40, 6)},
+    "pos_embed": (1, 9, 6),
+    "head": {"kernel": (6, 10)},
+}
+
+
+@pytest.mark.parametrize(
+    "method", ["rigl", "gradual_magnitude", "static_sparse", "gsm"]
+)
+def test_all_methods_leave_tables_dense_unless_named(method):
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), _shaped(TABLES))
+
+    def chosen(where):
+        tx = {
+            "rigl": lambda: sparse_optax.rigl(
+                optax.sgd(0.1),
+                density=0.5,
+                update_period=2,
+                update_stop=9,
+                key=0,
+                where=where,
+            ),
+            "gradual_magnitude": lambda: sparse_optax.gradual_magnitude(
+                optax.sgd(0.1), density=0.5, update_period=2, update_stop=9, where=where
+            ),
+            "static_sparse": lambda: sparse_optax.static_sparse(
+                optax.sgd(0.1), density=0.5, key=0, where=where
+            ),
+            "gsm": lambda: sparse_optax.gsm_mask(0.5, where=where),
+        }[method]()
+        state = tx.init(params)
+        tree = state.gsm_passed if method == "gsm" else state.regrow_masks
+        flat = jax.tree.leaves(tree, is_leaf=layers.is_hole)
+        pairs = zip(layers.leaf_names(params), flat, strict=True)
+        return {name for name, x in pairs if not layers.is_hole(x)}
+
+    assert chosen(None) == {"head/kernel"}
+    named = sparse_optax.eligible(params, embeddings=True)
+    assert chosen(named) == {"head/kernel", "tied/embedding", "pos_embed"}
+
+
+# --- complex kernels ------------------------------------------------------------------
+
+
+def _complex(shape, seed=0):
+    real, imaginary = np.random.default_rng(seed).normal(size=(2, *shape))
+    return jnp.asarray(real + 1j * imaginary, jnp.complex64)
+
+
+def _mixed():
+    """A complex kernel beside a real one: one pool, ranked by |z|."""
+    return {"spectral": {"kernel": _complex((6, 5))}, "w": _complex((5, 4), 1).real}
+
+
+def test_complex_kernels_are_ranked_by_their_modulus():
+    params = _mixed()
+    assert _names(sparse_optax.eligible(params)) == {"spectral/kernel", "w"}
+    assert sparse_optax.report.eligibility(params).leaves[0].kind == "kernel"
+    made = masks.magnitude_masks(params, 0.3)
+    flat = [np.abs(np.asarray(x)) for x in jax.tree.leaves(params)]
+    for mask, wanted in zip(
+        jax.tree.leaves(made), oracles.top_k(flat, 15), strict=True
+    ):
+        np.testing.assert_array_equal(mask, wanted)
+    blocks = sparse_optax.patterns.blocks(2, 1)
+    (kept,) = jax.tree.leaves(
+        masks.magnitude_masks(params["spectral"], 0.5, pattern=blocks)
+    )
+    sums = flat[0].reshape(3, 2, 5).sum(1)
+    (wanted,) = oracles.top_k([sums], 7)
+    np.testing.assert_array_equal(kept, np.repeat(wanted, 2, axis=0))
+
+
+COMPLEX = {
+    "sparse_momentum": lambda **k: sparse_momentum_regrow(
+        optax.adam(0.05), density=0.3, update_period=2, update_stop=9, key=0, **k
+    ),
+    "own_average": lambda **k: sparse_momentum_regrow(
+        optax.sgd(0.05), density=0.3, update_period=2, update_stop=9, key=0, **k
+    ),
+    "rigl": lambda **k: sparse_optax.rigl(
+        optax.sgd(0.05), density=0.3, update_period=2, update_stop=9, key=0, **k
+    ),
+    "gradual": lambda **k: sparse_optax.gradual_magnitude(
+        optax.sgd(0.05), density=0.3, update_period=2, update_stop=4, **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["sparse_momentum", "own_average", "rigl", "gradual"])
+def test_methods_keep_the_count_of_complex_weights(name):
+    tx, params = COMPLEX[name](), _mixed()
+    gradient = jax.tree.map(lambda x: jnp.conj(x) * 0.1 + 0.01, params)
+    state, step = tx.init(params), jax.jit(tx.update)
+    masks_before = sparse_optax.get_masks(state)
+    for _ in range(6):
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    made = sparse_optax.get_masks(state)
+    z, kept = params["spectral"]["kernel"], np.asarray(made["spectral"]["kernel"])
+    assert z.dtype == jnp.complex64
+    assert masks.count(made) == 9 + 6
+    assert not np.asarray(z)[~kept].any()
+    assert np.asarray(z)[kept].imag.any()
+    assert int(optax.tree.get(state, "skipped")) == 0
+    assert (np.asarray(masks_before["spectral"]["kernel"]) != kept).any()
+
+
+def test_the_engine_follows_the_imaginary_part_too():
+    """Growth by an average of the gradient: |z|, with equal real parts."""
+    params = {"w": jnp.zeros((4, 5), jnp.complex64)}
+    gradient = {"w": _complex((4, 5)) - _complex((4, 5)).real + 1}
+    tx = sparse_momentum_regrow(
+        optax.sgd(0.0), density=0.5, update_period=1, prune_rate=1.0, key=0
+    )
+    state = tx.init(params)
+    start = np.asarray(sparse_optax.get_masks(state)["w"])
+    for _ in range(2):
+        _, state = tx.update(gradient, state, params)
+    mask = np.asarray(sparse_optax.get_masks(state)["w"])
+    size = np.abs(np.asarray(gradient["w"]))
+    lowest = size[~start & mask].min() if (~start & mask).any() else np.inf
+    assert (~start & mask).sum() > 0
+    assert lowest >= size[~start & ~mask].max(initial=0)
+
+
+def test_gsm_ranks_complex_saliencies_by_their_modulus():
+    params, gradient = _mixed(), jax.tree.map(lambda x: x[::-1], _mixed())
+    tx = sparse_optax.gsm_mask(0.3)
+    passed, _ = tx.update(gradient, tx.init(params), params)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=True)
+    wanted = oracles.top_k([np.abs(np.asarray(w * g)) for w, g in pairs], 15)
+    for x, mask in zip(jax.tree.leaves(passed), wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(x) != 0, mask)
+
+
+@pytest.mark.parametrize("method", ["sparse_evolutionary", "deep_rewiring", "ham"])
+def test_what_needs_a_sign_names_the_complex_kernel(method):
+    def make(where):
+        if method == "sparse_evolutionary":
+            return sparse_optax.sparse_evolutionary(
+                optax.sgd(0.1), density=0.5, update_period=1, key=0, where=where
+            )
+        if method == "deep_rewiring":
+            return sparse_optax.deep_rewiring(
+                learning_rate=0.1,
+                density=0.5,
+                l1=0.0,
+                temperature=0.0,
+                key=0,
+                where=where,
+            )
+        return sparse_optax.ham(optax.sgd(0.1), 0.1, alpha=1.0, beta=0.0, where=where)
+
+    def step(where):
+        params = _mixed()
+        tx = make(where)
+        return tx.update(params, tx.init(params), params)
+
+    with pytest.raises(ValueError, match=r"complex64.*where="):
+        step(None)
+    step({"spectral": False, "w": True})
+
+
+def test_a_complex_model_comes_back_from_its_file(tmp_path):
+    params = _mixed()
+    made = masks.magnitude_masks(params, 0.3)
+    sparse_optax.save_sparse(tmp_path / "model.npz", params, made)
+    back = sparse_optax.load_sparse(tmp_path / "model.npz", like=params).dense()
+    thin = sparse_optax.sparsify(params, made)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(thin), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_clipping_by_the_modulus():
+    params = {"w": jnp.ones((1, 2), jnp.complex64)}
+    tx = sparse_optax.static_sparse(
+        sparse_optax.clip_by_active_norm(1.0), density=1.0, key=0
+    )
+    gradient = {"w": jnp.array([[3.0, 4.0j]], jnp.complex64)}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [[0.6, 0.8j]], rtol=1e-6)
 
 
 # --- making masks ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ along inputs and outputs, a unit's score the sum of magnitudes.
 import functools
 import itertools
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import kept, refuses, stepper
 
 import sparse_optax
 from sparse_optax import masks, patterns, regrowth, schedules, selection
+from sparse_optax.layers import layers_of, leaf_names
 from sparse_optax.regrowth import grow, prune, redistribute
 
 BLOCKS, SLICES = patterns.blocks(2, 2), patterns.slices()
@@ -201,6 +204,271 @@ def test_leaves_that_cannot_be_cut_are_named(pattern, shape, stacked):
 def test_sizes_are_whole(make):
     with pytest.raises(ValueError, match=r"^(n_m|blocks): .* must be an integer"):
         make()
+
+
+# --- axes that are told from names and shapes -----------------------------------------
+
+
+def rows_of(pattern, tree, stacked=None):
+    """``{name: sizes}`` of a group or a unit of each leaf, as the layers see them."""
+    abstract = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    found = {}
+    for leaf in layers_of(abstract, None, stacked, pattern).leaves:
+        x = np.zeros(leaf.shape, bool)
+        units = np.zeros(leaf.pattern.view_shape(leaf.shape, leaf.axis), bool)
+        first = np.unravel_index(0, units.shape)
+        if pattern.density:
+            units[0] = True
+        else:
+            units[first] = True
+        x = np.asarray(leaf.pattern.spread(jnp.asarray(units), leaf.shape, leaf.axis))
+        found[leaf.name] = tuple(len(set(i.tolist())) for i in np.nonzero(x))
+    return found
+
+
+# name of a kernel: shape, bias beside it, group of 2:4, output unit, slice, block 2 x 4
+LAYOUTS = {
+    "Dense_0/kernel": ((8, 12), (12,), (4, 1), (8, 1), (1, 1), (2, 4)),
+    "Conv_0/kernel": (
+        (3, 3, 8, 12),
+        None,
+        (1, 1, 4, 1),
+        (3, 3, 8, 1),
+        (3, 3, 1, 1),
+        (1, 1, 2, 4),
+    ),
+    "conv1d/kernel": ((5, 8, 12), None, (1, 4, 1), (5, 8, 1), (5, 1, 1), (1, 2, 4)),
+    "biased/kernel": ((5, 8, 12), (12,), (1, 4, 1), (5, 8, 1), (5, 1, 1), (1, 2, 4)),
+    "a/query/kernel": ((64, 4, 16), None, (4, 1, 1), (64, 1, 1), (1, 1, 1), (2, 1, 4)),
+    "a/key/kernel": ((64, 4, 16), (4, 16), (4, 1, 1), (64, 1, 1), (1, 1, 1), (2, 1, 4)),
+    "a/out/kernel": ((4, 16, 64), None, (1, 4, 1), (4, 16, 1), (1, 1, 1), (1, 2, 4)),
+    "general/kernel": ((8, 4, 12), (4, 12), (4, 1, 1), (8, 1, 1), (1, 1, 1), (2, 1, 4)),
+    "two/kernel": (
+        (4, 8, 3, 12),
+        (3, 12),
+        (1, 4, 1, 1),
+        (4, 8, 1, 1),
+        (1,) * 4,
+        (1, 2, 1, 4),
+    ),
+    "eqx/weight": ((12, 8), (12,), (1, 4), (1, 8), (1, 1), (4, 2)),
+    "eqx_conv/weight": (
+        (12, 8, 3, 3),
+        (12, 1, 1),
+        (1, 4, 1, 1),
+        (1, 8, 3, 3),
+        (1, 1, 3, 3),
+        (4, 2, 1, 1),
+    ),
+    "own/weight": ((8, 12), (12,), (4, 1), (8, 1), (1, 1), (2, 4)),
+    "own/w": ((12, 8), (12,), (1, 4), (1, 8), (1, 1), (4, 2)),
+    "conv2_d_transpose/w": (
+        (3, 3, 12, 8),
+        (12,),
+        (1, 1, 1, 4),
+        (3, 3, 1, 8),
+        (3, 3, 1, 1),
+        (1, 1, 4, 2),
+    ),
+    "Transpose_0/kernel": (
+        (3, 3, 12, 8),
+        (12,),
+        (1, 1, 1, 4),
+        (3, 3, 1, 8),
+        (3, 3, 1, 1),
+        (1, 1, 4, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("layers", [None, 3])
+def test_axes_are_those_of_the_layer(name, layers):
+    shape, bias, group, unit, spatial, block = LAYOUTS[name]
+    parent, key = name.split("/")[-2:]
+    stack = () if layers is None else (layers,)
+    node = {key: (*stack, *shape)}
+    if bias is not None:
+        node["bias"] = (*stack, *bias)
+    stacked = None if layers is None else {f"{parent}/{key}": 0}
+    one = () if layers is None else (1,)
+    for pattern, sizes in (
+        (N_M, group),
+        (OUT, unit),
+        (SLICES, spatial),
+        (patterns.blocks(2, 4), block),
+    ):
+        (found,) = rows_of(pattern, {parent: node}, stacked).values()
+        assert found == (*one, *sizes), pattern.name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("proj/kernel", (64, 4, 16)),
+        ("q_einsum/w", (4, 64, 16)),
+        ("Einsum_0/kernel", (2, 8, 4, 16)),
+        ("ConvTranspose_0/kernel", (3, 3, 8, 8)),
+    ],
+)
+def test_axes_that_cannot_be_told_are_asked_for(name, shape):
+    parent, key = name.split("/")
+    tree = {parent: {key: shape}}
+    for pattern, argument in ((N_M, "axis="), (OUT, "axis="), (BLOCKS, "axes=")):
+        with pytest.raises(ValueError, match=f"{name}.*cannot be told") as caught:
+            rows_of(pattern, tree)
+        assert f"{argument}{{'{name}'" in str(caught.value)
+    params = {parent: {key: normal(shape)}}
+    tx = sparse_optax.gradual_magnitude(
+        optax.sgd(0.1), pattern=N_M, update_period=1, update_stop=4
+    )
+    with refuses("gradual_magnitude", "axis", name, "cannot be told"):
+        tx.init(params)
+    sizes = tuple(4 if i == 0 else 1 for i in range(len(shape)))
+    if shape[0] % 4 == 0:
+        given = patterns.n_m(2, 4, axis={name: 0})
+        assert rows_of(given, tree) == {name: sizes}
+    whole = tuple(1 if i in (1, 2) else n for i, n in enumerate(shape))
+    units = patterns.output_units(axis={name: (1, 2)})
+    assert rows_of(units, tree) == {name: whole}
+
+
+def test_axes_given_by_name_are_those_of_that_leaf_alone():
+    tree = {"a": {"kernel": (8, 12)}, "b": {"kernel": (8, 12)}}
+    pattern = patterns.n_m(2, 4, axis={"a/kernel": 1})
+    assert rows_of(pattern, tree) == {"a/kernel": (1, 4), "b/kernel": (4, 1)}
+    assert hash(pattern) == hash(patterns.n_m(2, 4, axis={"a/kernel": 1}))
+    with refuses("n_m", "axis", "'x'", "integer"):
+        patterns.n_m(2, 4, axis={"a/kernel": "x"})
+
+
+def test_n_m_of_attention_under_a_method():
+    """Two of each four inputs of a head, at every step, in queries and in outputs."""
+    shapes = {"query": (16, 2, 8), "out": (2, 8, 16)}
+    params = {
+        name: {"kernel": normal(s, i)} for i, (name, s) in enumerate(shapes.items())
+    }
+    state = engine(N_M).init(params)
+    mask = sparse_optax.get_masks(state)
+    assert holds(N_M, mask["query"]["kernel"], (4, 1, 1))
+    assert holds(N_M, mask["out"]["kernel"], (1, 4, 1))
+
+
+# --- axes that a module tells ---------------------------------------------------------
+
+
+class _Nnx(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.Linear(8, 12, rngs=rngs)
+        self.conv = nnx.Conv(8, 12, (3,), use_bias=False, rngs=rngs)
+        self.up = nnx.ConvTranspose(8, 12, (3,), transpose_kernel=True, rngs=rngs)
+        self.proj = nnx.LinearGeneral(8, (2, 4), use_bias=False, rngs=rngs)
+        self.mix = nnx.Einsum("nta,hab->nthb", (2, 8, 4), rngs=rngs)
+        self.first = nnx.Einsum("ta,ahb->thb", (8, 2, 4), rngs=rngs)
+        self.low = nnx.LoRALinear(8, 12, lora_rank=4, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs)])
+
+
+def test_axes_of_an_nnx_module():
+    module = _Nnx()
+    found = patterns.contraction_axes(module)
+    assert found == {
+        "linear/kernel": -2,
+        "conv/kernel": -2,
+        "up/kernel": -1,
+        "proj/kernel": -3,
+        "mix/kernel": -2,
+        "first/kernel": -3,
+        "low/kernel": -2,
+        "low/lora/lora_a": -2,
+        "low/lora/lora_b": -2,
+        "layers/0/kernel": -2,
+    }
+    names = set(leaf_names(nnx.state(module, nnx.Param)))
+    assert set(found) <= names
+    pattern = patterns.n_m(2, 4, axis=found)
+    kernels = {n: (8, 2, 4) for n in ("proj/kernel", "first/kernel")}
+    made = masks.magnitude_masks(nnx.state(module, nnx.Param), None, pattern=pattern)
+    for path in ("proj", "first"):
+        assert holds(N_M, made[path]["kernel"].get_value(), (4, 1, 1)), kernels
+
+
+class _Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        assert isinstance(train, bool)
+        y = nn.Conv(8, (3,))(x)
+        y = nn.ConvTranspose(8, (3,), transpose_kernel=True)(y)
+        y = nn.Dropout(0.5, deterministic=not train)(nn.Dense(8)(y))
+        y = nn.DenseGeneral((2, 4), use_bias=False)(y)
+        y = nn.DenseGeneral(8, axis=(-2, -1))(y)
+        y = nn.Einsum((8, 2, 4), "...a,ahb->...hb")(y)
+        return nn.Einsum((2, 4, 8))(y, "nthb,hba->nta")
+
+
+class _Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def block(self, x, _):
+            return nn.MultiHeadDotProductAttention(2)(x, x), None
+
+        return nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )(self, x, None)
+
+
+def test_axes_of_a_linen_module():
+    x = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+    assert patterns.contraction_axes(_Linen(), x, train=True) == {
+        "Conv_0/kernel": -2,
+        "ConvTranspose_0/kernel": -1,
+        "Dense_0/kernel": -2,
+        "DenseGeneral_0/kernel": -3,
+        "DenseGeneral_1/kernel": -2,
+        "Einsum_0/kernel": -3,
+        "Einsum_1/kernel": -2,
+    }
+
+
+def test_axes_of_scanned_attention():
+    x = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+    found = patterns.contraction_axes(_Scanned(), x)
+    variables = jax.eval_shape(_Scanned().init, jax.random.key(0), x)
+    shapes = dict(
+        zip(
+            leaf_names(variables["params"]),
+            [leaf.shape for leaf in jax.tree.leaves(variables["params"])],
+            strict=True,
+        )
+    )
+    assert len(found) == 4
+    for name, axis in found.items():
+        # (layers, in, heads, dim), or (layers, heads, dim, out)
+        assert shapes[name][axis] == (4 if "out" in name else 8), name
+
+
+def test_modules_of_other_libraries_are_named():
+    with refuses("contraction_axes", "module", "function", "flax"):
+        patterns.contraction_axes(jnp.sin)
+
+
+# --- densities beside N:M -------------------------------------------------------------
+
+
+def test_masks_refuse_a_density_that_the_pattern_does_not_have():
+    params = {"w": normal(DENSE)}
+    with refuses("magnitude_masks", "density", "0.3", r"0.5.*n_m\(2, 4\)"):
+        masks.magnitude_masks(params, 0.3, pattern=N_M)
+    with refuses("score_masks", "density", "0.3", r"0.5.*n_m\(2, 4\)"):
+        masks.score_masks(params, params, 0.3, pattern=N_M)
+    for same in (None, 0.5):
+        made = masks.magnitude_masks(params, same, pattern=N_M)
+        assert holds(N_M, made["w"])
 
 
 # --- the largest of rows --------------------------------------------------------------

@@ -520,6 +520,67 @@ def test_module_with_none_and_function_leaves():
     )
 
 
+# --- output units ---------------------------------------------------------------------
+
+
+def test_dead_units_of_equinox_are_rows():
+    """96 columns without a weight are inputs that nobody reads, not dead units."""
+    weight = np.zeros((32, 128), np.float32)
+    weight[:, :32] = 1
+    weight[5] = 0
+    tree = {"linear": {"weight": weight, "bias": np.zeros(32, np.float32)}}
+    layer, total = summary_by_name(tree)["linear/weight"], report.summary(tree).total
+    assert (layer.units, layer.empty_units) == (32, 1)
+    assert (total.units, total.empty_units) == (32, 1)
+    turned = {"linear": {"kernel": weight.T, "bias": tree["linear"]["bias"]}}
+    assert summary_by_name(turned)["linear/kernel"].empty_units == 1
+
+
+def test_units_of_convolutions_and_attention():
+    rng = np.random.default_rng(0)
+    conv = rng.normal(size=(4, 3, 5, 5)).astype(np.float32)  # equinox: (out, in, h, w)
+    query = rng.normal(size=(8, 2, 3)).astype(np.float32)  # flax: (in, heads, dim)
+    conv[2] = query[:, 1, 2] = 0
+    tree = {"conv": {"weight": conv}, "query": {"kernel": query}}
+    found = summary_by_name(tree)
+    layer = found["conv/weight"]
+    assert (layer.units, layer.empty_units) == (4, 1)
+    layer = found["query/kernel"]
+    assert (layer.units, layer.empty_units) == (6, 1)
+    stacked = {"query": {"kernel": np.stack([query, query * 0])}}
+    made = report.summary(stacked, stacked={"query/kernel": 0})
+    assert [(x.units, x.empty_units) for x in made.layers] == [(6, 1), (6, 6)]
+
+
+def test_units_that_cannot_be_told_are_asked_for():
+    x = np.ones((8, 2, 3), np.float32)
+    x[:, 1, 2] = 0
+    tree = {"proj": {"kernel": x}, "w": np.ones((2, 2), np.float32)}
+    made = report.summary(tree)
+    layer = made.layers[0]
+    assert layer.units is layer.empty_units is made.total.empty_units is None
+    assert made.unknown_units == ("proj/kernel",)
+    assert "unit_axis={'proj/kernel': axis" in report.table(made)
+    made = report.summary(tree, unit_axis={"proj/kernel": (1, 2)})
+    assert (made.layers[0].units, made.layers[0].empty_units) == (6, 1)
+    assert (made.layers[1].units, made.total.units) == (2, 8)
+    assert made.unknown_units == ()
+    assert "unit_axis" not in report.table(made)
+    made = report.summary(tree, unit_axis={"proj/kernel": 1})
+    assert (made.layers[0].units, made.layers[0].empty_units) == (2, 0)
+    with refuses("summary", "unit_axis", "nobody", "proj/kernel"):
+        report.summary(tree, unit_axis={"nobody": 0})
+
+
+def test_complex_weights_count_as_one_weight():
+    x = np.zeros((3, 2), np.complex64)
+    x[0, 0], x[1, 0], x[2, 1] = 1, 1j, 1e-45
+    made = report.summary({"kernel": x})
+    (layer,) = made.layers
+    assert (layer.weights, layer.kept, layer.empty_units) == (6, 3, 0)
+    assert (layer.dense_bytes, layer.sparse_bytes) == (48, 1 + 3 * 8)
+
+
 # --- what does not fit ----------------------------------------------------------------
 
 KEPT = {f"Dense_{i}": {"kernel": np.ones(s, bool)} for i, s in enumerate(SHAPES)}

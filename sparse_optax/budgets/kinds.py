@@ -103,7 +103,8 @@ class Budget(Protocol):
 
         Args:
           params: The parameters, concrete or abstract.
-          where: Which leaves take part, see ``eligible``.
+          where: Which leaves take part, see ``eligible``: by default kernels, and
+            tables of embeddings only where it names them.
           stacked: ``{name: axis}`` of leaves that stack layers.
 
         Returns:

@@ -88,7 +88,8 @@ def resolve(
         as budgets return it, which is checked and returned. Counts of leaves that
         ``params`` lacks (``optax.partition``) are left out.
       params: The parameters, concrete or abstract.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
 
     Returns:
@@ -225,7 +226,8 @@ def pool(
     Args:
       density: A float in (0, 1], a budget without fixed leaves, or a tree of counts.
       params: The parameters, concrete or abstract.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
 
     Returns:

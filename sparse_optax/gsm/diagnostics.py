@@ -44,7 +44,8 @@ def gsm_gap(
     Args:
       params: Concrete parameters after (or during) training with ``gsm``.
       density: Fraction that the cut keeps, in (0, 1], or a budget.
-      where: Which leaves take part, see ``eligible``; by default without embeddings.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       alive_above: Weights of larger magnitude count as alive.
 
     Returns:
@@ -61,7 +62,7 @@ def gsm_gap(
     """
     check_static(density)
     checks.number("alive_above", alive_above, 0, cure="Leave it out for 1e-4.")
-    layers = layers_of(params, where, embeddings=False)
+    layers = layers_of(params, where)
     pool = [(x,) for x in layers.pick(params)]
     if not pool:
         raise ArgumentError(

@@ -95,8 +95,8 @@ def gsm_mask(
       density: Fraction in (0, 1], a budget, or a schedule of the number of finished
         updates that gives a fraction (exact to float32) or an integer count, such as
         ``schedules.cubic_density``. Budgets in bytes or FLOPs limit the total cost.
-      where: Which leaves take part, see ``eligible``. By default kernels, without
-        embedding tables, whose rows absent from a batch would only decay.
+      where: Which leaves take part, see ``eligible``. By default kernels, and not
+        tables of embeddings, whose rows absent from a batch would only decay.
       stacked: ``{name: axis}`` of leaves that stack layers. They are one pool with all
         others, but units do not cross slices.
       ties: ``"exact"``, or ``"paper"`` for ``T >= threshold``: ties can exceed Q.
@@ -116,7 +116,7 @@ def gsm_mask(
       >>> import jax.numpy as jnp, optax, sparse_optax
       >>> tx = optax.chain(
       ...     sparse_optax.gsm_mask(density=0.5),
-      ...     optax.add_decayed_weights(5e-4, mask=sparse_optax.eligible),
+      ...     optax.add_decayed_weights(5e-4, mask=sparse_optax.decay_mask),
       ...     optax.sgd(0.1, momentum=0.9))
       >>> params = {"w": jnp.array([[1.0, 2.0]])}
       >>> state = tx.init(params)
@@ -167,9 +167,7 @@ def _gate(gate: _Gate) -> optax.GradientTransformationExtraArgs:
     """The gate of both public transformations."""
 
     def init_fn(params):
-        layers = layers_of(
-            params, gate.where, gate.stacked, gate.pattern, embeddings=False
-        )
+        layers = layers_of(params, gate.where, gate.stacked, gate.pattern)
         leaves = layers.pick(params)
         active: Any = ()
         if gate.stores:
@@ -357,7 +355,7 @@ def gsm(
     )
 
     def decayed(params):
-        return unnamed(eligible)(params, where, embeddings=False)
+        return unnamed(eligible)(params, where)
 
     return optax.chain(
         passing,

@@ -6,7 +6,8 @@ within="unit")`` (as many for each output unit). Another control keeps the masks
 draws new weights: ``sparsify(new_params, masks)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,15 @@ import numpy as np
 
 from sparse_optax import checks, selection
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole
+from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole, unit_axes
 from sparse_optax.masks.make import Key, as_key, place, random_scores
-from sparse_optax.masks.tree import check_dtype, flatten, slice_counts, unpack
+from sparse_optax.masks.tree import (
+    check_dtype,
+    flatten,
+    mask_shape,
+    slice_counts,
+    unpack,
+)
 from sparse_optax.selection import uint64
 
 
@@ -27,7 +34,7 @@ def shuffle_masks(
     within: str = "layer",
     *,
     stacked: Mapping[str, int] | None = None,
-    unit_axis: int = -1,
+    unit_axis: int | Mapping[str, Any] | None = None,
 ) -> PyTree:
     r"""Random masks with as many weights in each layer, or for each output unit.
 
@@ -39,8 +46,9 @@ def shuffle_masks(
       masks: A mask tree, plain or packed.
       within: ``"layer"``, or ``"unit"`` for each output unit.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      unit_axis: The axis of output units in a layer: the last one in flax and haiku, 0
-        in equinox. A stacked axis is not counted.
+      unit_axis: The axis of output units in a layer, of all leaves or as ``{name:
+        axis}`` of some, a tuple for several. None tells it from names and shapes: last
+        in flax and haiku, first in equinox. A stacked axis is not counted.
 
     Returns:
       A mask tree of plain arrays, placed like the masks. ``"unit"`` reshapes each leaf,
@@ -69,12 +77,15 @@ def shuffle_masks(
     checks.choice("within", within, ("layer", "unit"), cure=cure)
     seed = as_key(key)
     layers, given = _plain_masks(masks, stacked)
+    units: Sequence[Any] = [()] * len(given)
+    if within == "unit":
+        units = _units(layers, masks, unit_axis)
     new = []
-    for name, axis, mask in zip(layers.names, layers.axes, given, strict=True):
+    for name, axis, unit, mask in zip(
+        layers.names, layers.axes, units, given, strict=True
+    ):
         scores = random_scores(seed, name, mask)
-        axes = () if axis is None else (axis,)
-        if within == "unit":
-            axes += (_unit(mask, axis, unit_axis, name),)
+        axes = (*(() if axis is None else (axis,)), *unit)
         new.append(place(_redraw(scores, mask, axes), mask))
     return layers.rebuild(new)
 
@@ -127,16 +138,25 @@ def _plain_masks(masks: PyTree, stacked) -> tuple[Layers, list[jax.Array]]:
     return layers, given
 
 
-def _unit(mask: jax.Array, axis: int | None, unit_axis: int, name: str) -> int:
-    """The axis of output units, in a leaf that may also have an axis of layers."""
-    rest = [i for i in range(mask.ndim) if i != axis]
-    if not -len(rest) <= unit_axis < len(rest):
-        raise ArgumentError(
-            f"`unit_axis` is {unit_axis}, and the layers of {name!r} have {len(rest)} "
-            f"axes; it must be in [{-len(rest)}, {len(rest) - 1}]. Use -1 for kernels "
-            "of flax, or leave the leaf out of the masks."
-        )
-    return rest[unit_axis]
+def _units(layers: Layers, masks: PyTree, unit_axis: Any) -> list[tuple[int, ...]]:
+    """The axes of output units of each leaf; raises if they cannot be told."""
+    flat, structure = flatten(masks)
+    shapes = [
+        m if is_hole(m) else jax.ShapeDtypeStruct(mask_shape(m), bool) for m in flat
+    ]
+    found = unit_axes(layers, jax.tree.unflatten(structure, shapes), unit_axis)
+    for leaf, axes in zip(layers.leaves, found, strict=True):
+        if axes is None:
+            rank = len(leaf.layer_shape)
+            raise ArgumentError(
+                f"the output units of {leaf.name!r}, whose layers have {rank} axes, "
+                "cannot be told from names and shapes. Give unit_axis="
+                f"{{{leaf.name!r}: axis}}, or leave the leaf out of the masks."
+            )
+    return [
+        tuple(a + (leaf.axis is not None and a >= leaf.axis) for a in axes or ())
+        for leaf, axes in zip(layers.leaves, found, strict=True)
+    ]
 
 
 def _redraw(scores: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:

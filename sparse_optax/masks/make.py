@@ -14,7 +14,12 @@ import numpy as np
 from jax.core import Tracer
 
 from sparse_optax import checks, selection
-from sparse_optax.budgets.resolve import counts_of, pool_of, unit_counts_of
+from sparse_optax.budgets.resolve import (
+    check_static,
+    counts_of,
+    pool_of,
+    unit_counts_of,
+)
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import Layers, PyTree, Where, is_hole, layers_of, leaf_names
 from sparse_optax.masks.tree import check_names, check_shapes, flatten, names_of, unpack
@@ -141,16 +146,15 @@ def ranking(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    embeddings: bool = True,
     pattern: Pattern | None = None,
 ) -> Ranking:
     """The ranking that a density asks for, without scores; see ``score_masks``."""
     cure = "Use 'leaf' to rank each layer alone."
     checks.choice("scope", scope, ("global", "leaf"), cure=cure)
     pattern = pattern_of(pattern)
-    layers = layers_of(
-        params, where, stacked, pattern, embeddings=embeddings, may_be_empty=True
-    )
+    if pattern.density is not None:
+        check_static(density, pattern=pattern)
+    layers = layers_of(params, where, stacked, pattern, may_be_empty=True)
     like = layers.pick(params)
     if not layers.index:
         return Ranking(layers, like, [])
@@ -228,7 +232,8 @@ def random_masks(
       key: Integer seed or random key.
       params: The parameters, concrete or abstract; only shapes are used.
       budget: A density in (0, 1] for every layer, or a budget.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       keep: Masks whose weights come first: a larger budget keeps all of them and adds
         random ones, a smaller one keeps a random part of them.
@@ -274,7 +279,6 @@ def magnitude_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    embeddings: bool = True,
     pattern: Pattern | None = None,
 ) -> PyTree:
     """Masks of the weights of largest magnitude, an exact number of them.
@@ -284,10 +288,9 @@ def magnitude_masks(
       density: A density in (0, 1], or a budget.
       scope: ``"global"`` ranks all weights in one pool, with the budget's total;
         ``"leaf"`` ranks each layer alone, with the budget's count for it.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      embeddings: Whether the default choice takes embedding tables. Give False for the
-        cut after GSM, which leaves them out.
       pattern: See ``patterns``; ranks the sum of magnitudes. With N:M ``density=None``.
 
     Returns:
@@ -310,7 +313,6 @@ def magnitude_masks(
         scope=scope,
         where=where,
         stacked=stacked,
-        embeddings=embeddings,
         pattern=pattern,
     )
 
@@ -325,7 +327,6 @@ def score_masks(
     scope: str = "global",
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    embeddings: bool = True,
     pattern: Pattern | None = None,
 ) -> PyTree:
     """Masks of the weights of highest score, an exact number of them.
@@ -341,11 +342,11 @@ def score_masks(
         ``scores``. It is applied during the search; its result is never stored.
       scope: ``"global"`` ranks all weights in one pool, with the budget's total;
         ``"leaf"`` ranks each layer alone, with the budget's count for it.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      embeddings: Whether the default choice takes embedding tables.
       pattern: See ``patterns``; ranks the sum of magnitudes of scores. With ``"leaf"``
-        a layer keeps a unit or more. N:M does not read the density.
+        a layer keeps a unit or more. With N:M ``density=None``.
 
     Returns:
       A mask tree.
@@ -366,7 +367,6 @@ def score_masks(
         scope=scope,
         where=where,
         stacked=stacked,
-        embeddings=embeddings,
         pattern=pattern,
     )
     names = leaf_names(params)

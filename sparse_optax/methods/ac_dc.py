@@ -58,7 +58,8 @@ def ac_dc(
       prune: Which weights are pruned: a rule that follows a ramp.
       reset_moments: See ``regrow``; weights that come back have dense moments.
       key: Integer seed or random key, for rules that draw random numbers.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.

@@ -62,7 +62,8 @@ def deep_rewiring(
       update_stop: No cycle from this many updates on; None never stops.
       key: Integer seed or random key, for masks, signs, noise and growth.
       masks: First masks instead of random ones; ``density`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       reset_moments: See ``regrow``; plain SGD has no moments.
       packed: Stores one bit per weight.

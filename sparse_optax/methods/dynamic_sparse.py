@@ -60,7 +60,8 @@ def dynamic_sparse(
       tolerance: delta, in [0, 1).
       key: Integer seed or random key, for the first masks and the growth.
       masks: First masks instead of random ones; ``density`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.

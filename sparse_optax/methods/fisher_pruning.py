@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax.checks import boundary
-from sparse_optax.layers import PyTree, Where
+from sparse_optax.layers import PyTree, Where, check_real
 from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
@@ -44,7 +44,8 @@ def fisher_masks(
       batches: An iterable of batches: trees of arrays whose first axis counts examples.
       density: Fraction of weights to keep, in (0, 1], or a budget.
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       pattern: See ``masks.score_masks``.
 
@@ -79,6 +80,7 @@ def fisher_masks(
         stacked=stacked,
         pattern=pattern,
     )
+    check_real(wanted.layers.leaves, "its score")
     parts = over.split(params, wanted.layers.index)
 
     def squares(chosen, example):

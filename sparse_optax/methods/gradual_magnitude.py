@@ -56,7 +56,8 @@ def gradual_magnitude(
       initial_density: d_i, the density that the first prune leaves, in (0, 1].
       prune: Which weights are pruned: a rule that follows a ramp.
       key: Integer seed or random key, for rules that draw random numbers.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.

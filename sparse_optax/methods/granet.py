@@ -66,7 +66,8 @@ def granet(
         ``"global"`` ranks all layers as one pool, to its total, but empties no layer.
       key: Integer seed or random key, for the first masks.
       masks: First masks instead of random ones.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.

@@ -46,7 +46,8 @@ def ham(
         of the number of finished updates.
       alpha: Strength of the gradient term, at least 0. About 200 on ImageNet.
       beta: Strength of the decay, at least 0. About 1e-3 on ImageNet.
-      where: Which leaves take the step, see ``eligible``; by default kernels.
+      where: Which leaves take the step, see ``eligible``: by default kernels, and
+        tables of embeddings only where it names them.
 
     Returns:
       A transformation with a ``FollowState``.

@@ -49,7 +49,8 @@ def iterative_magnitude(
       update_start: No prune before this many updates.
       prune: Which weights are pruned: a rule that follows a ramp.
       key: Integer seed or random key, for rules that draw random numbers.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
@@ -133,7 +134,8 @@ def one_shot_magnitude(
         the first update, use ``masks.magnitude_masks``.
       prune: Which weights are pruned: a rule that follows a ramp.
       key: Integer seed or random key, for rules that draw random numbers.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.

@@ -53,7 +53,8 @@ def network_surgery(
       power: Exponent of the probability, at least 0.
       update_stop: No mask changes from this many updates on; None never stops. A
         ``ramp`` must have ended by then.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, Where
+from sparse_optax.layers import PyTree, Where, check_real
 from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
@@ -59,7 +59,8 @@ def optimal_brain_damage_masks(
         be convex in the outputs, else a saliency may be negative. None is softmax
         cross-entropy on logits, whose Hessian needs no target.
       scope: ``"global"`` for one pool, or ``"leaf"`` to rank each layer alone.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       pattern: See ``masks.score_masks``.
 
@@ -95,6 +96,7 @@ def optimal_brain_damage_masks(
         stacked=stacked,
         pattern=pattern,
     )
+    check_real(wanted.layers.leaves, "its saliency")
     parts = over.split(params, wanted.layers.index)
 
     def diagonal(chosen, example):

@@ -64,7 +64,8 @@ def in_time_over_parameterization(
         paper's, which only counts them.
       key: Integer seed or random key, for the first masks and the growth.
       masks: First masks instead of random ones; ``density`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       momentum: The momentum of ``grow.momentum``, see ``regrow``.
       reset_moments: See ``regrow``; RigL has ``"grown"``.

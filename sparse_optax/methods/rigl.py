@@ -58,7 +58,8 @@ def rigl(
         None is f(t) with alpha = 0.3.
       key: Integer seed or random key, for the first masks.
       masks: First masks instead of random ones; ``density`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.

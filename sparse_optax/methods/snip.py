@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparse_optax.checks import boundary
 from sparse_optax.gsm.gate import saliency
-from sparse_optax.layers import PyTree, Where
+from sparse_optax.layers import PyTree, Where, check_real
 from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
@@ -46,7 +46,8 @@ def snip_masks(
         first array; the paper has one.
       density: d, the fraction of weights to keep, in (0, 1], or a budget.
       scope: ``"global"``, as in the paper, or ``"leaf"`` to rank each layer alone.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       pattern: See ``masks.score_masks``.
 
@@ -81,6 +82,7 @@ def snip_masks(
         stacked=stacked,
         pattern=pattern,
     )
+    check_real(wanted.layers.leaves, "its saliency")
     parts = over.split(params, wanted.layers.index)
 
     def gradient(chosen, batch):

@@ -73,7 +73,8 @@ def sparse_momentum_regrow(
       grow: Which missing weights grow.
       key: Integer seed or random key, for the first masks and random growth.
       masks: First masks instead of random ones; ``density`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       momentum: ``"auto"`` reads the momentum of ``inner``; a decay in [0, 1) keeps an
         average of the gradient, see ``regrow``.

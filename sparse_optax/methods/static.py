@@ -53,7 +53,8 @@ def static_sparse(
         ``budgets.erdos_renyi_kernel(0.1)``.
       key: Integer seed or random key for random masks.
       masks: Masks instead of random ones; ``density`` and ``key`` may then be left out.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.

@@ -44,7 +44,8 @@ def straight_through_magnitude(
       ramp: A schedule of the density that ends at ``density``; None is constant.
       update_stop: The masks stay from this many updates on; None never stops. A
         ``ramp`` must have ended by then.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, Where
+from sparse_optax.layers import PyTree, Where, check_real
 from sparse_optax.masks.make import ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
@@ -59,7 +59,8 @@ def synflow_masks(
       rounds: n, at least 1; 100 in the paper.
       scope: ``"global"``, as in the paper, or ``"leaf"``, which brings each layer to
         its own count by the same rule.
-      where: Which leaves take part, see ``eligible``.
+      where: Which leaves take part, see ``eligible``: by default kernels, and tables of
+        embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       pattern: See ``masks.score_masks``.
 
@@ -94,6 +95,7 @@ def synflow_masks(
         stacked=stacked,
         pattern=pattern,
     )
+    check_real(wanted.layers.leaves, "its score")
     ones = over.ones(inputs)
     parts = over.split(jax.tree.map(_strength, params), wanted.layers.index)
 

@@ -55,7 +55,8 @@ def top_kast(
         :math:`\frac{\lambda}{2} (\sum_A w^2 + \frac{1}{D} \sum_{B \setminus A} w^2)`.
       update_period: Updates between two choices of A.
       update_stop: A stays from this many updates on; None never stops.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.

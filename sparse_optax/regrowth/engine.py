@@ -44,8 +44,8 @@ class RegrowState(NamedTuple):
       inner_state: State of the wrapped optimizer.
       regrow_masks: Boolean arrays, or ``PackedMask``.
       key: Random key data. # uint32
-      momentum: The engine's own average of the gradient, float32; ``()`` if the inner
-        optimizer's momentum is used.
+      momentum: The engine's own average of the gradient, float32, or complex64 for a
+        complex leaf; ``()`` if the inner optimizer's momentum is used.
       rules: States of the prune, the redistribution and the growth rule.
       skipped: Cycles left out because of numbers that are not finite. # int32
       removed: Per leaf, weights removed in the last cycle. # int32
@@ -128,7 +128,8 @@ def regrow(
         ``update_stop``.
       key: Integer seed or random key, for the first masks and random growth.
       masks: First masks instead of random ones; their count replaces ``density``.
-      where: Which leaves become sparse, see ``eligible``.
+      where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
+        embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers: each slice is a layer.
       momentum: ``"auto"`` reads the momentum that ``inner`` keeps (trace, mu, or mu /
         (sqrt(nu) + 1e-8)), or keeps an average with decay 0.9 if there is none or
@@ -211,6 +212,11 @@ def regrow(
 
 
 # --- init -----------------------------------------------------------------------------
+def _average_of(x: Any) -> Any:
+    """Dtype of the engine's own average of a leaf's gradient."""
+    return jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+
+
 def _init(method: Method, params: PyTree) -> RegrowState:
     seed = as_key(method.key)
     layers, kept = first_masks(method, params, seed)
@@ -221,7 +227,7 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     own: Any = ()
     if method.inner is not None and "momentum" in method.needs:
         if _found_momentum(method, inner_state, layers) is None:
-            own = layers.rebuild([jnp.zeros_like(x, jnp.float32) for x in leaves])
+            own = layers.rebuild([jnp.zeros_like(x, _average_of(x)) for x in leaves])
     states = init_rules(rules, layers.view(leaves), layers.view(kept))
     return RegrowState(
         count=jnp.zeros([], jnp.int32),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax import checks, selection
-from sparse_optax.checks import boundary
+from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import split_layers
 from sparse_optax.masks.make import top_of_layers
 from sparse_optax.regrowth import allocate
@@ -60,6 +60,13 @@ def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
 
 def _two_sided(evidence: Evidence) -> tuple[jax.Array, ...]:
     rate, pairs = evidence.need("rate", "prune.two_sided"), _pairs(evidence)
+    for w, _ in pairs:
+        if jnp.iscomplexobj(w):
+            raise ArgumentError(
+                "prune.two_sided needs the signs of weights; got a leaf of shape "
+                f"{w.shape} and dtype {w.dtype}. Leave it out with where=lambda name, "
+                "leaf: ..., or use prune.magnitude."
+            )
     # Two pools per layer, in one search. Zeros, as of new weights, count as positive.
     pools = [(w, jnp.logical_and(m, w >= 0)) for w, m in pairs]
     pools += [(w, jnp.logical_and(m, w < 0)) for w, m in pairs]
@@ -355,7 +362,8 @@ def thresholds(
     """Factor * max(mean + c * standard deviation, 0) of the |w| that are not zero."""
     found = []
     for w in params:
-        size, there = jnp.abs(w.astype(jnp.float32)), w != 0
+        size, there = jnp.abs(w) if jnp.iscomplexobj(w) else w, w != 0
+        size = jnp.abs(size.astype(jnp.float32))
         mean = jnp.mean(size, where=there)
         spread = jnp.std(size, where=there)
         found.append(factor * jnp.maximum(jnp.nan_to_num(mean + c * spread), 0.0))

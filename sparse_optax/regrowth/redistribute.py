@@ -55,6 +55,8 @@ def mean_magnitudes(
 
 def _counted(value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Active weights, and |x| as bits, which have the order of the numbers."""
+    if jnp.iscomplexobj(value):
+        value = jnp.abs(value)
     return mask, lax.bitcast_convert_type(jnp.abs(value.astype(jnp.float32)), jnp.int32)
 
 

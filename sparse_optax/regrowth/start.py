@@ -235,7 +235,7 @@ def _check_given(
     # Under a ramp, groups of N:M may start with any number.
     if not (moving and pattern.density is not None):
         for mask, leaf in zip(kept, layers.leaves, strict=True):
-            if not pattern.follows(mask, leaf.axis):
+            if not leaf.pattern.follows(mask, leaf.axis):
                 raise ArgumentError(
                     f"in `masks`, {leaf.name!r} does not follow {pattern.name}; units "
                     "must be whole or empty. Make the masks with this pattern."

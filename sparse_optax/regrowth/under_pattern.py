@@ -45,7 +45,7 @@ def _of_whole_layers(prune: Rule, layers: Layers, moving: bool) -> Rule:
     share of a group would be rounded down, mostly to zero. With a ramp, each
     group is first pruned to its own target.
     """
-    grids = [layers.pattern.grid(x.shape, x.axis) for x in layers.leaves]
+    grids = [x.pattern.grid(x.shape, x.axis) for x in layers.leaves]
     axes = tuple(axis for _, axis in grids)
 
     def fold(arrays: Any) -> Any:

@@ -1,6 +1,6 @@
 """The records of a report, as scalars for loggers and as text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -20,7 +20,8 @@ class Layer(NamedTuple):
       grown: Weights grown in the last cycle.
       added: Kept weights that were not kept before.
       explored: Weights that were ever kept.
-      units: Output units, the indices along the unit axis; None for a vector.
+      units: Output units, the indices along the unit axis; None for a vector, and
+        where the axis is not known.
       empty_units: Units without a nonzero kept incoming weight; their output is their
         bias, whatever the input.
       passed: Weights whose gradient GSM let pass at the last step.
@@ -68,6 +69,8 @@ class Summary(NamedTuple):
       dense_weights: Number of parameters in the leaves that stay dense.
       dense_bytes: Bytes of these leaves.
       skipped: Cycles left out because of numbers that are not finite, or None.
+      unknown_units: Names of leaves of which names and shapes do not tell the axis of
+        output units; ``total`` then has no units.
     """
 
     layers: tuple[Layer, ...]
@@ -75,6 +78,7 @@ class Summary(NamedTuple):
     dense_weights: int
     dense_bytes: int
     skipped: int | None = None
+    unknown_units: tuple[str, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -157,14 +161,7 @@ def table(summary: Summary) -> str:
         if any(value is not None for value in values):
             shown = [_text(value, quantity in _SHARES) for value in values]
             columns.append([quantity, *shown])
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in zip(*columns, strict=True)
-    ]
+    lines = aligned(list(zip(*columns, strict=True)), str.rjust)
     dense = summary.total.dense_bytes + summary.dense_bytes
     lines.append(
         f"{summary.file_bytes:,} bytes sparse, {dense:,} dense; "
@@ -172,7 +169,27 @@ def table(summary: Summary) -> str:
     )
     if summary.skipped:
         lines.append(f"{summary.skipped:,} cycles skipped: numbers not finite.")
+    if summary.unknown_units:
+        first, number = summary.unknown_units[0], len(summary.unknown_units)
+        lines.append(
+            f"The output units of {number:,} leaves are not known: give "
+            f"unit_axis={{{first!r}: axis, ...}}."
+        )
     return "\n".join(lines)
+
+
+def aligned(
+    rows: Sequence[Sequence[str]], justify: Callable[[str, int], str]
+) -> list[str]:
+    """Rows of text as lines of columns; the first column is aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            justify(cell, width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _text(value: Any, is_share: bool) -> str:

@@ -24,6 +24,7 @@ from sparse_optax.layers import (
     is_hole,
     layers_of,
     leaf_names,
+    unit_axes,
 )
 from sparse_optax.masks.optimizer_state import named_masks, states_with
 from sparse_optax.masks.tree import combine, mask_shape, slice_counts, unpack
@@ -41,7 +42,7 @@ def summary(
     costs: Any = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    unit_axis: int = -1,
+    unit_axis: int | Mapping[str, Any] | None = None,
 ) -> Summary:
     """Counts the weights kept, moved and let pass, per layer and in total.
 
@@ -60,7 +61,10 @@ def summary(
       costs: FLOPs per weight and example, see ``budgets.num_flops``.
       where: Which leaves count without masks and state, see ``eligible``.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      unit_axis: The axis of output units: -1 in flax and haiku, 0 in equinox.
+      unit_axis: The axis of output units in a layer, of all leaves or as ``{name:
+        axis}`` of some, a tuple for several. None tells it from names and shapes as
+        ``patterns`` do: last in flax and haiku, first in equinox. Layers where it
+        cannot be told have no ``units``, and the table names them.
 
     Returns:
       A ``Summary``.
@@ -90,15 +94,24 @@ def summary(
     operands = []
     for leaf, x in zip(layers.leaves, arrays, strict=True):
         found = {a: m[leaf.name] for a, m in given.items() if leaf.name in m}
-        _check_leaf(leaf, x, found, unit_axis)
+        _check_leaf(leaf, x, found)
         operands.append((x, *(named.get(leaf.name) for named in given.values())))
     rows: list[Layer] = []
     stored = []
-    tallies = _tallied(operands, layers.axes, unit_axis)
+    axes_of_units = unit_axes(layers, params, unit_axis)
+    tallies = _tallied(operands, layers.axes, axes_of_units)
     for leaf, counts in zip(layers.leaves, tallies, strict=True):
         rows += _rows(leaf, counts, costs_of.get(leaf.name), seen)
         width = np.dtype(leaf.dtype).itemsize
         stored.append((leaf.size * leaf.copies, sum(counts["kept"]), width))
+    unknown = tuple(
+        leaf.name
+        for leaf, axes in zip(layers.leaves, axes_of_units, strict=True)
+        if axes is None and len(leaf.layer_shape) > 1
+    )
+    total = _total(rows, layers.names, stored, seen)
+    if unknown:
+        total = total._replace(units=None, empty_units=None)
     # Other leaves, such as a function in a module, have no weights.
     rest = [
         (math.prod(x.shape), x.dtype.itemsize)
@@ -107,10 +120,11 @@ def summary(
     ]
     return Summary(
         layers=tuple(rows),
-        total=_total(rows, layers.names, stored, seen),
+        total=total,
         dense_weights=sum(size for size, _ in rest),
         dense_bytes=sum(size * width for size, width in rest),
         skipped=seen.skipped,
+        unknown_units=unknown,
     )
 
 
@@ -235,17 +249,17 @@ def _check_names(argument: str, got: Collection[str], wanted: Collection[str]) -
         )
 
 
-def _check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any], unit_axis: int) -> None:
-    """Raises unless a leaf is concrete, its masks fit, and it has the unit axis."""
+def _check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any]) -> None:
+    """Raises unless a leaf is concrete and its masks fit."""
     if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
         raise ArgumentError(
             f"the leaf {leaf.name!r} of `params` is a {type(x).__name__}; counts come "
             "back to the host. Call it outside jit, with concrete arrays."
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ArgumentError(
             f"`masks` holds a mask for {leaf.name!r} of dtype {x.dtype}; only floating "
-            "leaves can be sparse. Leave it out."
+            "and complex leaves can be sparse. Leave it out."
         )
     for argument, mask in masks.items():
         if tuple(mask_shape(mask)) != x.shape:
@@ -254,13 +268,6 @@ def _check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any], unit_axis: int) ->
                 f"and `params` {x.shape}; they must be equal. Pass masks made for "
                 "these parameters."
             )
-    rank = len(leaf.layer_shape)
-    if rank > 1 and not -rank <= unit_axis < rank:
-        raise ArgumentError(
-            f"`unit_axis`={unit_axis!r} is no axis of {leaf.name!r}, whose layers have "
-            f"{rank} dimensions; it must be in [{-rank}, {rank - 1}]. Give -1 for flax "
-            "and haiku, 0 for equinox."
-        )
 
 
 def _costs(costs: Any, names: Collection[str]) -> dict[str, Fraction]:
@@ -281,16 +288,16 @@ def _costs(costs: Any, names: Collection[str]) -> dict[str, Fraction]:
 def _tallied(
     operands: Sequence[tuple[Any, ...]],
     axes: Sequence[int | None],
-    unit_axis: int,
+    units: Sequence[tuple[int, ...] | None],
 ) -> list[dict[str, list[int]]]:
     """Counts of each layer, exactly, in one compiled call for all leaves.
 
     Operands are ``(weights, mask, earlier mask, weights ever kept)`` per leaf, each but
     the first may be None. The counts have one entry per layer: ``kept`` (without a mask
     the nonzero weights), ``added``, ``explored``, and for layers of two or more
-    dimensions ``units`` and ``empty_units``.
+    dimensions whose axes of ``units`` are known ``units`` and ``empty_units``.
     """
-    counted = _tally(tuple(operands), axes=tuple(axes), unit_axis=unit_axis)
+    counted = _tally(tuple(operands), axes=tuple(axes), units=tuple(units))
     result = []
     for counts, axis in zip(jax.device_get(counted), axes, strict=True):
         wide = {k: v.astype(np.int64) for k, v in counts.items()}
@@ -300,11 +307,11 @@ def _tallied(
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "unit_axis"))
-def _tally(operands, *, axes, unit_axis) -> list[dict[str, jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("axes", "units"))
+def _tally(operands, *, axes, units) -> list[dict[str, jax.Array]]:
     """Counts along the axis of layers, or along axis 0: a whole leaf may pass 2^31."""
     result = []
-    for arrays, axis in zip(operands, axes, strict=True):
+    for arrays, axis, unit in zip(operands, axes, units, strict=True):
         x, mask, before, ever = (_front(array, axis) for array in arrays)
         there = _nonzero(x)
         kept = there if mask is None else mask
@@ -315,10 +322,8 @@ def _tally(operands, *, axes, unit_axis) -> list[dict[str, jax.Array]]:
         if ever is not None:
             counts["explored"] = slice_counts(ever)
         stacks = axis is not None
-        rank = arrays[0].ndim - stacks
-        if rank > 1:
-            unit = unit_axis % rank + stacks
-            others = tuple(d for d in range(stacks, x.ndim) if d != unit)
+        if unit is not None and arrays[0].ndim - stacks > 1:
+            others = tuple(d for d in range(stacks, x.ndim) if d - stacks not in unit)
             alive = jnp.any(jnp.logical_and(kept, there), axis=others)
             counts["units"] = slice_counts(jnp.ones_like(alive))
             counts["empty_units"] = slice_counts(jnp.logical_not(alive))
@@ -335,6 +340,8 @@ def _front(array: Any, axis: int | None) -> Any:
 
 def _nonzero(x: jax.Array) -> jax.Array:
     """Which entries are nonzero, by bits: CPUs compare subnormals as zero."""
+    if jnp.iscomplexobj(x):
+        return jnp.logical_or(_nonzero(x.real), _nonzero(x.imag))
     width = jnp.finfo(x.dtype).bits
     if width < 8:
         return x != 0

@@ -57,7 +57,7 @@ def backward_set(
 
     def update(updates, state, params=None, **extra_args):
         regrow_masks = extra_args["regrow_masks"]
-        layers = layers_of_masks(regrow_masks, params, stacked)
+        layers = layers_of_masks(regrow_masks, params, stacked, pattern)
         kept = counts_of(forward, layers, params)
         moving = counts_of(backward_density, layers, params)
         if any(np.any(np.greater(a, b)) for a, b in zip(kept, moving, strict=True)):
@@ -70,7 +70,7 @@ def backward_set(
         ahead = [
             (jnp.where(m, jnp.inf, w),) for m, w in zip(active, weights, strict=True)
         ]
-        units = layers._replace(pattern=pattern.at(backward_density))
+        units = layers.at(backward_density)
         counts = unit_counts(moving, units)
         within = highest(Ranking(units, weights, counts), ahead, jnp.abs)
 

@@ -61,7 +61,7 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
             # In float32, since squares overflow float16 early.
             u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
             active = u if is_hole(mask) else jnp.where(mask, u, 0)
-            squares.append(jnp.sum(jnp.square(active)))
+            squares.append(jnp.sum(jnp.square(_modulus(active))))
         norm = jnp.sqrt(sum(squares, jnp.zeros([])))
         factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
         scaled = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
@@ -70,3 +70,8 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update_fn
     )
+
+
+def _modulus(x: jax.Array) -> jax.Array:
+    """A real array with the squares of a complex one, or the array itself."""
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x

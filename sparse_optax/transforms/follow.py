@@ -9,7 +9,14 @@ import optax
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError
-from sparse_optax.layers import PyTree, Where, is_hole, layers_of, leaf_names
+from sparse_optax.layers import (
+    PyTree,
+    Where,
+    check_real,
+    is_hole,
+    layers_of,
+    leaf_names,
+)
 
 
 class FollowState(NamedTuple):
@@ -44,6 +51,7 @@ def follow(
 
     def init_fn(params):
         layers = layers_of(params, where)
+        check_real(layers.leaves, "a step by its sign")
         return FollowState(
             count=jnp.zeros([], jnp.int32),
             inner_state=inner_tx.init(params),

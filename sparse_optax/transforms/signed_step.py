@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, is_hole, leaf_names
+from sparse_optax.layers import Leaf, PyTree, check_real, is_hole, leaf_names
 from sparse_optax.masks.make import Key, as_key, draw, random_scores
 from sparse_optax.masks.tree import flatten, unpack
 
@@ -82,6 +82,7 @@ def signed_step(
             if is_hole(moves[i]):
                 continue
             w, move = weights[i], unpack(moves[i])
+            check_real([Leaf(name, w.shape, w.dtype)], "a sign")
             decided = jnp.logical_and(first, jnp.logical_and(move, w != 0))
             signs[i] = positive = jnp.where(decided, w > 0, signs[i])
             step = flat[i].astype(jnp.promote_types(flat[i].dtype, jnp.float32))
