@@ -447,11 +447,7 @@ def chosen_layers(
     flat, own = jax.tree.flatten(params, is_leaf=is_hole)
     names, axes = leaf_names(params), dict(stacked or {})
     index = tuple(i for i, choice in enumerate(chosen) if choice)
-    shapes = {
-        n: tuple(x.shape)
-        for n, x in zip(names, flat, strict=True)
-        if hasattr(x, "shape")
-    }
+    shapes = shapes_by_name(params) if pattern.asks else {}
     leaves = []
     for i in index:
         shape, axis = tuple(flat[i].shape), axes.pop(names[i], None)
