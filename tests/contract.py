@@ -151,6 +151,21 @@ def _clip_promise(step: Step, budget: int, exact: bool) -> None:
     assert norm <= LR * MAX_NORM * 1.01
 
 
+def _gate_reported(step: Step) -> None:
+    """No weight has decayed, and the gap says why."""
+    gap = sparse_optax.gsm_gap(step.after, DENSITY, step.new_state)
+    assert "gsm_mask stands behind the optimizer" in gap.advice
+
+
+def _mask_reported(step: Step) -> None:
+    """The state counts it, and the report says it in two lines."""
+    made = sparse_optax.report.summary(step.after, step.new_state)
+    assert made.misplaced == int(optax.tree.get(step.new_state, "misplaced")) > 0
+    masks = zip(sparse(step.after), kept(step.new_state), strict=True)
+    assert made.total.outside == total((w != 0)[~m] for w, m in masks) > 0
+    assert sparse_optax.report.table(made).count("WARNING") == 2
+
+
 class Family(NamedTuple):
     """What a kind of transformation promises.
 
@@ -163,6 +178,7 @@ class Family(NamedTuple):
       broken: ``(step, name, index)``, asserts what the update that opens a cycle
         does where the gradient of one weight was NaN at this step or before.
       delay: Steps between the NaN and its effect.
+      reported: ``(step)``, asserts that a wrong position is told.
       member: ``(params, seed) -> params`` of a member of a batch: what makes its
         mask its own is its key, or where there is none its weights.
     """
@@ -173,6 +189,7 @@ class Family(NamedTuple):
     masks: Callable
     broken: Callable
     delay: int
+    reported: Callable
     member: Callable
 
 
@@ -183,6 +200,7 @@ GATE = Family(
     masks=_gate_masks,
     broken=_gate_broken,
     delay=0,
+    reported=_gate_reported,
     member=lambda params, seed: jax.tree.map(lambda p: p[:: 1 - 2 * seed], params),
 )
 MASK = Family(
@@ -192,6 +210,7 @@ MASK = Family(
     masks=lambda state, params: sparse_optax.get_masks(state),
     broken=_mask_broken,
     delay=1,
+    reported=_mask_reported,
     member=lambda params, seed: params,
 )
 CLIP = MASK._replace(promise=_clip_promise)
@@ -317,6 +336,9 @@ _PACKED = {
 }
 
 
+_NO_MASKS = {"right_position_is_not_reported": "without masks no weight is missing"}
+
+
 def _gate_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
     return Row(
         name=name,
@@ -327,7 +349,7 @@ def _gate_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
         place=FIRST,
         family=GATE,
         eager=eager,
-        exempt=exempt or {},
+        exempt=_NO_MASKS | (exempt or {}),
         fails={"wrong_position": "last, it stops the decay of passive weights"}
         | (fails or {}),
     )
@@ -351,8 +373,10 @@ def _gsm_row(name, *, exempt=None, fails=None, eager=True, **kwargs):
         place=WHOLE,
         family=GATE,
         eager=eager,
-        exempt={
+        exempt=_NO_MASKS
+        | {
             "wrong_position": own,
+            "wrong_position_is_reported": own,
             "schedule_free": "brings its own SGD: there is no optimizer to choose",
             "zero_density": "its density is a number; a schedule is for gsm_mask",
         }
@@ -547,6 +571,7 @@ ROWS = (
         injected=("strength",),
         place=INSIDE,
         exempt={
+            "wrong_position_is_reported": "outside the engine there are no masks",
             "missing_params": "inside the engine, which asks for them itself",
             "full_density": "its penalty moves a dense network too",
         },
@@ -580,6 +605,7 @@ ROWS = (
         optimizer=PLAIN_SGD,
         exempt=_NEVER_EMPTY
         | {
+            "wrong_position_is_reported": "outside the engine it raises at once",
             "missing_params": "reads no parameters; the engine around it does",
             "constant_schedule": "its one argument is a number",
             "scalar_leaves": "scaled by the norm of all active weights",

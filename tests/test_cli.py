@@ -134,6 +134,10 @@ def test_help_reads_well(command, words, capsys):
         (["reproduce", "mnist_lenet300", "--jobs", "999"], "jobs=999 must be between"),
         (["reproduce", "mnist_lenet300", "--rows", "x"], "rows='x' matches no row"),
         (["tables", "--readme", "nowhere.md"], "nowhere.md does not exist"),
+        (
+            ["train", "--epochs", "1"],
+            "method='sparse_momentum' does not fit epochs=1 of",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):

@@ -337,6 +337,48 @@ def test_wrong_position(row):
 
 
 @contract.contract
+def test_wrong_position_is_reported(row):
+    params = network(SHAPES)
+    tx = build(row, place="wrong")
+    grads = random_gradients(2, params, 3 * PERIOD)
+    steps = train(jax.jit(tx.update), params, tx.init(params), grads)
+    row.family.reported(last(steps))
+
+
+def _misplaced(state):
+    return int(optax.tree.get(state, "misplaced"))
+
+
+@contract.contract
+def test_right_position_is_not_reported(row):
+    """Nor in wrappers that average weights, or leave steps out, or move them."""
+    assert _misplaced(hundred(row)[-1].new_state) == 0
+    start, tx = network(ONE), ready(row)
+    grads = random_gradients(2, start, 6 * PERIOD)
+    broken = jax.tree.map(lambda g: g.at[1].set(jnp.nan), grads)
+    for wrap, gradients in (
+        (lambda tx: optax.MultiSteps(tx, 2), grads),
+        (lambda tx: optax.apply_if_finite(tx, 3), broken),
+        (lambda tx: optax.contrib.sam(tx, _adversary()), grads),
+    ):
+        whole = wrap(tx)
+        state = whole.init(start)
+        with jax.disable_jit():
+            step = last(train(whole.update, start, state, gradients))
+        assert _misplaced(step.new_state) == 0
+    for sync in (2, PERIOD + 1):
+        params, whole = (
+            optax.LookaheadParams.init_synced(start),
+            optax.lookahead(tx, sync, 0.5),
+        )
+        state = whole.init(params)
+        for t in range(3 * PERIOD):
+            updates, state = whole.update(at_step(grads, t), state, params)
+            params = optax.apply_updates(params, updates)
+        assert _misplaced(state) == 0
+
+
+@contract.contract
 def test_never_above_the_budget(row):
     """Counted on what took part, at each step and on the weights themselves."""
     budget = row.family.budget(DENSITY, network(SHAPES))

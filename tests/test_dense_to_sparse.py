@@ -190,6 +190,48 @@ def test_pruning_by_hand():
     assert after["z"].tolist() == [[1.0]]
 
 
+RULES = {
+    "two_sided": regrowth.prune.two_sided,
+    "zeros": regrowth.prune.zeros,
+    "global_zeros": regrowth.prune.global_zeros,
+    "adaptive_threshold": regrowth.prune.adaptive_threshold(),
+    "below_spread": regrowth.prune.below_spread(0.0),
+    "keeps_all": regrowth.stateless(lambda evidence: evidence.masks),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_prune_rule_meets_the_target(rule):
+    """Where a rule removes less than a ramp asks for, the smallest weights go."""
+    params, grads, *_ = start(6)
+    common = dict(density=0.3, prune=RULES[rule])
+    for tx in (
+        sparse_optax.one_shot_magnitude(SGD, at=2, **common),
+        sparse_optax.iterative_magnitude(SGD, prunes=2, update_period=2, **common),
+        sparse_optax.gradual_magnitude(SGD, update_period=2, update_stop=5, **common),
+    ):
+        *_, (trained, state) = run(tx, params, grads)
+        counts = [int(m.sum()) for m in kept(state)]
+        assert sum(counts) == 15
+        if rule != "global_zeros":
+            assert counts == [9, 6]
+        for w, m in zip(kernels(trained), kept(state), strict=True):
+            assert not w[~m].any()
+
+
+def test_two_sided_pruning_shares_a_ramp_between_the_signs():
+    """Without a prune rate each sign loses its part of what the ramp asks for."""
+    weights = np.concatenate([np.arange(1, 21), -np.arange(1, 11)]) / 10
+    params = network(((6, 5),), [weights.reshape(6, 5)])
+    tx = sparse_optax.one_shot_magnitude(
+        optax.sgd(0.0), density=0.3, at=1, prune=regrowth.prune.two_sided
+    )
+    *_, (trained, _) = run(tx, params, random_gradients(1, params, 2))
+    left = np.flatnonzero(kernels(trained)[0])
+    # 21 go: 14 of 20 positive ones, 7 of 10 negative ones.
+    np.testing.assert_array_equal(left, [*range(14, 20), *range(27, 30)])
+
+
 def test_another_prune_rule():
     """One that places the budget itself: the total is that of the schedule.
 

@@ -1,6 +1,7 @@
 """The dynamic methods beside sparse momentum: each cycle against the definition."""
 
 import functools
+import inspect
 import itertools
 from typing import Any, NamedTuple
 
@@ -1026,3 +1027,37 @@ def test_one_budget_over_layers_of_different_methods():
     for name, layer in params.items():
         kernel, mask = np.asarray(layer["kernel"]), np.asarray(masks[name]["kernel"])
         assert not kernel[~mask].any()
+
+
+METHODS = {
+    "sparse_momentum_regrow": {},
+    "sparse_evolutionary": {},
+    "rigl": {},
+    "dynamic_sparse": {},
+    "in_time_over_parameterization": {},
+    "granet": {},
+    "gradual_magnitude": {},
+    "ac_dc": {},
+    "top_kast": {"backward_density": 0.9},
+    "deep_rewiring": {"learning_rate": 0.1},
+    "network_surgery": {},
+    "straight_through_magnitude": {},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_never_acts_is_refused(name):
+    """Else its first masks would stay, random ones for the most part, in silence."""
+    method = getattr(sparse_optax, name)
+    takes = inspect.signature(method).parameters
+    given = {"density": 0.3, "update_period": 1000, "key": 0, **METHODS[name]}
+    given = {argument: x for argument, x in given.items() if argument in takes}
+    # Without a period there is a cycle at each update, but the first.
+    stop = 1000 if "update_period" in takes else 1
+    with refuses(name, "`update_stop`", str(stop), "at least"):
+        method(optax.sgd(0.1), **given, update_stop=stop)
+    method(optax.sgd(0.1), **given, update_stop=stop + 1)
+
+
+def test_masks_that_stay_are_no_fault():
+    sparse_optax.static_sparse(optax.sgd(0.1), density=0.3, key=0)

@@ -428,6 +428,73 @@ def test_gap_counts_the_weights_alive():
     assert done.advice != gap.advice
 
 
+_DECAY, _SGD = optax.add_decayed_weights(5e-2), optax.sgd(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("tx", "cause", "cure"),
+    [
+        (optax.chain(gsm_mask(0.2), _DECAY, _SGD), "4 updates were too few", "longer"),
+        (gsm(0.1, 0.2), "4 updates were too few", "longer"),
+        (
+            optax.chain(_DECAY, _SGD, gsm_mask(0.2)),
+            "stands behind the optimizer",
+            "first in the chain",
+        ),
+        (
+            optax.chain(_DECAY, optax.sgd(0.1), gsm_mask(0.2)),
+            "stands last in its chain",
+            "first in the chain",
+        ),
+        (
+            optax.chain(_DECAY, optax.adam(1e-3), gsm_mask(0.2), optax.scale(1.0)),
+            "stands behind the optimizer",
+            "first in the chain",
+        ),
+        (
+            optax.chain(gsm_mask(0.2), _DECAY, optax.adam(1e-3)),
+            "behind Adam",
+            "SGD with momentum",
+        ),
+    ],
+    ids=["short", "gsm", "last", "last of plain SGD", "behind Adam", "before Adam"],
+)
+@pytest.mark.parametrize("wrapper", ["plain", "accumulated"])
+def test_gap_names_the_likely_cause(tx, cause, cure, wrapper):
+    params = network(SHAPES)
+    if wrapper == "accumulated":
+        tx = optax.MultiSteps(tx, 1).gradient_transformation()
+    state, step = tx.init(params), stepper(tx)
+    for _ in range(4):
+        params, state = step(params, state, jax.tree.map(jnp.ones_like, params))
+    gap = gsm_gap(params, 0.2, state)
+    assert cause in gap.advice
+    assert cure in gap.advice
+    # Without the state it names all of them, and how to tell them apart.
+    blind = gsm_gap(params, 0.2).advice
+    for words in ("first in the chain", "Adam", "too short", "opt_state"):
+        assert words in blind
+
+
+def test_gap_of_a_mask_that_rotates():
+    """Most passive weights have decayed: another cause, another cure."""
+    values = [np.full(s, 1e-6) for s in SHAPES]
+    values[0].flat[:20] = np.arange(20, 0, -1)
+    advice = gsm_gap(network(SHAPES, values), 0.2).advice
+    assert "settle_start" in advice
+    assert "too short" not in advice
+
+
+def test_gap_of_a_network_that_is_not_finite():
+    values = [np.zeros(s) for s in SHAPES]
+    values[0][0, 0] = np.nan
+    gap = gsm_gap(network(SHAPES, values), 0.25)
+    assert gap.alive == 1
+    assert "not finite" in gap.advice
+    with pytest.raises(ValueError, match=r"^gsm_gap: `opt_state` holds no state of"):
+        gsm_gap(network(SHAPES), 0.25, optax.adam(0.1).init(network(SHAPES)))
+
+
 def test_gap_of_an_empty_network():
     """Zeros only: nothing alive, no division by zero."""
     gap = gsm_gap(network(SHAPES, [np.zeros(s) for s in SHAPES]), 0.25)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from helpers import kernels, network
+from helpers import kernels, network, refuses
 
 import sparse_optax
 from sparse_optax import layers, masks, sparse_momentum_regrow
@@ -638,6 +638,42 @@ def test_set_masks_replaces_and_the_next_steps_hold():
     assert masks.count(got) == masks.count(new)
     for w, m in zip(kernels(params), kernels(got), strict=True):
         np.testing.assert_array_equal(w[~m], 0.0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_set_masks_keeps_what_the_count_means(packed):
+    """Old masks under a ramp that begins anew would grow back; the count says where."""
+    params = network(SHAPES)
+    tx = sparse_optax.gradual_magnitude(
+        optax.sgd(0.0), density=0.25, update_period=2, update_stop=8, packed=packed
+    )
+    step = jax.jit(tx.update)
+
+    def train(state, steps):
+        seen, trained = [], params
+        for _ in range(steps):
+            updates, state = step(params, state, trained)
+            trained = optax.apply_updates(trained, updates)
+            seen.append(masks.count(sparse_optax.get_masks(state)))
+        return state, seen
+
+    old, seen = train(tx.init(params), 8)
+    pruned = sparse_optax.get_masks(old)
+    assert seen[-1] < seen[0] / 3
+    with refuses("set_masks", "`count`", "None", "integer"):
+        sparse_optax.set_masks(tx.init(params), pruned)
+    count = optax.tree.get(old, "count")
+    fresh = sparse_optax.set_masks(tx.init(params), pruned, count=count)
+    assert int(optax.tree.get(fresh, "count")) == 8
+    assert train(fresh, 4)[1] == [seen[-1]] * 4
+    # To begin anew is a choice.
+    anew = sparse_optax.set_masks(tx.init(params), pruned, count=0)
+    assert max(train(anew, 4)[1]) > seen[-1]
+    # A state that has begun, and one without a ramp, need no count.
+    sparse_optax.set_masks(train(tx.init(params), 2)[0], pruned)
+    sparse_optax.set_masks(_tx().init(params), pruned)
+    with refuses("set_masks", "`count`", "-1", "at least|in"):
+        sparse_optax.set_masks(old, pruned, count=-1)
 
 
 def test_set_masks_into_packed_states():

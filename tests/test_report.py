@@ -70,6 +70,8 @@ def test_every_number_by_hand():
         explored=2,
         units=2,
         empty_units=1,  # the second: its one kept weight is zero
+        nonzero=2,
+        outside=1,
     )
     assert head == report.Layer(
         name="head/kernel",
@@ -83,6 +85,8 @@ def test_every_number_by_hand():
         explored=5,
         units=4,
         empty_units=3,  # without weights kept, twice, and with zeros alone
+        nonzero=6,
+        outside=4,
     )
     assert made.total == report.Layer(
         name="total",
@@ -96,6 +100,8 @@ def test_every_number_by_hand():
         explored=7,
         units=6,
         empty_units=4,
+        nonzero=8,
+        outside=5,
     )
     assert (conv.density, conv.churn, conv.explored_share) == (0.5, 0.5, 0.5)
     assert (made.total.density, made.total.churn) == (6 / 16, 0.5)
@@ -108,11 +114,18 @@ def test_every_number_by_hand():
 def test_the_table_by_hand():
     made = report.summary(HAND, masks=NOW, previous_masks=BEFORE)
     assert report.table(made).splitlines() == [
-        "layer        weights  kept  density  bytes  churn  empty_units",
-        "conv/kernel        4     2      50%      9    50%            1",
-        "head/kernel       12     4    33.3%     10    50%            3",
-        "total             16     6    37.5%     18    50%            4",
+        "layer        weights  kept  nonzero  outside  density  bytes  churn  "
+        "empty_units",
+        "conv/kernel        4     2        2        1      50%      9    50%  "
+        "          1",
+        "head/kernel       12     4        6        4    33.3%     10    50%  "
+        "          3",
+        "total             16     6        8        5    37.5%     18    50%  "
+        "          4",
         "26 bytes sparse, 48 dense; 2 parameters in dense leaves included.",
+        "WARNING: 5 weights outside the masks are not zero: bytes and density are not "
+        "those of this network. Make the sparse method the last of its chain, or apply "
+        "sparse_optax.sparsify(params, opt_state).",
     ]
 
 
@@ -127,6 +140,8 @@ def test_the_scalars_by_hand():
     assert {name.split("/")[0] for name in flat} == {
         "weights",
         "kept",
+        "nonzero",
+        "outside",
         "density",
         "bytes",
         "churn",
@@ -375,6 +390,42 @@ def test_a_run_is_what_numpy_sees_of_it():
     assert made.total.added == total
     assert made.total.removed == made.total.grown == 3 + 3
     assert made.skipped == 0
+
+
+def test_weights_outside_the_masks_are_shouted_about():
+    """Scaled updates leave missing weights over; a report without them is silent."""
+    finished = {}
+    for name, tx in {
+        "last": momentum(),
+        "not last": optax.chain(momentum(), optax.scale(0.9)),
+    }.items():
+        step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+        for _ in range(7):
+            params, state = step(params, state, jax.tree.map(jnp.ones_like, params))
+        finished[name] = params, report.summary(params, state)
+    params, made = finished["not last"]
+    kept = [np.asarray(m) for m in jax.tree.leaves(sparse_optax.get_masks(state))]
+    found = [np.asarray(params[name]["kernel"]) for name in sorted(params)]
+    outside = [int((w != 0)[~m].sum()) for w, m in zip(found, kept, strict=True)]
+    assert [layer.outside for layer in made.layers] == outside
+    assert made.total.outside == sum(outside) > 0
+    assert made.total.nonzero == sum(int((w != 0).sum()) for w in found)
+    assert made.misplaced == 2  # looked at after the cycles at 2 and at 4
+    text = report.table(made)
+    assert f"WARNING: {sum(outside)} weights outside the masks are not zero" in text
+    assert "WARNING: 2 times missing weights did not become zero" in text
+    assert made.scalars()["misplaced/total"] == 2
+    assert made.scalars()["outside/total"] == sum(outside)
+    _, right = finished["last"]
+    assert (right.total.outside, right.misplaced) == (0, 0)
+    assert right.total.nonzero <= right.total.kept
+    assert "WARNING" not in report.table(right)
+
+
+def test_no_masks_no_weights_outside():
+    made = report.summary(HAND)
+    assert made.total.nonzero is made.total.outside is made.misplaced is None
+    assert "WARNING" not in report.table(made)
 
 
 def test_previous_masks_may_be_the_state_of_then():

@@ -17,12 +17,15 @@ from helpers import (
     mask_tree,
     network,
     random_gradients,
+    refuses,
     run_cycle,
     stepper,
 )
 
 import sparse_optax
 from sparse_optax import sparse_momentum_regrow
+from sparse_optax.layers import layers_of, path_name
+from sparse_optax.regrowth import restart
 
 # --- one cycle against the oracle -----------------------------------------------------
 
@@ -964,6 +967,102 @@ def test_reset_moments_of_grown_weights():
     np.testing.assert_allclose(
         traces["none"][~grown], traces["grown"][~grown], rtol=1e-5, atol=1e-6
     )
+
+
+def _one_cycle(inner, **kwargs):
+    """States of the inner optimizer before and after the update of a cycle, the
+    parameters after it, and which weights have grown from missing at it.
+    """
+    tx = sparse_optax.rigl(
+        inner, density=0.3, update_period=3, update_stop=30, key=0, **kwargs
+    )
+    params = network(SMALL)
+    grads = random_gradients(5, params, 4)
+    step, state = stepper(tx), tx.init(params)
+    params, state = _loop(step, params, state, at_step(grads, slice(0, 3)))
+    before, (mask,) = state.inner_state, kept(state)
+    params, state = step(params, state, at_step(grads, 3))
+    grown = kept(state)[0] & ~mask
+    assert grown.any()
+    return before, state.inner_state, params, grown
+
+
+def test_reset_moments_are_those_of_init():
+    """Rprop starts from its learning rate: with zero no grown weight ever moves."""
+    before, after, _, grown = _one_cycle(optax.rprop(1e-2, min_step_size=1e-4))
+    sizes = [kernels(optax.tree.get(s, "step_sizes"))[0] for s in (before, after)]
+    assert (sizes[0][grown] != np.float32(1e-2)).any()
+    np.testing.assert_array_equal(sizes[1][grown], np.float32(1e-2))
+    # What its next update takes.
+    (following,) = kernels(optax.tree.get(after, "prev_updates"))
+    np.testing.assert_allclose(np.abs(following[grown]), 1e-2, rtol=1e-6)
+
+
+def test_reset_moments_of_an_optimizer_that_copies_the_weights():
+    """Schedule-free keeps a copy z of the weights, which is zero where they are."""
+    inner = optax.contrib.schedule_free_sgd(0.1)
+    _, after, _, grown = _one_cycle(inner)
+    _, kept_on, _, _ = _one_cycle(inner, reset_moments="none")
+    grads = random_gradients(5, network(SMALL), 4)
+    (last,) = kernels(at_step(grads, 3))
+    z, other = (kernels(optax.tree.get(s, "z"))[0] for s in (after, kept_on))
+    np.testing.assert_allclose(z[grown], -0.1 * last[grown], rtol=1e-5)
+    assert not np.isclose(other[grown], z[grown]).any()
+
+
+def test_factored_statistics_do_not_restart():
+    """SM3 keeps a list of row and column statistics where a weight tree has a leaf."""
+    _, after, params, grown = _one_cycle(optax.sm3(0.1))
+    (nu,) = kernels(after[0].nu)
+    assert np.isfinite(nu).all()
+    assert (kernels(params)[0][grown] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("inner", "value"),
+    [
+        (optax.flatten(optax.adam(1e-3)), "'0/mu'"),
+        (optax.lbfgs(), "weights_memory"),
+        (optax.scale_by_lbfgs(), "numbers for each weight"),
+        (optax.contrib.acprop(1e-3), r"a step of \d"),
+    ],
+    ids=["flatten", "lbfgs", "history", "acprop"],
+)
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_optimizers_whose_moments_cannot_restart(method, inner, value):
+    make = functools.partial(
+        getattr(sparse_optax, method),
+        inner,
+        density=0.3,
+        update_period=3,
+        update_stop=30,
+        key=0,
+    )
+    with refuses(method, "`reset_moments`", value, "one number|of their size"):
+        make().init(network(SMALL))
+    make(reset_moments="none").init(network(SMALL))
+
+
+def test_a_line_search_behind_an_optimizer_can_restart():
+    """Optax cannot walk such a state; names and shapes find the moments."""
+    chain = optax.chain(optax.adam(0.1), optax.scale_by_zoom_linesearch(5))
+    params = network(SMALL)
+    state = chain.init(params)
+    layers = layers_of(params)
+    found = restart.restart_of(chain, state, layers, params)
+    paths = jax.tree.leaves_with_path(state)
+    names = [path_name(paths[j][0]) for j, _ in found.places]
+    assert [n.split("/")[-3] for n in names] == ["mu", "nu", "grad"]
+
+
+def test_moments_restart_in_the_branch_of_a_cycle_alone():
+    """The operations of the other steps are those of `reset_moments="none"`."""
+    params, made = network(SMALL), {}
+    for reset in ("none", "grown"):
+        tx = _transformation(optax.adam(0.1), reset_moments=reset)
+        traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+        made[reset] = [str(equation.primitive) for equation in traced.eqns]
+    assert made["grown"] == made["none"]
 
 
 def test_alone_at_the_end_of_a_chain():

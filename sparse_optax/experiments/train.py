@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 import sparse_optax
+from sparse_optax.checks import ArgumentError
 from sparse_optax.experiments import (
     checkpoints,
     data,
@@ -182,7 +183,14 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         lambda key: draw(key=key)[1],
         init_key,
     )
-    plan = methods.BUILDERS[config.method](setup)
+    try:
+        plan = methods.BUILDERS[config.method](setup)
+    except ArgumentError as error:
+        raise ValueError(
+            f"train: method={config.method!r} does not fit epochs={config.epochs} of "
+            f"{setup.steps_per_epoch} steps with update_epochs={config.update_epochs} "
+            f"and density={config.density:g}. {error}"
+        ) from error
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     if setting.runs is None:
         return run.train(params, stats, folder=None)

@@ -11,6 +11,7 @@ from sparse_optax import checks, selection
 from sparse_optax.budgets.resolve import check_static, pool_size
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import PyTree, Where, layers_of, leaf_names
+from sparse_optax.masks.optimizer_state import states_with
 
 
 class GsmGap(NamedTuple):
@@ -33,17 +34,23 @@ class GsmGap(NamedTuple):
 def gsm_gap(
     params: PyTree,
     density: Any,
+    opt_state: PyTree = None,
     *,
     where: Where | None = None,
     alive_above: float = 1e-4,
 ) -> GsmGap:
     """Tells whether the cut to ``density`` costs accuracy; also a stopping rule.
 
-    The cut is free if at most Q weights are alive: the others are then negligible.
+    The cut is free if at most Q weights are alive: the others are then negligible. If
+    more are, the advice names the likely cause. If most of the N - Q weights that the
+    cut removes are alive, they have not decayed; the optimizer state tells why: the
+    gate does not stand first in the chain, or Adam stands behind it, or training was
+    too short. If fewer are, the mask rotates.
 
     Args:
       params: Concrete parameters after (or during) training with ``gsm``.
       density: Fraction that the cut keeps, in (0, 1], or a budget.
+      opt_state: The optimizer state with the state of the gate, for the advice.
       where: Which leaves take part, see ``eligible``: by default kernels, and tables of
         embeddings only where it names them.
       alive_above: Weights of larger magnitude count as alive.
@@ -52,7 +59,8 @@ def gsm_gap(
       A ``GsmGap``.
 
     Raises:
-      ValueError: If ``density`` or ``where`` does not fit.
+      ValueError: If ``density`` or ``where`` does not fit, or ``opt_state`` has no
+        state of a gate.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -70,22 +78,109 @@ def gsm_gap(
             "leaves with `where`."
         )
     k, size = pool_size(density, layers, params), int(layers.sizes.sum())
-    alive = sum(
-        int(jnp.sum(jnp.abs(x) > alive_above, dtype=jnp.int32)) for (x,) in pool
+    # Counted by what is not small, since NaN is not.
+    small = sum(
+        int(jnp.sum(jnp.abs(x) <= alive_above, dtype=jnp.int32)) for (x,) in pool
     )
+    alive = size - small
     smallest = float(selection.kth_largest(pool, k, score=jnp.abs))
     largest = 0.0
     if k < size:
         largest = float(selection.kth_largest(pool, k + 1, score=jnp.abs))
     ratio = largest / smallest if smallest > 0 else 0.0
-    if alive <= k:
+    chain = None if opt_state is None else _read_chain(opt_state)
+    if not all(bool(jnp.all(jnp.isfinite(x))) for (x,) in pool):
+        advice = "Some weights are not finite: find out why before the cut."
+    elif alive <= k:
         advice = "Cut: it costs nothing."
     else:
-        advice = (
-            f"{alive / k:.2f} times as many weights are alive as the cut keeps: train "
-            "on with a gate of 0.7 * density or with settle_start, then cut."
-        )
+        many = f"{alive / k:.2f} times as many weights are alive as the cut keeps"
+        decayed = 2 * (alive - k) <= size - k
+        advice = f"{many}: {_ROTATES if decayed else _not_decayed(chain)}"
     return GsmGap(alive, k, ratio, advice)
+
+
+# --- why weights are alive ------------------------------------------------------------
+_ROTATES = "train on with a gate of 0.7 * density or with settle_start, then cut."
+_FIRST = "Put it first in the chain: before weight decay and momentum."
+_LONGER = (
+    "train longer, or with a larger learning rate, momentum or weight decay, until "
+    "gsm_log_decay is about 7 or more."
+)
+_ADAM = (
+    "behind Adam with weight decay in its gradient passive weights move like sign "
+    "descent, and decoupled decay lacks the factor 1 / (1 - momentum)"
+)
+_MOMENTS = ("trace", "mu", "nu")
+
+
+class _Chain(NamedTuple):
+    """What the optimizer state tells about the gate's place."""
+
+    count: int  # finished updates
+    is_late: bool  # whether a momentum comes before the gate
+    is_last: bool  # whether nothing stands behind it in its chain
+    has_adam: bool  # whether second moments are kept
+
+
+def _not_decayed(chain: _Chain | None) -> str:
+    """The likely cause, and the cure, where most passive weights are alive."""
+    if chain is None:
+        return (
+            "most weights that the cut removes have not decayed. Either gsm_mask does "
+            f"not stand first in the chain, or Adam stands behind it ({_ADAM}), or "
+            f"training was too short: {_LONGER} Pass opt_state to tell them apart."
+        )
+    if chain.is_late or chain.is_last:
+        where = "behind the optimizer" if chain.is_late else "last in its chain"
+        return f"gsm_mask stands {where} and stops the decay of weights. {_FIRST}"
+    if chain.has_adam:
+        return f"{_ADAM}. Use SGD with momentum, or for AdamW {_LONGER}"
+    return f"{chain.count} updates were too few for weights to decay: {_LONGER}"
+
+
+def _read_chain(opt_state: PyTree) -> _Chain:
+    """Finds the state of the gate among the states of its chain."""
+    gates = list(states_with(opt_state, "gsm_passed"))
+    if not gates:
+        raise ArgumentError(
+            "`opt_state` holds no state of gsm_mask or gsm; it must have one. Pass the "
+            "state of the optimizer that trained these parameters, or leave it out."
+        )
+    before, last = _place(opt_state)
+    (count,) = (int(np.asarray(x).max()) for x in jax.tree.leaves(gates[0].count))
+    return _Chain(count, before, last, bool(_moments(opt_state) & {"nu"}))
+
+
+def _place(state: Any) -> tuple[bool, bool]:
+    """Whether a momentum comes before the gate, and whether it is last in its chain."""
+    parts = list(state.values()) if isinstance(state, dict) else state
+    if not isinstance(parts, (tuple, list)) or _is_gate(state):
+        return False, False
+    for i, part in enumerate(parts):
+        if any(True for _ in states_with(part, "gsm_passed")):
+            before, last = _place(part)
+            # A state with fields is a wrapper; what else it keeps is its own.
+            if hasattr(state, "_fields"):
+                return before, last
+            earlier = any(_moments(x) for x in parts[:i])
+            ends = last if not _is_gate(part) else len(parts) > 1
+            return before or earlier, ends and i == len(parts) - 1
+    return False, False
+
+
+def _is_gate(node: Any) -> bool:
+    return hasattr(node, "gsm_passed")
+
+
+def _moments(state: Any) -> set[str]:
+    """The fields of momenta and second moments in a state."""
+
+    def has_moments(node):
+        return any(hasattr(node, field) for field in _MOMENTS)
+
+    nodes = jax.tree.leaves(state, is_leaf=has_moments)
+    return {f for node in nodes for f in _MOMENTS if hasattr(node, f)}
 
 
 @boundary("gsm_log_decay")

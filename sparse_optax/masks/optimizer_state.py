@@ -1,12 +1,15 @@
 """Masks in optimizer states: reads, replaces and applies them."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
+from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import (
     PackedMask,
@@ -24,6 +27,7 @@ from sparse_optax.masks.tree import (
     names_of,
     pack,
     unpack,
+    whole_count,
 )
 
 
@@ -173,20 +177,27 @@ def get_explored(opt_state: PyTree) -> PyTree:
 
 
 @boundary("set_masks")
-def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
+def set_masks(
+    opt_state: PyTree, masks: PyTree, *, count: jax.Array | int | None = None
+) -> PyTree:
     """Replaces the masks in an optimizer state.
 
     Args:
       opt_state: An optimizer state with at least one state of ``regrow``.
       masks: A mask tree like the parameters, not read where a state has a hole.
+      count: Number of finished updates that belongs to the masks, for the prune rate,
+        the times of cycles and a ``ramp``; None keeps the state's own. Counters of the
+        inner optimizer stay.
 
     Returns:
-      The state with the new masks. The next cycle keeps their count, unless the method
-      has a ``ramp``. They must follow the ``pattern``, which is not checked. A
-      hidden weight that becomes active starts at zero.
+      The state with the new masks. The next cycle keeps their number of weights, unless
+      the method has a ``ramp``: then it goes to the ramp's number at that count. They
+      must follow the ``pattern``, which is not checked. A hidden weight that becomes
+      active starts at zero.
 
     Raises:
-      ValueError: If there is no state of ``regrow``, or the masks do not fit.
+      ValueError: If there is no state of ``regrow``, the masks do not fit, or a method
+        with a ``ramp`` starts with masks of another number of weights and no ``count``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sparse_optax
@@ -200,8 +211,13 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
       True
     """
     unnamed(get_masks)(opt_state)  # raises where there is none
+    if count is not None:
+        checks.whole("count", count, 0, most=2**31 - 1, cure=_COUNT)
     given = named_masks(masks)
     used: set[str] = set()
+
+    def as_count(old):
+        return jnp.full_like(old, 0 if count is None else count, dtype=jnp.int32)
 
     def replace(node):
         if not _has_masks(node):
@@ -226,6 +242,10 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
             new.append(
                 unnamed(pack)(plain) if isinstance(previous, PackedMask) else plain
             )
+        if count is None:
+            _check_start(node, old, new)
+        else:
+            node = node._replace(count=jax.tree.map(as_count, node.count))
         return node._replace(
             regrow_masks=jax.tree.unflatten(structure, new),
             inner_state=jax.tree.map(replace, node.inner_state, is_leaf=_has_masks),
@@ -238,6 +258,31 @@ def set_masks(opt_state: PyTree, masks: PyTree) -> PyTree:
             f"be among {sorted(used)}. Leave them out."
         )
     return replaced
+
+
+_COUNT = "Give the number of updates after which the masks were read."
+
+
+def _check_start(state: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
+    """Raises if a ramp would begin at masks of another number of weights."""
+    counts, masks = jax.tree.leaves(state.count), jax.tree.leaves((old, new))
+    abstract = Tracer, jax.ShapeDtypeStruct
+    if not jax.tree.leaves(state.ramp) or any(
+        isinstance(x, abstract) for x in (*counts, *masks)
+    ):
+        return
+    before, after = (
+        sum(whole_count(unpack(m)) for m in group if not is_hole(m))
+        for group in (old, new)
+    )
+    if before != after and not any(np.any(np.asarray(n)) for n in counts):
+        raise ArgumentError(
+            f"`count` is None, and the method has a ramp: it goes by the number of "
+            f"finished updates, 0 in this state, and would bring the {after} weights "
+            f"of `masks` back towards {before} at its next cycle; `count` must be an "
+            "integer of at least 0. Give the count of the state that the masks come "
+            'from, optax.tree.get(old_state, "count"), or 0 to begin the ramp anew.'
+        )
 
 
 @boundary("sparsify")

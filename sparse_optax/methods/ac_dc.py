@@ -55,7 +55,8 @@ def ac_dc(
         ``update_period`` that is not smaller.
       update_stop: The last phase begins at the last multiple of ``update_period`` below
         it. If that phase would be dense, the sparse one before it continues.
-      prune: Which weights are pruned: a rule that follows a ramp.
+      prune: Which weights are pruned; of what a rule leaves above the target, the
+        smallest.
       reset_moments: See ``regrow``; weights that come back have dense moments.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of

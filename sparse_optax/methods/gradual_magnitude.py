@@ -54,7 +54,8 @@ def gradual_magnitude(
       update_start: No prune before this many updates; until then all weights train.
       update_stop: No prune from this many updates on; train a third or more after it.
       initial_density: d_i, the density that the first prune leaves, in (0, 1].
-      prune: Which weights are pruned: a rule that follows a ramp.
+      prune: Which weights are pruned; of what a rule leaves above the target, the
+        smallest.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.

@@ -47,7 +47,8 @@ def iterative_magnitude(
       prunes: n, the number of prunes, at least 1.
       update_period: Updates between two prunes, and before the first.
       update_start: No prune before this many updates.
-      prune: Which weights are pruned: a rule that follows a ramp.
+      prune: Which weights are pruned; of what a rule leaves above the target, the
+        smallest.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -132,7 +133,8 @@ def one_shot_magnitude(
       density: Fraction of weights kept per layer, in (0, 1], or a budget.
       at: Number of updates before the prune, at least 1. For a trained network, before
         the first update, use ``masks.magnitude_masks``.
-      prune: Which weights are pruned: a rule that follows a ramp.
+      prune: Which weights are pruned; of what a rule leaves above the target, the
+        smallest.
       key: Integer seed or random key, for rules that draw random numbers.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from sparse_optax import checks
-from sparse_optax.checks import boundary, unnamed
+from sparse_optax.checks import boundary
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
-from sparse_optax.patterns import Pattern
+from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import redistribute
-from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.engine import transformation
 from sparse_optax.regrowth.rules import stateless
+from sparse_optax.regrowth.start import Method, check
 
 # No cycle is ever due, and rules that do nothing keep its compilation cheap.
 _KEEP = stateless(lambda evidence: evidence.masks)
@@ -79,19 +80,27 @@ def static_sparse(
     if key is None and masks is None:
         allowed = "a seed or a random key where the masks are random"
         checks.fail("key", key, allowed, "Pass key=0, or masks=.")
-    return unnamed(regrow)(
-        inner,
+    method = Method(
+        inner=inner,
         density=density,
         prune=_KEEP,
         redistribute=redistribute.none,
         grow=_NONE,
         update_period=1,
-        update_stop=1,
+        update_start=0,
+        update_stop=1,  # before the first cycle
         prune_rate=0.0,
         key=0 if key is None else key,
         masks=masks,
         where=where,
         stacked=stacked,
+        momentum="auto",
+        reset_moments="none",
         packed=packed,
-        pattern=pattern,
+        ramp=None,
+        hidden=False,
+        pattern=pattern_of(pattern),
+        regrown="zero",
     )
+    check(method)
+    return transformation(method)

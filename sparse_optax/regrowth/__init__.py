@@ -10,6 +10,7 @@ README.md in this folder explains the algebra and how to write a rule.
 - ``prune``, ``redistribute``, ``grow``: the rules.
 - ``under_pattern``: the rules that keep the number of weights under a pattern.
 - ``allocate``: whole counts for each layer, in integer arithmetic.
+- ``restart``: the moments of weights that have just grown, as ``init`` gives them.
 - ``momentum``: finds the momentum that an optimizer keeps already.
 - ``guard``: runs a cycle only where it is due, also under ``vmap``.
 """

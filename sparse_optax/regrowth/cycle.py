@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax.regrowth import allocate
-from sparse_optax.regrowth.rules import Evidence, Rule, tally_layers
+from sparse_optax.regrowth.rules import Evidence, Rule, active_magnitude, tally_layers
 from sparse_optax.selection.tally import all_true
 
 
@@ -180,12 +180,26 @@ def _pruned(evidence: Evidence, prune: Rule, state: Any, shares: Any, moving: bo
     if moving:
         counts += active - staying
     kept, state = prune.apply(_keyed(evidence._replace(counts=counts), 0), state)
+    if before and moving and not (prune.exact or prune.covers or prune.pooled):
+        kept = _within(evidence._replace(masks=kept))
     if before and not prune.exact:
         pairs = list(zip(kept, before, strict=True))
         left = tally_layers(pairs, evidence.layer_axes, all_true)[0]
         counts = active - left.astype(jnp.int32)
         kept = tuple(jnp.logical_and(k, m) for k, m in pairs)
     return kept, counts, state
+
+
+def _within(evidence: Evidence) -> tuple[jax.Array, ...]:
+    """The weights that stay, where they are more than all targets together the largest
+    of each layer, up to its own.
+    """
+    pairs = zip(evidence.params, evidence.masks, evidence.before or (), strict=True)
+    staying = [(w, jnp.logical_and(k, m)) for w, k, m in pairs]
+    left = evidence.count([k for _, k in staying])
+    high, low = allocate.signed_sum(left - evidence.target)
+    most = jnp.where(high | low > 0, jnp.minimum(left, evidence.target), left)
+    return evidence.select(staying, most, active_magnitude)
 
 
 def _spread_over_layers(

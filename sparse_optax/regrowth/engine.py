@@ -1,7 +1,7 @@
 """The engine: wraps any optimizer with a prune, a redistribution and a growth rule."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,15 @@ from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle, init_rules
+from sparse_optax.regrowth.restart import Restart, check_alone, restart_of
 from sparse_optax.regrowth.rules import Evidence, Rule, map_weights, tally_layers
-from sparse_optax.regrowth.start import Method, check, first_masks, refuse_multi_steps
+from sparse_optax.regrowth.start import (
+    Method,
+    check,
+    check_acts,
+    first_masks,
+    refuse_multi_steps,
+)
 from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
 from sparse_optax.schedules.timing import never_due
@@ -48,9 +55,14 @@ class RegrowState(NamedTuple):
         complex leaf; ``()`` if the inner optimizer's momentum is used.
       rules: States of the prune, the redistribution and the growth rule.
       skipped: Cycles left out because of numbers that are not finite. # int32
+      suspected: 1 if a missing weight was not zero when last looked at, else 0. # int32
+      misplaced: How often missing weights were not zero at two updates in a row, of
+        which an average of the weights explains one: something behind this
+        transformation changes its updates. # int32
       removed: Per leaf, weights removed in the last cycle. # int32
       grown: Per leaf, weights grown in the last cycle. # int32
       hidden: With ``hidden=True`` the values of missing weights, else ``()``.
+      ramp: With a ``ramp`` its density at the last cycle, float32, else ``()``.
     """
 
     count: jax.Array
@@ -60,9 +72,12 @@ class RegrowState(NamedTuple):
     momentum: PyTree
     rules: Any
     skipped: jax.Array
+    suspected: jax.Array
+    misplaced: jax.Array
     removed: PyTree
     grown: PyTree
     hidden: PyTree
+    ramp: Any
 
 
 @boundary("regrow")
@@ -134,8 +149,9 @@ def regrow(
       momentum: ``"auto"`` reads the momentum that ``inner`` keeps (trace, mu, or mu /
         (sqrt(nu) + 1e-8)), or keeps an average with decay 0.9 if there is none or
         several kinds. A number in [0, 1) keeps an average with that decay.
-      reset_moments: ``"grown"`` zeroes the inner optimizer's moments of weights just
-        grown; ``"none"`` leaves them.
+      reset_moments: ``"grown"`` gives the inner optimizer's moments of weights that
+        have just grown the values of its ``init``; ``"none"`` leaves them. Entries
+        without one number per weight stay.
       packed: Stores one bit per weight.
       ramp: A schedule of the density by the number of finished updates, for methods
         that become sparse while they train. With d its value at a cycle and D the
@@ -201,6 +217,12 @@ def regrow(
         regrown,
     )
     check(method)
+    check_acts(method)
+    return transformation(method)
+
+
+def transformation(method: Method) -> optax.GradientTransformationExtraArgs:
+    """The transformation of checked arguments."""
 
     def init_fn(params):
         return _init(method, params)
@@ -224,6 +246,8 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     rules = rules_under(layers, method.rules, method.ramp is not None)
     inner_state = method.inner_tx.init(params)
     refuse_multi_steps(inner_state)
+    if _restart(method, layers, inner_state, params) and method.inner is not None:
+        check_alone(method.inner)
     own: Any = ()
     if method.inner is not None and "momentum" in method.needs:
         if _found_momentum(method, inner_state, layers) is None:
@@ -240,10 +264,19 @@ def _init(method: Method, params: PyTree) -> RegrowState:
         momentum=own,
         rules=map_weights(layers.rebuild, states),
         skipped=jnp.zeros([], jnp.int32),
+        suspected=jnp.zeros([], jnp.int32),
+        misplaced=jnp.zeros([], jnp.int32),
         removed=_no_counts(layers),
         grown=_no_counts(layers),
         hidden=layers.rebuild(map(_copied, leaves)) if method.hidden else (),
+        ramp=() if method.ramp is None else _ramp_at_start(method, layers, params),
     )
+
+
+def _ramp_at_start(method: Method, layers: Layers, params: PyTree) -> jax.Array:
+    if method.ramp is None or not layers.index:
+        return jnp.zeros([], jnp.float32)
+    return goal_at(method.ramp, method.density, 0, layers, params).density
 
 
 def _no_counts(layers: Layers) -> PyTree:
@@ -294,26 +327,30 @@ def _update(
     timing = method.update_period, method.update_start, method.update_stop
     due = schedules.is_due(state.count, *timing)
     lean = state._replace(inner_state=(), momentum=(), hidden=())
-    after, moves = _no_cycle((lean, seen), layers)
+    after, moves, inner_state = lean, layers.pick(lean.regrow_masks), state.inner_state
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     if not never_due(*timing):
+        restart = _restart(method, layers, inner_state, params)
         how = _How(
             layers,
             rules_under(layers, method.rules, method.ramp is not None),
             idle=method.inner is None,
             stays=method.hidden or method.regrown == "value",
+            hidden=method.hidden,
+            restart=restart,
         )
-        after, moves = _cycle_if(due, (lean, seen), how=how)
+        moments, others = (), ()
+        if restart is not None:
+            moments, others = restart.pick(inner_state), tuple(flat)
+        after, moves, moments = _cycle_if(
+            due, _Operands(lean, seen, moments, others), how=how
+        )
+        if restart is not None:
+            inner_state = restart.put(inner_state, moments)
     moves = tuple(map(unpack, moves))
 
     # The inner update, on the newly masked weights.
-    inner_state = state.inner_state
-    if method.reset_moments == "grown":
-        grown = _grown_masks(layers, params, due, state, after, moves)
-        inner_state = _reset_moments(method.inner_tx, inner_state, grown)
-    masked, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    for i, w, move in zip(layers.index, seen.params, moves, strict=True):
-        zero = jnp.zeros((), w.dtype)
-        masked[i] = w if method.hidden else jnp.where(move, w, zero)
+    masked = _masked(layers, flat, seen.params, moves, method.hidden)
     new_updates, inner_state = method.inner_tx.update(
         updates,
         inner_state,
@@ -327,12 +364,75 @@ def _update(
         decay = OWN_DECAY if isinstance(method.momentum, str) else method.momentum
         averaged = momenta.average(layers.pick(own), layers.pick(updates), decay)
         own = layers.rebuild(averaged)
+    suspected, misplaced = _look_back(method, layers, state, params)
     return emitted, after._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
+        suspected=suspected,
+        misplaced=misplaced,
         inner_state=inner_state,
         momentum=own,
         hidden=hidden,
     )
+
+
+def _look_back(
+    method: Method, layers: Layers, state: RegrowState, params: PyTree
+) -> tuple[jax.Array, jax.Array]:
+    """Looks whether missing weights are zero, at the two updates after a cycle, or
+    after the first update if there are no cycles. A wrapper may average weights once
+    (``optax.lookahead``), but the update after that makes them zero again.
+    """
+    timing = method.update_period, method.update_start, method.update_stop
+    if never_due(*timing):
+        first, second = state.count == 1, state.count == 2
+    else:
+        first, second = (schedules.is_due(state.count - n, *timing) for n in (1, 2))
+    look = jnp.logical_or(first, second)
+    arrays = layers.pick(state.regrow_masks), layers.pick(params)
+    # No derivative: it decides nothing.
+    found = _any_over_if(look, lax.stop_gradient(arrays))
+    again = jnp.logical_and(jnp.logical_and(found, second), state.suspected > 0)
+    suspected = jnp.where(look, found.astype(jnp.int32), state.suspected)
+    return suspected, state.misplaced + again.astype(jnp.int32)
+
+
+@jax.jit
+def _any_over_if(look: jax.Array, arrays: tuple[Any, Any]) -> jax.Array:
+    """Whether a missing weight is not zero; False if it is not looked at."""
+
+    def any_over(arrays):
+        over = jnp.zeros([], bool)
+        for mask, weight in zip(*arrays, strict=True):
+            # NaN and inf stay, whatever is subtracted.
+            there = jnp.logical_and(weight != 0, jnp.isfinite(weight))
+            missing = jnp.logical_not(unpack(mask))
+            over = jnp.logical_or(over, jnp.any(jnp.logical_and(missing, there)))
+        return over
+
+    return guard.run_if(look, any_over, lambda _: jnp.zeros([], bool), arrays)
+
+
+def _restart(
+    method: Method, layers: Layers, inner_state: Any, params: PyTree
+) -> Restart | None:
+    """How moments of grown weights restart, or None if they stay."""
+    if method.reset_moments == "none" or method.inner is None or not layers.index:
+        return None
+    return restart_of(method.inner, inner_state, layers, params)
+
+
+def _masked(
+    layers: Layers,
+    flat: Sequence[Any],
+    weights: tuple[jax.Array, ...],
+    moves: tuple[jax.Array, ...],
+    hidden: bool,
+) -> list[Any]:
+    """All leaves as the inner optimizer sees them: zero where a weight is missing."""
+    masked = list(flat)
+    for i, w, move in zip(layers.index, weights, moves, strict=True):
+        masked[i] = w if hidden else jnp.where(move, w, jnp.zeros((), w.dtype))
+    return masked
 
 
 def _as_stored(state: RegrowState) -> RegrowState:
@@ -417,16 +517,27 @@ class _How(NamedTuple):
     rules: tuple[Rule, Rule, Rule]
     idle: bool = False  # whether no cycle runs on evidence that is all zero
     stays: bool = False  # whether regrown weights keep a value and move at once
+    hidden: bool = False  # whether the inner optimizer sees missing weights too
+    restart: Restart | None = None  # of the moments of weights that grow
 
 
-def _no_cycle(operands: tuple[RegrowState, _Seen], layers: Layers):
+class _Operands(NamedTuple):
+    """What goes through the guard. Arrays that a cycle only reads cost nothing."""
+
+    state: RegrowState  # without the parts that no cycle changes
+    seen: _Seen
+    moments: tuple[jax.Array, ...]  # entries of the inner state that may restart
+    params: tuple[Any, ...]  # all leaves, where moments may restart, else empty
+
+
+def _no_cycle(operands: _Operands, layers: Layers):
     """The result of an ordinary update: the same state, and all active weights move."""
-    state, _ = operands
-    return state, layers.pick(state.regrow_masks)
+    state = operands.state
+    return state, layers.pick(state.regrow_masks), operands.moments
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _cycle_if(due: jax.Array, operands: tuple[RegrowState, _Seen], *, how: _How):
+def _cycle_if(due: jax.Array, operands: _Operands, *, how: _How):
     """``_open_cycle`` if due, else ``_no_cycle``. Jitted at module level, so that a
     training step that is not jitted compiles the cycle once and not at each step.
     """
@@ -435,9 +546,11 @@ def _cycle_if(due: jax.Array, operands: tuple[RegrowState, _Seen], *, how: _How)
     return guard.run_if(due, opened, ordinary, operands)
 
 
-def _open_cycle(operands: tuple[RegrowState, _Seen], how: _How):
-    """Runs a cycle on the stored state; gives the new state and which weights move."""
-    state, seen = operands
+def _open_cycle(operands: _Operands, how: _How):
+    """Runs a cycle on the stored state; gives the new state, which weights move, and
+    the moments.
+    """
+    state, seen, moments, params = operands
     layers = how.layers
     stored = layers.pick(state.regrow_masks)
     old = tuple(map(unpack, stored))
@@ -475,6 +588,15 @@ def _open_cycle(operands: tuple[RegrowState, _Seen], how: _How):
             for new, kept, was in zip(new_masks, kept_masks, old, strict=True)
         )
 
+    if how.restart is not None:
+        grown = tuple(
+            # What stayed goes on: it was active before and moves at this update.
+            jnp.logical_and(new, jnp.logical_not(jnp.logical_and(move, was)))
+            for new, move, was in zip(new_masks, moves, old, strict=True)
+        )
+        masked = _masked(layers, params, seen.params, moves, how.hidden)
+        moments = how.restart.apply(moments, masked, grown)
+
     def store(plain):
         pairs = zip(plain, stored, strict=True)
         return tuple(
@@ -487,14 +609,18 @@ def _open_cycle(operands: tuple[RegrowState, _Seen], how: _How):
         new = layers.rebuild(layers.weights(vector))
         return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, previous)
 
+    ramp = state.ramp
+    if seen.goal is not None:
+        ramp = jnp.where(go, seen.goal.density, ramp)
     after = state._replace(
+        ramp=ramp,
         regrow_masks=layers.rebuild(store(new_masks)),
         rules=map_weights(layers.rebuild, result.states),
         removed=counts(result.removed, state.removed),
         grown=counts(result.grown, state.grown),
         skipped=state.skipped + jnp.logical_not(result.ok).astype(jnp.int32),
     )
-    return after, store(moves)
+    return after, store(moves), moments
 
 
 def _evidence(
@@ -523,7 +649,7 @@ def _target(layers: Layers, seen: _Seen) -> tuple[jax.Array | None, jax.Array]:
     """The target number of units of each layer, or None, and the prune rate."""
     if seen.goal is None:
         return None, seen.rate
-    final, excess, whole = seen.goal
+    final, excess, whole = seen.goal[:3]
     sizes = jnp.asarray(layers.units.sizes.astype(np.int32))
     target = allocate.target_counts(excess, whole, jnp.asarray(final), sizes)
     # NaN prevents a cycle if the schedule is not finite.
@@ -532,44 +658,3 @@ def _target(layers: Layers, seen: _Seen) -> tuple[jax.Array | None, jax.Array]:
 
 def _not_zero(x: jax.Array) -> tuple[jax.Array]:
     return (x != 0,)
-
-
-# --- moments of grown weights ---------------------------------------------------------
-def _grown_masks(
-    layers: Layers,
-    params: PyTree,
-    due: jax.Array,
-    before: RegrowState,
-    after: RegrowState,
-    moves: tuple[jax.Array, ...],
-) -> PyTree:
-    """Which weights have grown at this update: a tree of boxed masks."""
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    full: list[Any] = [optax.MaskedNode()] * len(flat)
-    old, new = layers.pick(before.regrow_masks), layers.pick(after.regrow_masks)
-    for i, was, now, move in zip(layers.index, old, new, moves, strict=True):
-        stayed = jnp.logical_and(move, unpack(was))
-        grown = jnp.logical_and(unpack(now), jnp.logical_not(stayed))
-        full[i] = jnp.logical_and(due, grown)
-    return jax.tree.unflatten(structure, [_Boxed(m) for m in full])
-
-
-def _reset_moments(inner_tx: Any, inner_state: Any, grown: PyTree) -> Any:
-    """Zeroes the moments of grown weights; leaves entries of other shapes alone."""
-
-    def zero(moment, box):
-        # Factored or stacked statistics have no entry per weight.
-        if is_hole(moment) or is_hole(box.mask) or moment.shape != box.mask.shape:
-            return moment
-        if not jnp.issubdtype(moment.dtype, jnp.inexact):
-            return moment  # signs, masks and counters are not moments
-        return jnp.where(box.mask, jnp.zeros((), moment.dtype), moment)
-
-    return optax.tree.map_params(inner_tx, zero, inner_state, grown, is_leaf=is_hole)
-
-
-class _Boxed:
-    """A leaf that is opaque to ``jax.tree.map``, so that holes stay in place."""
-
-    def __init__(self, mask):
-        self.mask = mask

@@ -16,6 +16,7 @@ from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
     Rule,
+    active_magnitude,
     coin,
     layer_counts,
     stateless,
@@ -39,18 +40,13 @@ _LOWEST, _HIGHEST = 2.0**-120, 2.0**120
 
 
 # --- by magnitude ---------------------------------------------------------------------
-def _active_magnitude(weight: jax.Array, mask: jax.Array) -> jax.Array:
-    # Missing weights rank below every magnitude and are never kept.
-    return jnp.where(mask, jnp.abs(weight), -1.0)
-
-
 def _pairs(evidence: Evidence) -> list[tuple[jax.Array, jax.Array]]:
     return list(zip(evidence.params, evidence.masks, strict=True))
 
 
 def _largest(evidence: Evidence, stay: jax.Array) -> tuple[jax.Array, ...]:
     """Masks of the ``stay`` largest active weights of each layer."""
-    return evidence.select(_pairs(evidence), stay, _active_magnitude)
+    return evidence.select(_pairs(evidence), stay, active_magnitude)
 
 
 def _magnitude(evidence: Evidence) -> tuple[jax.Array, ...]:
@@ -72,10 +68,30 @@ def _two_sided(evidence: Evidence) -> tuple[jax.Array, ...]:
     pools += [(w, jnp.logical_and(m, w < 0)) for w, m in pairs]
     axes, sides = evidence.layer_axes * 2, [m for _, m in pools]
     number = layer_counts(sides, axes)
-    stay = number - allocate.floor_fraction(rate, number)
+    left = number - _lost_to_ramp(evidence, number)
+    stay = left - allocate.floor_fraction(rate, left)
     counts = split_layers(stay, [m.shape for m in sides], axes)
-    kept = top_of_layers(pools, counts, axes, _active_magnitude)
+    kept = top_of_layers(pools, counts, axes, active_magnitude)
     return tuple(map(jnp.logical_or, kept[: len(pairs)], kept[len(pairs) :]))
+
+
+def _has_ramp(evidence: Evidence) -> bool:
+    """Whether targets differ from what is active; without a ramp they are the same."""
+    return evidence.target is not None and evidence.target is not evidence.active
+
+
+def _lost_to_ramp(evidence: Evidence, number: jax.Array) -> jax.Array | int:
+    """How many of both signs' weights a ramp takes, each sign by its share; rounding
+    takes from the negative ones.
+    """
+    if not _has_ramp(evidence):
+        return 0
+    excess = jnp.maximum(evidence.active - evidence.target, 0).astype(jnp.uint32)
+    positive, _ = jnp.split(number.astype(jnp.uint32), 2)
+    whole = jnp.maximum(evidence.active, 1).astype(jnp.uint32)
+    product = uint64.mul64(uint64.pair64(excess), positive)
+    share, _ = uint64.divmod64(product, uint64.pair64(whole))
+    return jnp.concatenate([share[1], excess - share[1]]).astype(jnp.int32)
 
 
 def _saved_magnitude(weight: jax.Array, mask: jax.Array, saved: jax.Array) -> jax.Array:
@@ -107,8 +123,8 @@ magnitude = stateless(_magnitude, exact=True)
 
 #: Removes in each layer a fraction, the prune rate, of the positive weights and of the
 #: negative weights, those closest to zero, each rounded down. Active weights of exactly
-#: zero count as positive. Not for a ramp.
-two_sided = stateless(_two_sided, by_share=True)
+#: zero count as positive. A ramp first takes its part, from both by their shares.
+two_sided = stateless(_two_sided, covers=True, by_share=True)
 
 #: Removes the ``sum(counts)`` active weights of smallest magnitude of the network. Of
 #: equal magnitudes the lowest index of the first leaf stays. Each layer keeps its
@@ -138,7 +154,15 @@ def _zeros(evidence: Evidence, *, pool: bool) -> tuple[jax.Array, ...]:
     if pool:
         lost = uint64.min64(uint64.sum64(zeros), allocate.signed_sum(room))
         stay = uint64.sub64(allocate.signed_sum(active), lost)
-        return tuple(selection.top_k_mask(columns, stay, score=_zero_last))
+        kept = tuple(selection.top_k_mask(columns, stay, score=_zero_last))
+        if not _has_ramp(evidence):
+            return kept
+        # The ramp takes the rest, the smallest of all.
+        left = evidence.count(kept)
+        above = jnp.maximum(left - evidence.target, 0)
+        return _global_magnitude(
+            evidence._replace(masks=kept, active=left, counts=above)
+        )
     stay = active - jnp.minimum(zeros.astype(jnp.int32), room)
     return evidence.select(columns, stay, _zero_last)
 
@@ -162,8 +186,8 @@ def adaptive_threshold(
               H \leftarrow H / 2 \text{ if } K > (1 + \delta) N_p, \quad
               H \leftarrow 2 H \text{ if } K < (1 - \delta) N_p
 
-    with K the sum of K_i. A layer that would lose all weights keeps the largest. The
-    rule sets its own counts: with a ``ramp`` the total lags behind.
+    with K the sum of K_i. A layer that would lose all weights keeps the largest. With a
+    ``ramp`` the smallest weights above a layer's target go too.
 
     Args:
       initial: The first threshold H, above 0.
@@ -304,7 +328,7 @@ def _outranked(ratio: float, gamma: float, power: float) -> Rule:
         pairs = zip(chosen, evidence.masks, strict=True)
         return tuple(jnp.logical_and(c, m) for c, m in pairs)
 
-    return stateless(stay)
+    return stateless(stay, covers=True)
 
 
 @boundary("prune.below_spread")

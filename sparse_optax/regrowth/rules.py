@@ -129,7 +129,8 @@ class Rule(NamedTuple):
       pooled: Whether a prune rule ranks all layers as one pool, so that the counts of
         layers follow from the weights.
       covers: Whether a prune rule that is not exact leaves no layer with more than its
-        target, so that each layer can grow back its own count.
+        target, so that each layer can grow back its own count. Where a rule without it
+        leaves more than all targets together, the smallest go, layer by layer.
       by_share: Whether a prune rule that is not exact takes the prune rate's fraction
         of each layer. Under N:M it then sees whole layers, not groups.
     """
@@ -163,6 +164,7 @@ def stateless(
     after_prune: bool = False,
     exact: bool = False,
     pooled: bool = False,
+    covers: bool = False,
     by_share: bool = False,
 ) -> Rule:
     """Turns a function of the evidence into a rule without memory.
@@ -173,6 +175,7 @@ def stateless(
       after_prune: Of a redistribution rule.
       exact: Of a prune or growth rule.
       pooled: Of a prune rule.
+      covers: Of a prune rule.
       by_share: Of a prune rule.
 
     Returns:
@@ -191,6 +194,7 @@ def stateless(
         after_prune=after_prune,
         exact=exact,
         pooled=pooled,
+        covers=covers,
         by_share=by_share,
     )
 
@@ -230,6 +234,11 @@ def layer_counts(masks: Sequence[jax.Array], axes: Sequence[int | None]) -> jax.
         return jnp.zeros(0, jnp.int32)
     (counts,) = tally_layers([(mask,) for mask in masks], axes, all_true)
     return counts.astype(jnp.int32)
+
+
+def active_magnitude(weight: jax.Array, mask: jax.Array) -> jax.Array:
+    """A score by |w|; missing weights rank below all others and are never kept."""
+    return jnp.where(mask, jnp.abs(weight), -1.0)
 
 
 def coin(step: jax.Array | int, gamma: float, power: float) -> jax.Array:

@@ -25,6 +25,7 @@ from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth.rules import Rule
 from sparse_optax.regrowth.targets import first_counts
 from sparse_optax.schedules.prune_rate import cosine_unless
+from sparse_optax.schedules.timing import check_some_due
 
 
 class Method(NamedTuple):
@@ -102,6 +103,12 @@ def check(method: Method) -> None:
             value = getattr(method, name)
             if value != plain:
                 fail(name, value, f"{plain!r} where there is no `inner`", cure)
+
+
+def check_acts(method: Method) -> None:
+    """Raises if no cycle would ever come."""
+    start, stop = method.update_start, method.update_stop
+    check_some_due(method.update_period, start, stop)
 
 
 def _check_parts(method: Method) -> None:

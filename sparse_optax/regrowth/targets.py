@@ -29,6 +29,7 @@ class Goal(NamedTuple):
     # BROKEN if it is not finite.
     excess: jax.Array
     whole: np.uint32  # the same for a dense network
+    density: jax.Array  # what the schedule says, float32
 
 
 def goal_at(
@@ -61,7 +62,7 @@ def goal_at(
     above = jnp.minimum(steps + SLACK, np.uint32(DENSE)) - np.uint32(end)
     excess = jnp.where(steps > met, above, jnp.uint32(0))
     excess = jnp.where(jnp.isfinite(now), excess, BROKEN)
-    return Goal(final.astype(np.int32), excess, np.uint32(max(DENSE - end, 1)))
+    return Goal(final.astype(np.int32), excess, np.uint32(max(DENSE - end, 1)), now)
 
 
 def first_counts(

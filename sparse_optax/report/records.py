@@ -26,6 +26,9 @@ class Layer(NamedTuple):
         bias, whatever the input.
       passed: Weights whose gradient GSM let pass at the last step.
       threshold: The saliency threshold of GSM.
+      nonzero: With a mask, how many weights are not zero.
+      outside: How many of these the mask does not keep; 0 after an update of a method
+        that is last in its chain.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Layer(NamedTuple):
     empty_units: int | None = None
     passed: int | None = None
     threshold: float | None = None
+    nonzero: int | None = None
+    outside: int | None = None
 
     @property
     def density(self) -> float:
@@ -71,6 +76,8 @@ class Summary(NamedTuple):
       skipped: Cycles left out because of numbers that are not finite, or None.
       unknown_units: Names of leaves of which names and shapes do not tell the axis of
         output units; ``total`` then has no units.
+      misplaced: How often the method saw that missing weights did not become zero, or
+        None. Above 0, something behind it in the chain changes its updates.
     """
 
     layers: tuple[Layer, ...]
@@ -79,6 +86,7 @@ class Summary(NamedTuple):
     dense_bytes: int
     skipped: int | None = None
     unknown_units: tuple[str, ...] = ()
+    misplaced: int | None = None
 
     @property
     def file_bytes(self) -> int:
@@ -93,6 +101,8 @@ class Summary(NamedTuple):
 _SHOWN: dict[str, Callable[[Layer], Any]] = {
     "weights": lambda layer: layer.weights,
     "kept": lambda layer: layer.kept,
+    "nonzero": lambda layer: layer.nonzero,
+    "outside": lambda layer: layer.outside,
     "density": lambda layer: layer.density,
     "bytes": lambda layer: layer.sparse_bytes,
     "flops": lambda layer: layer.kept_flops,
@@ -131,8 +141,10 @@ def scalars(summary: Summary) -> dict[str, float]:
         if (value := read(layer)) is not None
     }
     found["file_bytes/total"] = float(summary.file_bytes)
-    if summary.skipped is not None:
-        found["skipped/total"] = float(summary.skipped)
+    for quantity in ("skipped", "misplaced"):
+        value = getattr(summary, quantity)
+        if value is not None:
+            found[f"{quantity}/total"] = float(value)
     return found
 
 
@@ -158,6 +170,8 @@ def table(summary: Summary) -> str:
     columns = [["layer", *(layer.name for layer in rows)]]
     for quantity, read in _SHOWN.items():
         values = [read(layer) for layer in rows]
+        if quantity == "outside" and not any(values):
+            continue  # as it should be
         if any(value is not None for value in values):
             shown = [_text(value, quantity in _SHARES) for value in values]
             columns.append([quantity, *shown])
@@ -167,6 +181,20 @@ def table(summary: Summary) -> str:
         f"{summary.file_bytes:,} bytes sparse, {dense:,} dense; "
         f"{summary.dense_weights:,} parameters in dense leaves included."
     )
+    outside = summary.total.outside
+    if outside:
+        # Before the first update that is so, unless the parameters were made sparse.
+        lines.append(
+            f"WARNING: {outside:,} weights outside the masks are not zero: bytes and "
+            "density are not those of this network. Make the sparse method the last of "
+            "its chain, or apply sparse_optax.sparsify(params, opt_state)."
+        )
+    if summary.misplaced:
+        lines.append(
+            f"WARNING: {summary.misplaced:,} times missing weights did not become "
+            "zero: what stands behind the sparse method changes its updates. Make it "
+            "the last of its chain; decay, clipping and scaling go inside or before it."
+        )
     if summary.skipped:
         lines.append(f"{summary.skipped:,} cycles skipped: numbers not finite.")
     if summary.unknown_units:

@@ -125,6 +125,7 @@ def summary(
         dense_bytes=sum(size * width for size, width in rest),
         skipped=seen.skipped,
         unknown_units=unknown,
+        misplaced=seen.misplaced,
     )
 
 
@@ -173,6 +174,7 @@ class _Seen(NamedTuple):
     passed: dict[str, np.ndarray]  # by GSM
     thresholds: dict[str, float]  # of GSM
     skipped: int | None  # cycles left out; None without a state of `regrow`
+    misplaced: int | None  # how often missing weights were found that are not zero
 
 
 def _read_state(opt_state: PyTree) -> _Seen:
@@ -196,7 +198,8 @@ def _read_state(opt_state: PyTree) -> _Seen:
             for s in gates
             for name in _by_name([s.gsm_passed])
         },
-        skipped=sum(int(_numbers(s.skipped)) for s in regrown) if regrown else None,
+        skipped=_sum(int(_numbers(s.skipped)) for s in regrown),
+        misplaced=_sum(int(_numbers(s.misplaced)) for s in regrown),
     )
 
 
@@ -294,8 +297,9 @@ def _tallied(
 
     Operands are ``(weights, mask, earlier mask, weights ever kept)`` per leaf, each but
     the first may be None. The counts have one entry per layer: ``kept`` (without a mask
-    the nonzero weights), ``added``, ``explored``, and for layers of two or more
-    dimensions whose axes of ``units`` are known ``units`` and ``empty_units``.
+    the nonzero weights), with one ``nonzero`` and ``outside``, further ``added``,
+    ``explored``, and for layers of two or more dimensions whose axes of ``units`` are
+    known ``units`` and ``empty_units``.
     """
     counted = _tally(tuple(operands), axes=tuple(axes), units=tuple(units))
     result = []
@@ -316,6 +320,9 @@ def _tally(operands, *, axes, units) -> list[dict[str, jax.Array]]:
         there = _nonzero(x)
         kept = there if mask is None else mask
         counts = {"kept": slice_counts(kept)}
+        if mask is not None:
+            over = jnp.logical_and(there, jnp.logical_not(mask))
+            counts |= {"nonzero": slice_counts(there), "outside": slice_counts(over)}
         if before is not None:
             added = jnp.logical_and(kept, jnp.logical_not(before))
             counts["added"] = slice_counts(added)
@@ -393,7 +400,8 @@ def _total(layers, names, stored, seen: _Seen) -> Layer:
     sums = {}
     for field in ("weights", "kept", "dense_bytes"):
         sums[field] = sum(getattr(layer, field) for layer in layers)
-    for field in ("dense_flops", "kept_flops", "units", "empty_units"):
+    known = ("dense_flops", "kept_flops", "units", "empty_units")
+    for field in (*known, "nonzero", "outside"):
         sums[field] = _sum(getattr(layer, field) for layer in layers)
     for field in ("removed", "grown", "passed"):
         # From the state, since slices are None if it has one number for all of them.

@@ -63,6 +63,19 @@ def never_due(period: Any, start: Any = 0, stop: Any = None) -> bool:
     return (stop - 1) // period * period < max(start, 1)
 
 
+def check_some_due(period: Any, start: Any, stop: Any) -> None:
+    """Raises if it is known that no count is due."""
+    if never_due(period, start, stop):
+        given = f"`update_start`={start} and " if start else ""
+        least = f"at least {max(start, 1)} and below {stop}"
+        raise ArgumentError(
+            f"with `update_period`={period}, {given}`update_stop`={stop} no cycle is "
+            f"due and the masks would never change; a multiple of the period must be "
+            f"{least}. Shorten the period or move the stop, or use static_sparse for "
+            "masks that stay."
+        )
+
+
 @boundary("first_due")
 def first_due(update_period: int, update_start: int = 0) -> int:
     """The first count at which ``is_due``.
@@ -110,11 +123,5 @@ def last_due(update_period: int, update_start: int = 0, *, update_stop: int) -> 
     """
     _check(update_period, update_start, None)
     checks.whole("update_stop", update_stop, 0, cure="Give a number of updates.")
-    if never_due(update_period, update_start, update_stop):
-        raise ArgumentError(
-            f"with `update_period`={update_period}, `update_start`={update_start} and "
-            f"`update_stop`={update_stop} no cycle is due; a multiple of the period "
-            "must be at least the start and below the stop. Shorten the period or move "
-            "the stop."
-        )
+    check_some_due(update_period, update_start, update_stop)
     return (update_stop - 1) // update_period * update_period
