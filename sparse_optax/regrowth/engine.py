@@ -56,9 +56,9 @@ class RegrowState(NamedTuple):
       rules: States of the prune, the redistribution and the growth rule.
       skipped: Cycles left out because of numbers that are not finite. # int32
       suspected: 1 if a missing weight was not zero when last looked at, else 0. # int32
-      misplaced: How often missing weights were not zero at two updates in a row, of
-        which an average of the weights explains one: something behind this
-        transformation changes its updates. # int32
+      misplaced: How many times missing weights were not zero at two updates in a row,
+        as seen after cycles. Above 0, what stands behind this transformation changes
+        its updates, or they are not applied. # int32
       removed: Per leaf, weights removed in the last cycle. # int32
       grown: Per leaf, weights grown in the last cycle. # int32
       hidden: With ``hidden=True`` the values of missing weights, else ``()``.
