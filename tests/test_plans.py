@@ -78,8 +78,8 @@ def test_the_prune_rate_and_its_decay(decay, wanted):
         ("erdos_renyi", [50, 40]),
     ],
 )
-def test_the_budget_of_a_run(kind, wanted):
-    made = setup_of(method="static", density=0.1, budget=kind)
+def test_the_shares_of_a_run(kind, wanted):
+    made = setup_of(method="static", density=0.1, shares=kind)
     plan = methods.BUILDERS["static"](made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == wanted
@@ -88,9 +88,9 @@ def test_the_budget_of_a_run(kind, wanted):
 @pytest.mark.parametrize(
     "method", [name for name, entry in recipes.METHODS.items() if entry.pooled]
 )
-def test_a_budget_that_a_method_would_not_read_is_refused(method):
-    with refuses("TrainConfig", "budget", "linear", "all layers at once"):
-        config.resolve(config.TrainConfig(method=method, budget="linear"))
+def test_shares_that_a_method_would_not_read_are_refused(method):
+    with refuses("TrainConfig", "shares", "linear", "all layers at once"):
+        config.resolve(config.TrainConfig(method=method, shares="linear"))
     run = config.resolve(config.TrainConfig(method=method))
     assert config.resolve(run) == run
 
@@ -104,8 +104,8 @@ def test_thin_is_a_model_of_its_density():
         config.resolve(config.TrainConfig(method="thin", density=0.07))
 
 
-def test_top_kast_takes_the_budget_of_a_run():
-    made = setup_of(method="top_kast", density=0.1, budget="erdos_renyi")
+def test_top_kast_takes_the_shares_of_a_run():
+    made = setup_of(method="top_kast", density=0.1, shares="erdos_renyi")
     plan = methods.BUILDERS["top_kast"](made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == [50, 40]

@@ -11,7 +11,7 @@ import tyro
 from sparse_optax.experiments import data, models, recipes
 
 if TYPE_CHECKING:
-    DatasetName = ModelName = MethodName = BudgetName = str
+    DatasetName = ModelName = MethodName = SharesName = str
     PruneName = RedistributeName = GrowName = str
 else:  # the registries are the choices of the command line
     DatasetName = Literal[data.NAMES]
@@ -20,7 +20,7 @@ else:  # the registries are the choices of the command line
     PruneName = Literal[recipes.PRUNE]
     RedistributeName = Literal[recipes.REDISTRIBUTE]
     GrowName = Literal[recipes.GROW]
-    BudgetName = Literal[recipes.BUDGETS]
+    SharesName = Literal[recipes.SHARES]
 
 
 def _flag(metavar: str, default: str) -> Any:
@@ -80,7 +80,7 @@ class TrainConfig:
         smallest weights.
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
-      budget: how the density is shared among the layers.
+      shares: how the density is shared among the layers.
       update_epochs: epochs between two cycles of methods that have cycles; RigL has
         one every 100 steps at least.
       l1: strength of the L1 penalty of method l1.
@@ -120,9 +120,9 @@ class TrainConfig:
     prune: PruneName = "magnitude"
     redistribute: RedistributeName = "momentum"
     grow: GrowName = "momentum"
-    budget: Annotated[
-        BudgetName | None,
-        _flag("{" + ",".join(recipes.BUDGETS) + "}", "the method's own"),
+    shares: Annotated[
+        SharesName | None,
+        _flag("{" + ",".join(recipes.SHARES) + "}", "the method's own"),
     ] = None
     update_epochs: int = 1
     l1: float = 1e-5
@@ -164,7 +164,7 @@ class Resolved(TrainConfig):
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: Literal["all", "kernels"] = "all"
-    budget: Literal["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"] = (
+    shares: Literal["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"] = (
         "uniform"
     )
     base: ResolvedBase = ResolvedBase()
@@ -195,17 +195,17 @@ def resolve(config: TrainConfig) -> Resolved:
     _choose("prune_decay", config.prune_decay, recipes.DECAYS)
     _choose("prune", config.prune, recipes.PRUNE)
     _choose("redistribute", config.redistribute, recipes.REDISTRIBUTE)
-    if config.budget is not None:
-        _choose("budget", config.budget, recipes.BUDGETS)
+    if config.shares is not None:
+        _choose("shares", config.shares, recipes.SHARES)
     _choose("grow", config.grow, recipes.GROW)
     if config.drop_steps and config.drop_epochs:
         raise ValueError(
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
     method = recipes.METHODS[config.method]
-    if method.pooled and config.budget not in (None, method.budget):
+    if method.pooled and config.shares not in (None, method.shares):
         raise ValueError(
-            f"TrainConfig: budget={config.budget!r} must be left out for "
+            f"TrainConfig: shares={config.shares!r} must be left out for "
             f"method={config.method!r}, which ranks the weights of all layers at once "
             "and shares nothing out. Leave it out."
         )
@@ -214,7 +214,7 @@ def resolve(config: TrainConfig) -> Resolved:
     recipe = {
         **(recipes.GSM if method.recipe == "gsm" else recipes.SGD),
         **recipes.BY_METHOD[method.recipe][config.dataset],
-        "budget": method.budget,
+        "shares": method.shares,
     }
     # Drops that are given replace the drops of the recipe, whatever their unit.
     if config.drop_steps is not None or config.drop_epochs is not None:
@@ -360,7 +360,7 @@ def base_of(config: Resolved) -> Resolved | None:
         prune=plain.prune,
         redistribute=plain.redistribute,
         grow=plain.grow,
-        budget="uniform",
+        shares="uniform",
         l1=plain.l1,
         ticket=plain.ticket,
         update_epochs=plain.update_epochs,

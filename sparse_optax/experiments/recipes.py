@@ -6,7 +6,7 @@ Data and no more: ``config`` fills runs with it, ``methods`` builds the methods.
 from typing import Any, NamedTuple
 
 # How a density may be shared among the layers.
-BUDGETS = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
+SHARES = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
 # The choices of sparse momentum.
 DECAYS = ("cosine", "linear", "constant")
 PRUNE = ("magnitude", "global_magnitude")
@@ -19,14 +19,14 @@ class Method(NamedTuple):
 
     Attributes:
       recipe: ``"scratch"``, ``"trained"`` (a dense network first) or ``"gsm"``.
-      budget: how its density is shared among the layers, unless the run says.
+      shares: how its density is shared among the layers, unless the run says.
       cut_only: it reads the density after training only, so that runs at several
         densities share theirs.
-      pooled: it ranks the weights of all layers at once, whatever the budget's shares.
+      pooled: it ranks the weights of all layers at once, whatever the shares.
     """
 
     recipe: str = "scratch"
-    budget: str = "uniform"
+    shares: str = "uniform"
     cut_only: bool = False
     pooled: bool = False
 
@@ -35,10 +35,10 @@ METHODS: dict[str, Method] = {
     "dense": Method(),
     "sparse_momentum": Method(),
     "gsm": Method(recipe="gsm", pooled=True),
-    "sparse_evolutionary": Method(budget="erdos_renyi"),
+    "sparse_evolutionary": Method(shares="erdos_renyi"),
     "dynamic_sparse": Method(),
-    "rigl": Method(budget="erdos_renyi_kernel"),
-    "in_time_over_parameterization": Method(budget="erdos_renyi_kernel"),
+    "rigl": Method(shares="erdos_renyi_kernel"),
+    "in_time_over_parameterization": Method(shares="erdos_renyi_kernel"),
     "deep_rewiring": Method(),
     "ham": Method(),
     "static": Method(),
@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
     "synflow": Method(pooled=True),
     "ticket": Method(),
     "gradual_magnitude": Method(),
-    "granet": Method(budget="erdos_renyi_kernel"),
+    "granet": Method(shares="erdos_renyi_kernel"),
     "iterative_magnitude": Method(),
     "one_shot_magnitude": Method(),
     "ac_dc": Method(),

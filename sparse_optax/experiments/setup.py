@@ -182,7 +182,7 @@ def budget(setup: Setup, density: float | None = None) -> Any:
         "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
         "linear": budgets.linear,
     }
-    make = kinds.get(setup.config.budget)
+    make = kinds.get(setup.config.shares)
     return density if make is None or density == 1 else make(density)
 
 

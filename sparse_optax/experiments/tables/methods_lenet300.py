@@ -92,9 +92,9 @@ FAMILIES = {
 }
 # What holds sparse momentum itself is no other method.
 OURS = ("sparse_momentum", "ham")
-# Also run with the budget of RigL and GraNet: what of their lead is the budget's.
-BUDGETED = ("static", "gradual_magnitude")
-BUDGET = "erdos_renyi_kernel"
+# Also run with the shares of RigL and GraNet: what of their lead is due to these.
+RESHARED = ("static", "gradual_magnitude")
+SHARES = "erdos_renyi_kernel"
 # With fewer runs no test at 5% can tell two methods apart.
 LEAST = 3
 # The density is read after training: one run serves all.
@@ -136,11 +136,11 @@ def _rows():
                         f"{method} {density:g}",
                         (first,) if cut and name != first else (),
                     )
-            for method in BUDGETED:
+            for method in RESHARED:
                 yield common.Row(
-                    f"{method}_{BUDGET}_d{density:g}_s{seed}",
-                    _config(method, density, seed, budget=BUDGET),
-                    f"{method}_{BUDGET} {density:g}",
+                    f"{method}_{SHARES}_d{density:g}_s{seed}",
+                    _config(method, density, seed, shares=SHARES),
+                    f"{method}_{SHARES} {density:g}",
                 )
 
 
@@ -220,7 +220,7 @@ def _budgets() -> str:
     named: dict[str, list[str]] = {}
     for method, label in LABELS.items():
         entry = METHODS[method]
-        shares = "one pool" if entry.pooled else entry.budget.replace("_", "-")
+        shares = "one pool" if entry.pooled else entry.shares.replace("_", "-")
         named.setdefault(shares, []).append(label.replace(",", ""))
     named.pop("uniform")
     parts = [f"{budget} for {', '.join(names)}" for budget, names in named.items()]
@@ -230,8 +230,8 @@ def _budgets() -> str:
 def _budgeted(records) -> str:
     """The same methods with the same share for every layer, and with a budget."""
     lines = []
-    for method in BUDGETED:
-        for kind in ("uniform", BUDGET):
+    for method in RESHARED:
+        for kind in ("uniform", SHARES):
             name = method if kind == "uniform" else f"{method}_{kind}"
             found = [errors(records, name, d) for d in sorted(DENSITIES)]
             cells = [common.mean_se(each) for each in found]
