@@ -61,6 +61,8 @@ LONG = (
     "test_checkpoints.py::test_killed_and_restarted",
     "test_checkpoints.py::test_regrow_goes_on_at_another_density",
     "test_checkpoints.py::test_resumed_in_another_process",
+    "test_cli.py::test_a_path_that_the_locale_cannot_decode",
+    "test_cli.py::test_ctrl_c_of_a_process",
     "test_cli.py::test_killed_process_goes_on_and_ends_the_same",
     "test_cli.py::test_no_worker_outlives_a_run_that_is_told_to_end",
     "test_cli.py::test_reproduce_runs_what_is_missing_once",

@@ -1,6 +1,8 @@
 """The command line: train, reproduce, tables, and what wrong input prints."""
 
 import contextlib
+import errno
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("flax")
 
-from sparse_optax.experiments import cli, readme, records, reproduce
+from sparse_optax.experiments import cli, plots, readme, records, reproduce, train
 from sparse_optax.experiments import config as configs
 from sparse_optax.experiments.tables import TABLES, common, methods_lenet300
 
@@ -38,7 +40,7 @@ def record(name="run", error=2.0, config=None, base=None, **results):
         name=name,
         command="sparse-optax",
         config=config or {"method": "dense"},
-        seed=0,
+        seed=(config or {}).get("seed", 0),
         commit=None,
         dirty=None,
         versions={},
@@ -138,6 +140,24 @@ def test_help_reads_well(command, words, capsys):
             ["train", "--epochs", "1"],
             "method='sparse_momentum' does not fit epochs=1 of",
         ),
+        (
+            ["train", "--seed", "4294967296"],
+            "TrainConfig: seed=4294967296 must be in [0, 4294967295]",
+        ),
+        (["train", "--drop-steps", "-1"], "drop_steps=(-1,) must be numbers from 1 to"),
+        (["train", "--drop-factor", "nan"], "drop_factor=nan must be a finite number"),
+        (
+            ["train", "--drop-steps", "99999999999999999999"],
+            "drop_steps=(99999999999999999999,) must be numbers from 1 to 2147483647",
+        ),
+        (["train", "--epochs", "4294967297"], "epochs=4294967297 must be at most"),
+        (["train", "--base.epochs", "-1"], "base.epochs=-1 must be 0, for no dense"),
+        (
+            ["train", "--method", "l2", "--density", "1e-9"],
+            "density=1e-09 must be at least 1.99e-05, one of the 50200 weights",
+        ),
+        (["reproduce", "mnist_lenet300", "--rows", "["], "rows='[' must be a regular"),
+        (["tables", "--readme", "."], ". does not exist"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
@@ -154,6 +174,73 @@ def test_unknown_method_lists_those_there_are(capsys):
         cli.main(["train", "--method", "prune"])
     assert caught.value.code == 2
     assert "sparse_momentum" in capsys.readouterr().err
+
+
+INTS = (-1, 0, 1, 3, 2**31 - 1, 2**31, 2**32 + 1, 10**20)
+FLOATS = (-1.0, 0.0, 1e-300, 1e-9, 0.5, 1.0, 2.0, 1e39, math.inf, -math.inf, math.nan)
+FLAGS = {
+    "epochs": INTS,
+    "batch-size": INTS,
+    "update-epochs": INTS,
+    "settle-epoch": INTS,
+    "seed": INTS,
+    "checkpoint-every": INTS,
+    "base.epochs": INTS,
+    "base.batch-size": INTS,
+    "drop-steps": INTS,
+    "drop-epochs": INTS,
+    "base.drop-epochs": INTS,
+    "density": FLOATS,
+    "learning-rate": FLOATS,
+    "drop-factor": FLOATS,
+    "momentum": FLOATS,
+    "weight-decay": FLOATS,
+    "prune-rate": FLOATS,
+    "l1": FLOATS,
+    "gate": FLOATS,
+    "base.learning-rate": FLOATS,
+    "base.momentum": FLOATS,
+    "shares": ("uniform", "erdos_renyi", "linear"),
+    "grow": ("momentum", "random", "global_momentum"),
+    "split": ("lee", "full"),
+    "ticket": ("own", "random"),
+}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(40, id="some"),
+        pytest.param(500, marks=pytest.mark.fuzz, id="many"),
+    ],
+)
+def test_no_flags_end_in_a_traceback(number, tmp_path, monkeypatch, capsys):
+    """Random flags come to the first epoch or end in one line that names one."""
+
+    def stop(run, params, stats, folder):
+        raise ValueError("would train")
+
+    monkeypatch.setattr(train._Run, "train", stop)
+    rng = np.random.default_rng(0)
+    folders = [f"--{name}={tmp_path / name}" for name in ("results", "runs")]
+    trained = 0
+    for _ in range(number):
+        methods = ("sparse_momentum", "dense", "gsm", "l1", "magnitude", "rigl")
+        given = {"method": rng.choice(methods)}
+        for name in rng.choice(list(FLAGS), int(rng.integers(1, 4)), replace=False):
+            given[name] = FLAGS[name][rng.integers(len(FLAGS[name]))]
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        many = ("drop-steps", "drop-epochs", "base.drop-epochs")
+        flags = [
+            x for f in flags for x in (f.split("=") if f[2:].startswith(many) else [f])
+        ]
+        assert cli.main(["train", *flags, *folders]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("sparse-optax: ")
+        trained += line.endswith("would train")
+        named = any(name.replace("-", "_").split(".")[0] in line for name in given)
+        assert named or line.endswith("would train"), (flags, line)
+    assert 0 < trained < number
 
 
 def test_killed_process_goes_on_and_ends_the_same(tmp_path):
@@ -173,7 +260,7 @@ def test_killed_process_goes_on_and_ends_the_same(tmp_path):
     )
     try:
         deadline = time.monotonic() + 300
-        while not list((tmp_path / "broken").glob("*/checkpoints/[0-9]*/state")):
+        while not list((tmp_path / "broken").glob("*/checkpoints/[0-9]*.ckpt")):
             assert broken.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -197,6 +284,126 @@ def test_killed_process_goes_on_and_ends_the_same(tmp_path):
     ]
     assert both[0].history["epoch"] == list(range(1, 101))
     assert both[0].history["test_error"] == both[1].history["test_error"]
+
+
+def test_ctrl_c_of_a_process(tmp_path):
+    """Status 130, one line that says how to go on, and the same command does."""
+    command = [
+        *(sys.executable, "-m", "sparse_optax.experiments.cli", "train", "--quiet"),
+        *("--method", "dense", "--epochs", "300", "--checkpoint-every", "7"),
+        *("--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("runs/*/checkpoints/*.ckpt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    (line,) = printed.splitlines()
+    sentence = "sparse-optax: stopped after epoch (.*) of 300; the same command goes on"
+    found = re.fullmatch(sentence + " from there.", line)
+    assert found, line
+    assert list(tmp_path.glob(f"runs/*/checkpoints/{found.group(1)}.ckpt"))
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    record = records.read(Path(done.stdout.strip()))
+    assert record.history["epoch"] == list(range(1, 301))
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stop)
+    monkeypatch.setattr(reproduce, "run_rows", stop)
+    folders = [f"--{name}={tmp_path / name}" for name in ("results", "runs")]
+    assert cli.main(["train", *folders]) == 130
+    assert (
+        capsys.readouterr().err == "sparse-optax: stopped; the same command goes on.\n"
+    )
+    assert cli.main(["reproduce", "digits_lenet300", *folders]) == 130
+    assert "stopped after 0 of 9 rows; the same command" in capsys.readouterr().err
+
+
+def test_a_path_that_the_locale_cannot_decode(tmp_path):
+    """Bytes past ASCII, in a locale that has no others and is not coerced."""
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    folder = tmp_path / "zählen"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sparse_optax.experiments.cli", "train"),
+            *("--method", "dense", "--epochs", "1"),
+            *("--runs", str(folder), "--results", str(folder)),
+        ],
+        env={**environment, "LC_ALL": "POSIX"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.json")
+    assert os.fsencode(path) in done.stdout
+    assert (folder / path.stem / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_output_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+    """The files are written all the same, and the status says that something failed."""
+    arguments = ["tables", "--readme", str(page(tmp_path)), "--results", str(tmp_path)]
+    arguments += ["--choices", str(page(tmp_path, name="choices.md"))]
+    finish(TABLES["mnist_lenet300"], tmp_path, lambda row: 1.5)
+    with monkeypatch.context() as context, open("/dev/full", "w") as full:
+        context.setattr(sys, "stdout", full)
+        assert cli.main(arguments) == 1
+    assert (tmp_path / "README.md").read_text().count("1.50 ± 0.000 (10)") == 5
+    line = capsys.readouterr().err
+    assert "standard output cannot be written (No space left on device); all" in line
+    with monkeypatch.context() as context, open("/dev/full", "w") as full:
+        context.setattr(sys, "stdout", full)
+        with contextlib.suppress(SystemExit):
+            assert cli.main(["train", "--help"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as context, os.fdopen(writer, "w") as closed:
+        context.setattr(sys, "stdout", closed)
+        assert cli.main([*arguments, "--check"]) == 1
+    assert capsys.readouterr().err == ""
+    assert cli.main([*arguments, "--check"]) == 0
+
+
+def test_output_of_a_terminal_without_a_character(monkeypatch, tmp_path):
+    finish(TABLES["mnist_lenet300"], tmp_path, lambda row: 1.5)
+    buffer = io.BytesIO()
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+        assert cli.main(["reproduce", "mnist_lenet300", f"--results={tmp_path}"]) == 0
+        text = buffer.getvalue().decode("ascii")
+    assert r"1.50 \xb1 0.000 (10)" in text
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_record(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plots, "save", refuse)
+    arguments = ["train", "--method", "dense", "--epochs", "1", f"--runs={tmp_path}"]
+    assert cli.main([*arguments, f"--results={tmp_path}"]) == 1
+    (path,) = tmp_path.glob("*.json")
+    line = capsys.readouterr().err
+    assert f"the record {path} is written, but the plot" in line
+    assert "(No space left on device)" in line
+    monkeypatch.undo()
+    assert cli.main([*arguments, f"--results={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "had finished before; --fresh trains it again" in printed
+    assert list(tmp_path.glob("*/plot.png"))
 
 
 # -- reproduce ---------------------------------------------------------------------
@@ -558,7 +765,112 @@ def test_gsm_table_shows_the_three_errors(tmp_path):
     assert cells[6] == "1.20 ± 0.000 (2)"
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{readme.END}{readme.END}"])
+def altered(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def nothing(content):
+    content["config"] = {}
+
+
+def other_seed(content):
+    content["config"]["seed"] += 1
+
+
+def other_name(content):
+    content["name"] = "another"
+
+
+def with_base(content):
+    content["base"] = {"config": content["config"], "results": content["results"]}
+
+
+def null(content):
+    content["results"]["test_error"] = None
+
+
+def null_kept(content):
+    content["results"]["kept"] = None
+
+
+def no_weights(content):
+    del content["results"]["weights"]
+
+
+def text(content):
+    content["results"] = "1.5"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (nothing, "other values of ['dataset', 'model', 'method'"),
+        (other_seed, "other values of ['seed']"),
+        (other_name, "other values of ['name']"),
+        (with_base, "other values of ['base']"),
+        (null, "its results.test_error is None"),
+        (null_kept, "its results.kept is None"),
+        (no_weights, "no number for ['weights']"),
+        (text, "its results is '1.5'"),
+    ],
+)
+def test_a_record_is_compared_with_its_row(tmp_path, capsys, change, words):
+    """One row, or a copy of its neighbour, and no table is written."""
+    table, path = TABLES["mnist_lenet300"], page(tmp_path, "\nold\n")
+    finish(table, tmp_path, lambda row: 1.5)
+    arguments = ["tables", "--readme", str(path), "--results", str(tmp_path)]
+    arguments += ["--choices", str(page(tmp_path, name="choices.md"))]
+    changed = tmp_path / table.name / "d0.05_s1.json"
+    altered(changed, change)
+    assert cli.main(arguments) == 1
+    line = capsys.readouterr().err
+    assert f"{changed} " in line
+    assert words in line
+    assert "old" in path.read_text()
+
+
+def test_a_copied_record_is_no_other_seed(tmp_path, capsys):
+    table = TABLES["mnist_lenet300"]
+    finish(table, tmp_path, lambda row: 1.5)
+    folder = tmp_path / table.name
+    (folder / "d0.05_s1.json").write_bytes((folder / "d0.05_s0.json").read_bytes())
+    arguments = ["reproduce", table.name, f"--results={tmp_path}"]
+    assert cli.main(arguments) == 1
+    assert "d0.05_s1.json was made with other values" in capsys.readouterr().err
+    (folder / "d0.05_s1.json").unlink()
+    (folder / "d0.05_s1.json").mkdir()
+    assert cli.main(arguments) == 1
+    assert "d0.05_s1.json is not a results record" in capsys.readouterr().err
+    # What is no row of the table is nobody's business.
+    (folder / "d0.05_s1.json").rmdir()
+    (folder / "x.json").mkdir()
+    assert len(readme.read_table(table, tmp_path)) == len(table.rows) - 1
+
+
+def test_records_of_the_repository_are_those_of_their_rows():
+    """Also those that were made before some values of a run existed."""
+    results = Path(__file__).parents[1] / "results"
+    if not results.is_dir():
+        pytest.skip("no records beside these tests")
+    for table in TABLES.values():
+        folder = results / table.name
+        own = [row.name for row in table.rows if row.table is None]
+        there = {path.stem for path in folder.glob("*.json")}
+        left = {row.name for row in reproduce.missing(table, results)}
+        assert there == set(own) - left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        f"{readme.END}{readme.END}",
+        f"{readme.END}\n{readme.BEGIN}",
+        f"{readme.BEGIN}{readme.END}{readme.BEGIN}",
+    ],
+)
 def test_readme_without_markers(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 pytest.importorskip("flax")
-pytest.importorskip("orbax.checkpoint")
 
 from sparse_optax import masks
 from sparse_optax.experiments import (
@@ -135,16 +134,31 @@ def test_drops_that_are_given_replace_those_of_the_recipe():
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite"),
         ({"momentum": 1.0}, r"momentum=1.0 must be in \[0, 1\)"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or above"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be a finite number, 0 or"),
         ({"prune_rate": 2.0}, r"prune_rate=2.0 must be in \[0, 1\]"),
-        ({"update_epochs": 0}, "update_epochs=0 must be 1 or more"),
-        ({"seed": -1}, "seed=-1 must be 0 or above"),
+        ({"update_epochs": 0}, "update_epochs=0 must be between 1 and epochs=100"),
+        ({"seed": -1}, r"seed=-1 must be in \[0, 4294967295\]"),
         ({"gate": 0.0}, "gate=0.0 must be in"),
         ({"settle_epoch": 900}, "settle_epoch=900 must be between 0 and epochs"),
         ({"method": "gsm", "decay": "all"}, "decay='all' must be 'kernels'"),
         ({"drop_steps": (1,), "drop_epochs": (1,)}, "both drop_steps and drop_epochs"),
         ({"base": configs.Base(momentum=0.5)}, "base has .* but no epochs"),
-        ({"base": configs.Base(epochs=-2)}, "base.epochs=-2 must be at least 1"),
+        ({"base": configs.Base(epochs=-2)}, "base.epochs=-2 must be 0, for no dense"),
+        ({"seed": 2**32}, r"seed=4294967296 must be in \[0, 4294967295\]"),
+        ({"drop_steps": (-1,)}, r"drop_steps=\(-1,\) must be numbers from 1"),
+        ({"drop_steps": (0, 3)}, r"drop_steps=\(0, 3\) must be numbers from 1"),
+        ({"drop_steps": (3, 3)}, r"drop_steps=\(3, 3\) must be .* each once"),
+        ({"drop_epochs": (5, 3)}, r"drop_epochs=\(5, 3\) must be .* increasing"),
+        ({"drop_steps": (10**20,)}, r"drop_steps=.* must be .* to 2147483647"),
+        ({"drop_epochs": (2**32 + 1,)}, r"drop_epochs=.* must be .* to 2147483647"),
+        ({"drop_factor": float("inf")}, "drop_factor=inf must be a finite"),
+        ({"drop_factor": float("nan")}, "drop_factor=nan must be a finite"),
+        ({"drop_factor": -0.1}, "drop_factor=-0.1 must be a finite number, 0 or"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf must be a finite"),
+        ({"learning_rate": 1e39}, "learning_rate=1e\\+39 must be a finite"),
+        ({"l1": float("nan")}, "l1=nan must be a finite"),
+        ({"update_epochs": 10**9}, "update_epochs=1000000000 must be between 1"),
+        ({"base": configs.Base(2, drop_epochs=(-1,))}, r"base.drop_epochs=\(-1,\)"),
     ],
 )
 def test_wrong_values(values, words):
@@ -152,10 +166,39 @@ def test_wrong_values(values, words):
         configs.resolve(configs.TrainConfig(**values))
 
 
-def test_batch_larger_than_the_data_set():
-    run = configs.TrainConfig(batch_size=2000)
-    with pytest.raises(ValueError, match="batch_size=2000 must be at most 1293"):
-        train.train(run, runs=None)
+# What fits no model or data set, and the sentence that says so.
+UNFIT = [
+    ({"batch_size": 2000}, "batch_size=2000 must be at most 1293"),
+    *(
+        ({"method": method, "density": 1e-9}, "density=1e-09 must be at least 1.99e-05")
+        for method in ("l1", "l2", "magnitude", "gsm", "fisher", "snip", "synflow")
+    ),
+    ({"method": "gsm", "gate": 1e-9}, "gate=1e-09 must be at least 1.99e-05"),
+    ({"epochs": 10**10}, "epochs=10000000000 must be at most 53687091"),
+    ({"drop_epochs": (10**8,)}, r"drop_epochs=\(100000000,\) must be at most 53687091"),
+    ({"base": configs.Base(10**10)}, "base.epochs=10000000000 must be at most"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), UNFIT)
+def test_what_does_not_fit_is_told_before_the_first_epoch(values, words):
+    """By the real counts of model and data set, also where a base comes first."""
+    epochs = []
+    run = configs.TrainConfig(**values)
+    with pytest.raises(ValueError, match=f"TrainConfig: {words}"):
+        train.train(run, runs=None, on_epoch=epochs.append)
+    assert not epochs
+
+
+def test_a_model_that_a_method_cannot_take_is_told_before_its_base(monkeypatch):
+    x, y = np.zeros((60, 28, 28, 1), np.float32), np.zeros(60, np.int32)
+    images = data.Dataset(x, y, x, y, x, y, 4, "images")
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    run = configs.TrainConfig(method="layerwise_obs", model="lenet-5-caffe")
+    epochs = []
+    with pytest.raises(ValueError, match="needs a chain of dense layers"):
+        train.train(run, runs=None, on_epoch=epochs.append)
+    assert not epochs
 
 
 # -- training ----------------------------------------------------------------------
@@ -379,7 +422,9 @@ def test_finished_base_is_not_trained_again(tmp_path):
 def test_finished_run_leaves_weights_and_no_checkpoint(tmp_path):
     trained = train.train(SMALL, runs=tmp_path)
     folder = checkpoints.RunFolder(tmp_path / trained.record.name)
-    assert not (folder.path / "checkpoints").exists()
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        *("checksums.json", "lock", "record.json", "weights.npz")
+    ]
     weights, record = folder.finished(trained.params)
     same(weights, trained.params)
     assert record == trained.record
@@ -474,15 +519,33 @@ def test_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     monkeypatch.setattr(file.os, "fsync", refuse)
     with pytest.raises(OSError, match="disk full"):
         file.write_atomically(path, lambda out: out.write(b"new"))
+    with pytest.raises(ValueError, match=r"run\.json cannot be written \(disk full\)"):
+        train.train(SMALL, runs=None, record_path=path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_file_that_is_no_record(tmp_path):
+@pytest.mark.parametrize(
+    "content", [b'{"name": "half a rec', b"\xff\xfe", b"[]", b"{}", b"7", None]
+)
+def test_file_that_is_no_record(tmp_path, content):
     path = tmp_path / "run.json"
-    path.write_text('{"name": "half a rec')
+    path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json is not a results record"):
         records.read(path)
+
+
+def test_folder_in_the_place_of_a_record_is_told_before_training(tmp_path):
+    epochs = []
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(ValueError, match=r"run\.json is a folder"):
+        train.train(
+            SMALL,
+            runs=None,
+            record_path=tmp_path / "run.json",
+            on_epoch=epochs.append,
+        )
+    assert not epochs
 
 
 def test_densities_of_a_cut_share_one_training(tmp_path):

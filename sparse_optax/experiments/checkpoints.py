@@ -1,18 +1,36 @@
-"""The folder of one run: checkpoints while it goes, weights once it is finished."""
+"""The folder of one run: checkpoints while it goes, weights once it is finished.
+
+A checkpoint is one file, ``checkpoints/<epoch>.ckpt``: a line with the SHA-256 of all
+that follows, a line of JSON (the history; name, dtype and shape of every array) and the
+bytes of the arrays. It is written under another name and then moved, so that a kill
+leaves a whole file or none, and it is read only where its checksum is right. What a
+finished run leaves counts as finished once ``checksums.json`` names it.
+"""
 
 import contextlib
+import errno
+import hashlib
 import io
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sparse_optax.experiments import records
 from sparse_optax.export.file import write_atomically
+
+_SUFFIX = ".ckpt"
+# So many are kept: where the newest is damaged, the run goes on from the other.
+_KEPT = 2
+# What a finished run leaves, in the order in which it is written, and the last of all.
+_LEFT, _CHECKSUMS = ("weights.npz", "record.json"), "checksums.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunFolder:
@@ -20,8 +38,8 @@ class RunFolder:
 
     A checkpoint holds the parameters, the optimizer state and the history; random
     keys come from the seed and the epoch, so that a run which goes on from one ends
-    with the same bits as an unbroken run. A finished run leaves ``weights.npz`` and
-    ``record.json``.
+    with the same bits as an unbroken run. A finished run leaves ``weights.npz``,
+    ``record.json`` and their checksums.
 
     Args:
       path: the folder, made where it is missing.
@@ -37,9 +55,9 @@ class RunFolder:
         self.path = Path(path).absolute()
         self._shared = shared is not None
         self._training = Path(path if shared is None else shared).absolute()
+        self._checkpoints = self._training / "checkpoints"
         for folder in (self.path, self._training):
             records.check_writable(folder)
-        self._checkpoints = self._training / "checkpoints"
 
     @contextlib.contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -67,81 +85,208 @@ class RunFolder:
             yield
 
     def save(self, epoch: int, state: Any, history: dict[str, Any]) -> None:
-        """Saves the state after an epoch; the newest two are kept."""
-        with self._manager() as manager:
-            manager.save(
-                epoch,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    history=ocp.args.JsonSave(history),
-                ),
-            )
+        """Saves the state after an epoch; the newest two checkpoints are kept.
 
-    def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest finished checkpoint, or None.
+        Raises:
+          ValueError: where it cannot be written; the older ones are unchanged.
+        """
+        parts = _encode(state, history)
+        self._checkpoints.mkdir(exist_ok=True)
+        self._write(self._checkpoints / f"{epoch}{_SUFFIX}", parts)
+        # Any that claims a later epoch was damaged: the run went on from before it.
+        later = [path for path in self._saved() if int(path.stem) > epoch]
+        older = [path for path in self._saved() if int(path.stem) <= epoch]
+        for path in [*later, *older[_KEPT:], *self._checkpoints.glob(".*.tmp")]:
+            path.unlink(missing_ok=True)
+
+    def restore(
+        self, state: Any, note: Callable[[str], None] = print
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint that is not damaged, or None where there is none.
 
         Args:
           state: a state of the same structure, shapes and dtypes.
+          note: gets one line where a damaged checkpoint was passed over.
 
         Returns:
           The epoch, the state and the history.
+
+        Raises:
+          ValueError: where there are checkpoints and none can be used.
         """
-        if not self._checkpoints.exists():
-            return None
-        with self._manager() as manager:
-            epoch = manager.latest_step()
-            if epoch is None:
-                return None
-            restored = manager.restore(
-                epoch,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-                    ),
-                    history=ocp.args.JsonRestore(),
-                ),
+        wrong = []
+        for path in self._saved():
+            try:
+                found, history = _decode(path.read_bytes(), state)
+                epoch = len(history["epochs"])
+                if epoch != int(path.stem):
+                    raise ValueError(f"holds epoch {epoch}")
+            except (OSError, ValueError) as error:
+                wrong.append(f"{path} {error}")
+                continue
+            if wrong:
+                note(
+                    f"{'; '.join(wrong)}. The run goes on from the checkpoint before "
+                    f"it, after epoch {epoch}."
+                )
+            return epoch, found, history
+        if wrong:
+            raise ValueError(
+                f"train: no checkpoint can be used: {'; '.join(wrong)}. Start again "
+                "with --fresh."
             )
-            return epoch, restored.state, restored.history
+        return None
 
     def clear(self) -> None:
-        """Deletes the checkpoints."""
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        """Deletes the checkpoints, all at once for whoever looks for them."""
+        gone = self._training / "checkpoints.deleted"
+        shutil.rmtree(gone, ignore_errors=True)  # of a kill
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._checkpoints, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def start_again(self) -> None:
+        """Deletes what the run has left, the sign that it finished first."""
+        for name in (_CHECKSUMS, *_LEFT):
+            (self.path / name).unlink(missing_ok=True)
+        self.clear()
 
     def finish(self, params: Any, record: records.Record) -> None:
-        """Writes the final weights and the record, then deletes its checkpoints."""
-        flat: dict[str, Any] = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        }
+        """Writes the final weights and the record, then deletes its checkpoints.
+
+        Raises:
+          ValueError: where they cannot be written; the checkpoints stay.
+        """
         buffer = io.BytesIO()
+        flat: dict[str, Any] = {name: np.asarray(x) for name, x in _named(params)}
         np.savez(buffer, **flat)
-        write_atomically(
-            self.path / "weights.npz", lambda file: file.write(buffer.getvalue())
+        contents = dict(
+            zip(_LEFT, (buffer.getvalue(), records.encode(record)), strict=True)
         )
-        records.write(self.path / "record.json", record)
-        if not self._shared:
-            self.clear()
+        checksums = {name: _checksum(content) for name, content in contents.items()}
+        contents[_CHECKSUMS] = json.dumps(checksums).encode()
+        for name, content in contents.items():
+            self._write(self.path / name, [content])
+        self._tidy()
 
     def finished(self, params: Any) -> tuple[Any, records.Record] | None:
         """Final weights and record of a finished run, or None.
 
         Args:
           params: parameters of the same structure.
-        """
-        if not (self.path / "record.json").exists():
-            return None
-        with np.load(self.path / "weights.npz", allow_pickle=False) as flat:
-            weights = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: jax.numpy.asarray(
-                    flat[jax.tree_util.keystr(path, simple=True, separator="/")],
-                    leaf.dtype,
-                ),
-                params,
-            )
-        return weights, records.read(self.path / "record.json")
 
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False
-        )
-        return ocp.CheckpointManager(self._checkpoints, options=options)
+        Raises:
+          ValueError: where one of the files is damaged or missing.
+        """
+        path = self.path / _CHECKSUMS
+        if not path.exists():
+            return None
+        # The checkpoints of a run that was killed while it deleted them.
+        self._tidy()
+        try:
+            checksums = json.loads(path.read_bytes())
+            for name in _LEFT:
+                path = self.path / name
+                if checksums.get(name) != _checksum(path.read_bytes()):
+                    raise ValueError("its checksum does not match")
+            weights = _read_weights(self.path / "weights.npz", params)
+            return weights, records.read(self.path / "record.json")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"train: {path} of a finished run is missing or damaged ({error}). "
+                "Train it again with --fresh."
+            ) from error
+
+    def _saved(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        found = self._checkpoints.glob(f"*{_SUFFIX}")
+        numbered = [path for path in found if path.stem.isdecimal()]
+        return sorted(numbered, key=lambda path: -int(path.stem))
+
+    def _write(self, path: Path, parts: list[bytes]) -> None:
+        """Replaces a file; on a full disk the older checkpoints make room."""
+
+        def fill(file):
+            file.writelines(parts)
+
+        try:
+            try:
+                write_atomically(path, fill)
+            except OSError as error:
+                older = self._saved()[1:]
+                if error.errno not in _FULL or not older:
+                    raise
+                for each in older:
+                    each.unlink()
+                write_atomically(path, fill)
+        except OSError as error:
+            raise ValueError(
+                f"train: {path} cannot be written ({error.strerror or error}); the "
+                "last checkpoint is kept. Make room and give the same command again: "
+                "it goes on from there."
+            ) from error
+
+    def _tidy(self) -> None:
+        """Deletes what a finished run needs no more."""
+        for path in self.path.glob(".*.tmp"):  # of a kill
+            path.unlink(missing_ok=True)
+        if not self._shared:
+            self.clear()
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree and their names."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _described(tree: Any) -> list[list[Any]]:
+    """Name, dtype and shape of every leaf, as JSON gives them back."""
+    return [[name, x.dtype.name, list(x.shape)] for name, x in _named(tree)]
+
+
+def _encode(state: Any, history: dict[str, Any]) -> list[bytes]:
+    """The parts of a checkpoint file."""
+    header = {"arrays": _described(state), "history": history}
+    parts = [json.dumps(header).encode() + b"\n"]
+    parts += [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return [_checksum(*parts).encode() + b"\n", *parts]
+
+
+def _checksum(*parts: bytes) -> str:
+    """SHA-256 of some bytes, end to end."""
+    checksum = hashlib.sha256()
+    for part in parts:
+        checksum.update(part)
+    return checksum.hexdigest()
+
+
+def _decode(content: bytes, state: Any) -> tuple[Any, dict[str, Any]]:
+    """State and history of the content of a file; ``state`` has the structure."""
+    checksum, _, body = content.partition(b"\n")
+    if _checksum(body).encode() != checksum:
+        raise ValueError("is damaged: its checksum does not match")
+    line, _, data = body.partition(b"\n")
+    header = json.loads(line)
+    if header["arrays"] != _described(state):
+        raise ValueError("is of another version of the program: its arrays differ")
+    leaves, start = [], 0
+    for leaf in jax.tree.leaves(state):
+        array = np.frombuffer(data, leaf.dtype, leaf.size, start).reshape(leaf.shape)
+        leaves.append(jnp.array(array))  # a copy, which may be donated
+        start += array.nbytes
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), header["history"]
+
+
+def _read_weights(path: Path, params: Any) -> Any:
+    """The arrays of an ``.npz`` in the structure of ``params``."""
+    with np.load(path, allow_pickle=False) as flat:
+        there = {name: flat[name] for name in flat.files}
+    wanted = {name: leaf.shape for name, leaf in _named(params)}
+    found = {name: array.shape for name, array in there.items()}
+    if found != wanted:
+        raise ValueError(f"has the arrays {found} instead of {wanted}")
+    leaves = [jnp.asarray(there[name], leaf.dtype) for name, leaf in _named(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)

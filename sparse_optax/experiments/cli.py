@@ -1,10 +1,13 @@
 """The command ``sparse-optax``: train one network, reproduce a table, render tables."""
 
+import contextlib
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Literal, cast
 
 import rich.console
 import rich.progress
@@ -12,7 +15,7 @@ import rich.table
 import tyro
 
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments import readme, reproduce, train
+from sparse_optax.experiments import readme, records, reproduce, train
 from sparse_optax.experiments.tables import TABLES
 
 if TYPE_CHECKING:
@@ -21,7 +24,48 @@ else:
     TableName = Literal[tuple(TABLES)]
 
 _DEFAULTS = configs.TrainConfig()
-_console = rich.console.Console(highlight=False)
+
+
+class _Output:
+    """Standard output that never ends a run: the first error is kept for the end.
+
+    Attributes:
+      error: what went wrong, after which nothing more is written; or None.
+    """
+
+    error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Writes, with escapes where the encoding lacks a character."""
+        out = sys.stdout
+        try:
+            out.write(text)
+        except UnicodeEncodeError:
+            code = out.encoding
+            self.write(text.encode(code, "backslashreplace").decode(code))
+        except OSError as error:
+            self.fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes."""
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            self.fail(error)
+
+    def fail(self, error: OSError) -> None:
+        """Keeps the error and leads what follows to nowhere, also at the exit."""
+        self.error = self.error or error
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+    def __getattr__(self, name):
+        return getattr(sys.stdout, name)
+
+
+_output = _Output()
+_console = rich.console.Console(highlight=False, file=cast(IO[str], _output))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +73,16 @@ class Train:
     """Train one network and write a record of it.
 
     Without an argument: LeNet-300-100 on scikit-learn's digits, by sparse momentum,
-    with 5% of the weights. A run that was killed goes on from its last checkpoint.
+    with 5% of the weights. A run that was killed goes on from its last checkpoint; one
+    that has finished is not trained again. Ctrl-C stops it after the epoch that it is
+    in, a second Ctrl-C at once.
 
     Attributes:
       config: the run.
       results: folder of the record, a JSON file.
       runs: folder of checkpoints, final weights and the plot.
       checkpoint_every: epochs between two checkpoints.
-      fresh: start again even where a checkpoint is found.
+      fresh: start again even where a checkpoint or a finished run is found.
       quiet: print nothing but the path of the record.
     """
 
@@ -54,6 +100,8 @@ class Train:
         config = configs.resolve(self.config)
         name = configs.default_name(config)
         record_path = self.results / f"{name}.json"
+        plot = self.runs / name / "plot.png"
+        records.check_file(plot)
         with _progress(disable=self.quiet) as bar:
             tasks = {}
 
@@ -76,13 +124,22 @@ class Train:
                 checkpoint_every=self.checkpoint_every,
                 fresh=self.fresh,
                 on_epoch=on_epoch,
+                on_note=_note,
             )
-        plot = self.runs / name / "plot.png"
-        plots.save(plots.figure(trained.record), plot)
+        try:
+            plots.save(plots.figure(trained.record), plot)
+        except OSError as error:
+            raise ValueError(
+                f"train: the record {record_path} is written, but the plot {plot} "
+                f"cannot be ({error.strerror or error}). Make room and give the same "
+                "command again; nothing is trained again."
+            ) from error
         if self.quiet:
-            print(record_path)
+            print(record_path, file=_output)
             return
         _print_record(trained.record)
+        if not tasks:
+            _console.print("This run had finished before; --fresh trains it again.")
         _console.print(f"record  {record_path}", soft_wrap=True)
         _console.print(f"plot    {plot}", soft_wrap=True)
 
@@ -93,7 +150,8 @@ class Reproduce:
 
     Attributes:
       table: which table.
-      rows: regular expression; only the rows whose name it matches, e.g. 'd0.05_s.'.
+      rows: regular expression (no glob); only the rows whose whole name it matches,
+        e.g. 'd0.05_s.' or '.*_s0'.
       jobs: runs at a time; from 2 on each is pinned to one processor core.
       results: folder of the records.
       runs: folder of checkpoints and final weights.
@@ -110,24 +168,33 @@ class Reproduce:
         table = reproduce.find(self.table)
         rows = reproduce.missing(table, self.results, self.rows)
         _console.print(f"{table.title}: {len(rows)} of {len(table.rows)} rows to run")
+        done = []
         with _progress(disable=not rows) as bar:
             task = bar.add_task(table.name, total=len(rows), error="")
 
             def on_row(row, seconds):
+                done.append(row)
                 record = readme.read_table(table, self.results)[row.name]
                 error = f"test error {record.results['test_error']:.2f}%"
                 bar.console.print(f"{row.name}: {error}, {seconds:.0f} s")
                 bar.advance(task)
 
-            reproduce.run_rows(
-                table,
-                rows,
-                jobs=self.jobs,
-                results=self.results,
-                runs=self.runs,
-                on_row=on_row,
-            )
-        print(table.render(readme.read_table(table, self.results)))
+            try:
+                reproduce.run_rows(
+                    table,
+                    rows,
+                    jobs=self.jobs,
+                    results=self.results,
+                    runs=self.runs,
+                    on_row=on_row,
+                )
+            except KeyboardInterrupt:
+                raise train.Stopped(
+                    f"stopped after {len(done)} of {len(rows)} rows; the same command "
+                    "goes on with the others."
+                ) from None
+        found = readme.read_table(table, self.results)
+        print(readme.render_table(table, found), file=_output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +222,11 @@ class Tables:
             new = readme.update(path, self.results, check=self.check, render=render)
             outcome = "updated" if new else "is up to date"
             _console.print(f"{path} {outcome}", soft_wrap=True)
+
+
+def _note(line: str) -> None:
+    """Tells of something on standard error."""
+    print(f"sparse-optax: {line}", file=sys.stderr)
 
 
 def _progress(*, disable: bool) -> rich.progress.Progress:
@@ -212,22 +284,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: words of the command line; those of the process by default.
 
     Returns:
-      The exit status.
+      The exit status: 0, 1 after an error, 130 after Ctrl-C.
     """
-    command = tyro.cli(
-        Annotated[Train, tyro.conf.subcommand("train")]
-        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-        | Annotated[Tables, tyro.conf.subcommand("tables")],
-        prog="sparse-optax",
-        description="Sparse training in JAX: experiments and the papers' tables.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    _output.error = None
     try:
+        status = _run(arguments)
+    except SystemExit:  # of --help and of words that are no flags
+        _output.flush()
+        if _output.error is None:
+            raise
+        status = 1
+    _output.flush()
+    if status or _output.error is None:
+        return status
+    # Whoever closed a pipe has read what it wants.
+    if not isinstance(_output.error, BrokenPipeError):
+        _note(
+            f"standard output cannot be written ({_output.error.strerror}); all files "
+            "are written. Give the same command again to see it; nothing is trained "
+            "again."
+        )
+    return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        command = tyro.cli(
+            Annotated[Train, tyro.conf.subcommand("train")]
+            | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+            | Annotated[Tables, tyro.conf.subcommand("tables")],
+            prog="sparse-optax",
+            description="Sparse training in JAX: experiments and the papers' tables.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command.run()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"sparse-optax: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        _note(str(error))
         return 1
+    except KeyboardInterrupt as stopped:
+        _note(str(stopped) or "stopped; the same command goes on.")
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -21,6 +21,11 @@ else:  # the registries are the choices of the command line
     RedistributeName = Literal[recipes.REDISTRIBUTE]
     GrowName = Literal[recipes.GROW]
     SharesName = Literal[recipes.SHARES]
+
+
+# Steps are counted in 32 bits, and numbers are those of float32.
+_MOST = 2**31 - 1
+_LARGEST = 3.4e38
 
 
 def _flag(metavar: str, default: str) -> Any:
@@ -95,7 +100,7 @@ class TrainConfig:
       split: lee holds back the last tenth of the training images for validation, full
         trains on all of them.
       seed: drives the initial weights, the order of the images and every random
-        choice of the method.
+        choice of the method; below 2^32.
     """
 
     dataset: DatasetName = "digits"
@@ -283,21 +288,34 @@ def _check(config):
                 "or leave it out for the default."
             )
 
+    def need_number(name, value):
+        allowed = f"a finite number, 0 or above, up to {_LARGEST:g}"
+        need(0 <= value <= _LARGEST, name, value, allowed)
+
+    def need_drops(name, value, most):
+        ordered = all(a < b for a, b in itertools.pairwise(value))
+        right = ordered and all(1 <= each <= most for each in value)
+        allowed = f"numbers from 1 to {most}, each once and in increasing order"
+        need(right, name, value, allowed)
+
     stages = {"": config}
     if config.base != ResolvedBase():
         stages["base."] = config.base
+        need(
+            config.base.epochs >= 1,
+            "base.epochs",
+            config.base.epochs,
+            "0, for no dense training, or more",
+        )
     for name, stage in stages.items():
         for field in ("epochs", "batch_size"):
             value = getattr(stage, field)
             need(value >= 1, name + field, value, "at least 1")
-        rate = stage.learning_rate
-        need(
-            math.isfinite(rate) and rate >= 0,
-            name + "learning_rate",
-            rate,
-            "a finite number, 0 or above",
-        )
+        need_number(name + "learning_rate", stage.learning_rate)
         need(0 <= stage.momentum < 1, name + "momentum", stage.momentum, "in [0, 1)")
+        need_drops(name + "drop_epochs", stage.drop_epochs, _MOST)
+    need_drops("drop_steps", config.drop_steps, _MOST)
+    need_number("drop_factor", config.drop_factor)
     need(0 < config.density <= 1, "density", config.density, "in (0, 1]")
     need(
         config.method != "gsm" or config.decay == "kernels",
@@ -305,11 +323,22 @@ def _check(config):
         config.decay,
         "'kernels' for method='gsm', which decays what it prunes",
     )
-    need(config.weight_decay >= 0, "weight_decay", config.weight_decay, "0 or above")
+    need_number("weight_decay", config.weight_decay)
     need(0 <= config.prune_rate <= 1, "prune_rate", config.prune_rate, "in [0, 1]")
-    need(0 <= config.l1 < math.inf, "l1", config.l1, "a finite number, 0 or above")
-    need(config.update_epochs >= 1, "update_epochs", config.update_epochs, "1 or more")
-    need(config.seed >= 0, "seed", config.seed, "0 or above")
+    need_number("l1", config.l1)
+    need(
+        1 <= config.update_epochs <= config.epochs,
+        "update_epochs",
+        config.update_epochs,
+        f"between 1 and epochs={config.epochs}; masks that never change are those of "
+        "method='static'",
+    )
+    need(
+        0 <= config.seed < 2**32,
+        "seed",
+        config.seed,
+        f"in [0, {2**32 - 1}], the seeds that give different random numbers",
+    )
     need(
         config.gate is None or 0 < config.gate <= 1,
         "gate",
@@ -320,7 +349,7 @@ def _check(config):
         config.settle_epoch is None or 0 <= config.settle_epoch <= config.epochs,
         "settle_epoch",
         config.settle_epoch,
-        f"between 0 and epochs={config.epochs}",
+        f"between 0 and epochs={config.epochs}, or left out for never",
     )
 
 

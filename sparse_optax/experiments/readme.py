@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparse_optax.experiments import records
-from sparse_optax.experiments.tables import TABLES, methods_lenet300
+from sparse_optax.experiments.tables import TABLES, common, methods_lenet300
 from sparse_optax.experiments.tables.common import Table
 from sparse_optax.export.file import write_atomically
 
@@ -13,14 +13,35 @@ END = "<!-- results:end -->"
 
 
 def read_table(table: Table, results: str | Path) -> dict[str, records.Record]:
-    """The records of a table, by row name; rows not run yet are left out."""
-    folders = {row.table or table.name for row in table.rows}
-    found = {name: records.read_folder(Path(results) / name) for name in folders}
-    return {
-        row.name: found[row.table or table.name][row.name]
+    """The records of a table, by row name; rows not run yet are left out.
+
+    Raises:
+      ValueError: where a record is damaged or is not that of its row.
+    """
+    paths = {
+        row.name: Path(results) / (row.table or table.name) / f"{row.name}.json"
         for row in table.rows
-        if row.name in found[row.table or table.name]
     }
+    return {
+        row.name: common.read_row(row, paths[row.name])
+        for row in table.rows
+        if paths[row.name].exists()
+    }
+
+
+def render_table(table: Table, found: dict[str, records.Record]) -> str:
+    """Markdown of one table, without the heading.
+
+    Raises:
+      ValueError: where a record lacks a number that the table shows.
+    """
+    try:
+        return table.render(found)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"tables: a record of {table.name} lacks what the table shows "
+            f"({type(error).__name__}: {error}); delete it and run it again."
+        ) from error
 
 
 def render(results: str | Path) -> str:
@@ -42,7 +63,7 @@ def render(results: str | Path) -> str:
         found = read_table(table, results)
         if any(row.name in found for row in table.rows if row.table is None):
             sections.append(
-                f"### {table.title}\n\n{table.render(found)}\n\n"
+                f"### {table.title}\n\n{render_table(table, found)}\n\n"
                 f"`sparse-optax reproduce {table.name}`"
             )
     return "\n\n".join(sections)
@@ -76,10 +97,18 @@ def read_page(path: Path) -> str:
         raise ValueError(
             f"tables: {path} does not exist; name it with --readme or --choices."
         )
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"tables: {path} must hold the lines {BEGIN} and {END} once each."
+            f"tables: {path} cannot be read ({error}); name another file with --readme "
+            "or --choices."
+        ) from error
+    once = text.count(BEGIN) == text.count(END) == 1
+    if not once or text.index(END) < text.index(BEGIN):
+        raise ValueError(
+            f"tables: {path} must hold the lines {BEGIN} and {END} once each, in this "
+            "order. Put them where the tables belong."
         )
     return text
 
@@ -119,5 +148,11 @@ def update(
             f"tables: {readme} is not what the records in {results} say; run "
             "'sparse-optax tables'."
         )
-    write_atomically(readme, lambda file: file.write(new.encode()))
+    try:
+        write_atomically(readme, lambda file: file.write(new.encode()))
+    except OSError as error:
+        raise ValueError(
+            f"tables: {readme} cannot be written ({error.strerror or error}); it is "
+            "unchanged. Make room, or change its permissions."
+        ) from error
     return True

@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def write(path: str | Path, record: Record) -> None:
       record: the record.
 
     Raises:
-      ValueError: where the folder cannot be written to.
+      ValueError: where it cannot be written.
 
     Examples:
       >>> import pathlib, tempfile
@@ -83,7 +85,20 @@ def write(path: str | Path, record: Record) -> None:
       {'test_error': 2.5}
     """
     path = Path(path)
-    check_writable(path.parent)
+    check_file(path)
+    content = encode(record)
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise ValueError(
+            f"records: {path} cannot be written ({error.strerror or error}). Make "
+            "room and give the same command again: a finished run is not trained "
+            "again."
+        ) from error
+
+
+def encode(record: Record) -> bytes:
+    """The content of a record's file."""
     # One line a field (a column of the history), so that a diff can be read.
     lines = []
     for key, value in dataclasses.asdict(record).items():
@@ -92,8 +107,7 @@ def write(path: str | Path, record: Record) -> None:
             lines.append(' "history": {\n' + ",\n".join(columns) + "\n }")
         else:
             lines.append(f" {_dump(key)}: {_dump(value)}")
-    content = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-    write_atomically(path, lambda file: file.write(content))
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _dump(value) -> str:
@@ -123,17 +137,34 @@ def read(path: str | Path) -> Record:
       ValueError: where the file is not such a record.
     """
     try:
-        return Record(**json.loads(Path(path).read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+        record = Record(**json.loads(Path(path).read_text(encoding="utf-8")))
+        for field in dataclasses.fields(Record):
+            _check_kind(field.name, getattr(record, field.name), field.type)
+        for name in ("test_error", "weights", "kept"):
+            if name in record.results:
+                _check_kind(f"results.{name}", record.results[name], float)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"records.read: {path} is not a results record ({error}); delete it and "
             "run it again."
         ) from error
+    return record
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raises TypeError unless a value of JSON is of the kind that a field has."""
+    base = typing.get_origin(kind) or kind
+    if base is types.UnionType:
+        base = tuple(typing.get_origin(one) or one for one in typing.get_args(kind))
+    right = isinstance(value, (int, float) if base is float else base)
+    if not right or (isinstance(value, bool) and base in (int, float)):
+        raise TypeError(f"its {name} is {value!r:.40}")
 
 
 def read_folder(folder: str | Path) -> dict[str, Record]:
     """Reads every record of a folder, by file name without ``.json``."""
-    return {path.stem: read(path) for path in sorted(Path(folder).glob("*.json"))}
+    paths = sorted(Path(folder).glob("*.json"))
+    return {path.stem: read(path) for path in paths if path.is_file()}
 
 
 def check_writable(folder: str | Path) -> None:
@@ -152,6 +183,21 @@ def check_writable(folder: str | Path) -> None:
             f"records: the folder {folder} cannot be written to ({error}). Choose "
             "another one with --results or --runs, or change its permissions."
         ) from error
+
+
+def check_file(path: str | Path) -> None:
+    """Raises at once if a file cannot be written or replaced; makes its folder.
+
+    Raises:
+      ValueError: naming the file or its folder, and the cure.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    if path.is_dir():
+        raise ValueError(
+            f"records: {path} is a folder, and a file of this name is to be written. "
+            "Move it away, or choose another folder with --results or --runs."
+        )
 
 
 def layers(params: Any, masks: Any = None) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparse_optax.experiments import config as configs
 from sparse_optax.experiments import records, train
-from sparse_optax.experiments.tables import TABLES
+from sparse_optax.experiments.tables import TABLES, common
 from sparse_optax.experiments.tables.common import Row, Table
 
 # One core a worker: two that share cores slow each other down more than that.
+# What starts the lines that a worker wants to be read.
+_NOTE = "sparse-optax: "
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -44,11 +45,18 @@ def missing(table: Table, results: str | Path, pattern: str = "") -> list[Row]:
       them.
 
     Raises:
-      ValueError: where no row matches, and where a record was made with other values
-        than its row asks for.
+      ValueError: where ``pattern`` is no regular expression or matches no row, and
+        where a record is damaged or was made with other values than its row asks for.
     """
     own = [row for row in table.rows if row.table is None]
-    rows = [row for row in own if re.fullmatch(pattern or ".*", row.name)]
+    try:
+        expression = re.compile(pattern or ".*")
+    except re.error as error:
+        raise ValueError(
+            f"reproduce: rows={pattern!r} must be a regular expression ({error}). Give "
+            "one that matches the names of the rows, such as 'd0.05_s.' or '.*_s0'."
+        ) from error
+    rows = [row for row in own if expression.fullmatch(row.name)]
     if not rows:
         raise ValueError(
             f"reproduce: rows={pattern!r} matches no row of {table.name}; its rows are "
@@ -60,15 +68,7 @@ def missing(table: Table, results: str | Path, pattern: str = "") -> list[Row]:
         if not path.exists():
             left.append(row)
             continue
-        wanted = configs.as_dict(configs.resolve(row.config))
-        found = records.read(path).config
-        # A value that did not exist when the record was made does not age it.
-        other = [key for key in found if wanted.get(key) != found[key]]
-        if other:
-            raise ValueError(
-                f"reproduce: {path} was made with other values of {other} than its row "
-                "asks for; delete it to run it again."
-            )
+        common.read_row(row, path)
     return left
 
 
@@ -79,6 +79,7 @@ def run_row(table: Table, row: Row, results: str | Path, runs: str | Path) -> No
         runs=runs,
         record_path=Path(results) / table.name / f"{row.name}.json",
         command=f"sparse-optax reproduce {table.name} --rows {row.name}",
+        on_note=lambda line: print(f"{_NOTE}{line}", file=sys.stderr),
     )
 
 
@@ -166,11 +167,14 @@ class _Worker:
 
     def check(self):
         if self.process.returncode:
-            tail = self.log.read_text(errors="replace")[-2000:]
+            tail = self.log.read_text("utf-8", errors="replace")[-2000:]
             raise RuntimeError(
                 f"reproduce: the run of {self.row.name} failed (exit status "
                 f"{self.process.returncode}); the end of {self.log}:\n{tail}"
             )
+        for line in self.log.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith(_NOTE):
+                print(line, file=sys.stderr)
         self.log.unlink()
 
 

@@ -6,10 +6,14 @@ stepped through in Python on a CPU, where XLA runs a convolution inside a scan t
 times slower than the same step outside.
 """
 
+import contextlib
 import dataclasses
 import functools
+import signal
+import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +23,7 @@ import numpy as np
 import optax
 
 import sparse_optax
+from sparse_optax import budgets
 from sparse_optax.checks import ArgumentError
 from sparse_optax.experiments import (
     checkpoints,
@@ -36,6 +41,10 @@ from sparse_optax.experiments.setup import Build, Setup
 SMALL = (1e-3, 1e-4, 1e-6)
 # Images a call when a network with convolutions is evaluated.
 _CHUNK = 1000
+# Steps are counted in 32 bits, by Optax and by the methods.
+_MOST_STEPS = 2**31 - 1
+# Images of the rehearsal of a method: errors do not depend on how many there are.
+_REHEARSED = 8
 # Columns of the layers that are summed, and what the sums are called.
 _TOTALS = {"weights": "weights", "kept": "kept", "nonzero": "nonzeros"}
 
@@ -72,6 +81,10 @@ class Progress(NamedTuple):
     metrics: dict[str, Any]
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during a run; the text says after which epoch and how to go on."""
+
+
 def train(
     config: configs.TrainConfig,
     *,
@@ -81,11 +94,14 @@ def train(
     fresh: bool = False,
     command: str | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> Trained:
     """Trains a network as ``config`` says, and evaluates it after each epoch.
 
     A run that was killed goes on from its newest checkpoint and ends with the same
-    bits as an unbroken one. The error to report is the test error of the last epoch
+    bits as an unbroken one; one that has finished is read and not trained again. Ctrl-C
+    ends it after the epoch that it is in, with a checkpoint, and a second one at once.
+    The error to report is the test error of the last epoch
     (``record.results["test_error"]``), after the cut where the method has one.
 
     Args:
@@ -93,16 +109,21 @@ def train(
       runs: folder of checkpoints and final weights, or None to keep none.
       record_path: where the record is written, or None to write none.
       checkpoint_every: epochs between two checkpoints, at least 1.
-      fresh: start from the first epoch even where a checkpoint is found.
+      fresh: start from the first epoch even where a checkpoint or a finished run is
+        found.
       command: what reproduces the run, for the record; the running command otherwise.
       on_epoch: called after each epoch.
+      on_note: called with a line that tells of a damaged checkpoint that was passed
+        over; by default it becomes a warning.
 
     Returns:
       The record, the final parameters and the final optimizer state.
 
     Raises:
-      ValueError: for a value outside its range and for a folder that cannot be
-        written to, before training starts.
+      ValueError: for a value outside its range, for one that does not fit the model or
+        the data set, and for a folder that cannot be written to, before training
+        starts; where a file cannot be written, with what is kept.
+      Stopped: after Ctrl-C.
 
     Examples:
       >>> from sparse_optax.experiments import config, train
@@ -117,14 +138,9 @@ def train(
             f"train: checkpoint_every={checkpoint_every} must be 1 or more."
         )
     if record_path is not None:
-        records.check_writable(Path(record_path).parent)
+        records.check_file(record_path)
     dataset = data.load(config.dataset, split=config.split)
-    for name, stage in (("", resolved), ("base.", resolved.base)):
-        if stage.batch_size > len(dataset.train_x):
-            raise ValueError(
-                f"TrainConfig: {name}batch_size={stage.batch_size} must be at most "
-                f"{len(dataset.train_x)}, the training images of {config.dataset}."
-            )
+    _check_steps(resolved, len(dataset.train_x))
     setting = _Setting(
         dataset,
         None if runs is None else Path(runs),
@@ -132,13 +148,38 @@ def train(
         fresh,
         command or records.command_line(),
         on_epoch or (lambda progress: None),
+        on_note,
     )
     trained = _train(resolved, setting, stage=config.method)
     if record_path is not None:
-        record = dataclasses.replace(trained.record, name=Path(record_path).stem)
+        record = dataclasses.replace(
+            trained.record, name=Path(record_path).stem, command=setting.command
+        )
         records.write(record_path, record)
         trained = trained._replace(record=record)
     return trained
+
+
+def _check_steps(config: configs.Resolved, images: int) -> None:
+    """Raises where a batch or a number of steps does not fit the data set."""
+    for name, stage in (("", config), ("base.", config.base)):
+        if not stage.batch_size:
+            continue
+        if stage.batch_size > images:
+            raise ValueError(
+                f"TrainConfig: {name}batch_size={stage.batch_size} must be at most "
+                f"{images}, the training images of {config.dataset}. Give fewer."
+            )
+        steps = images // stage.batch_size
+        for field in ("epochs", "drop_epochs"):
+            value = getattr(stage, field)
+            most = _MOST_STEPS // steps
+            if max(value if isinstance(value, tuple) else (value,), default=0) > most:
+                raise ValueError(
+                    f"TrainConfig: {name}{field}={value} must be at most {most}: an "
+                    f"epoch has {steps} steps, and no more than {_MOST_STEPS} are "
+                    "counted. Give fewer epochs."
+                )
 
 
 def _short(value: float) -> float:
@@ -155,12 +196,13 @@ class _Setting(NamedTuple):
     fresh: bool
     command: str
     on_epoch: Callable[[Progress], None]
+    on_note: Callable[[str], None]
 
 
 def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
-    """One stage in its folder, after the dense stage that it may start from."""
+    """One stage in its folder, or what it left there when it finished."""
     dataset = setting.dataset
-    init_key, order_key, method_key = jax.random.split(jax.random.key(config.seed), 3)
+    keys = jax.random.split(jax.random.key(config.seed), 3)
     draw = functools.partial(
         models.create_stateful,
         config.model,
@@ -168,32 +210,9 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         dataset.classes,
         init=config.init,
     )
-    apply, params, stats = draw(key=init_key)
-    base, earlier = None, configs.base_of(config)
-    if earlier is not None:
-        base = _train(earlier, setting, stage="base")
-        params, stats = base.params, base.stats
-    setup = Setup(
-        config,
-        len(dataset.train_x) // config.batch_size,
-        method_key,
-        lambda params, images: apply(params, stats, images)[0],
-        params,
-        (dataset.train_x, dataset.train_y),
-        lambda key: draw(key=key)[1],
-        init_key,
-    )
-    try:
-        plan = methods.BUILDERS[config.method](setup)
-    except ArgumentError as error:
-        raise ValueError(
-            f"train: method={config.method!r} does not fit epochs={config.epochs} of "
-            f"{setup.steps_per_epoch} steps with update_epochs={config.update_epochs} "
-            f"and density={config.density:g}. {error}"
-        ) from error
-    run = _Run(config, setting, stage, apply, plan, order_key, base)
+    start = draw(key=keys[0])
     if setting.runs is None:
-        return run.train(params, stats, folder=None)
+        return _train_stage(config, setting, stage, draw, start, keys, None)
     # Where the density is read after training only, all of them go on from one run.
     shared = None
     if recipes.METHODS[config.method].cut_only:
@@ -202,13 +221,115 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
     with folder.lock(wait=stage == "base"):
         if setting.fresh:
-            folder.clear()
-        elif (
-            stage == "base"
-            and (done := folder.finished(_joined(params, stats))) is not None
-        ):
+            folder.start_again()
+        elif (done := folder.finished(_joined(*start[1:]))) is not None:
             return Trained(done[1], *_parted(done[0]), None)
-        return run.train(params, stats, folder)
+        return _train_stage(config, setting, stage, draw, start, keys, folder)
+
+
+def _train_stage(config, setting, stage, draw, start, keys, folder) -> Trained:
+    """One stage, after the stage that it may start from."""
+    dataset = setting.dataset
+    init_key, order_key, method_key = keys
+    apply, params, stats = start
+
+    def setup(params, stats, images):
+        return Setup(
+            config,
+            len(dataset.train_x) // config.batch_size,
+            method_key,
+            lambda params, images: apply(params, stats, images)[0],
+            params,
+            images,
+            lambda key: draw(key=key)[1],
+            init_key,
+        )
+
+    _check_counts(config, params)
+    base, earlier = None, configs.base_of(config)
+    if earlier is not None:
+        # Whatever the method refuses, it refuses before its base is trained. Traced, so
+        # that nothing is computed.
+        few = (dataset.train_x[:_REHEARSED], dataset.train_y[:_REHEARSED])
+        few = jax.tree.map(jnp.asarray, few)
+
+        def rehearse(params):
+            plan = _plan(config, setup(params, stats, few))
+            opt_state = plan.optimizer.init(params)
+            return plan.optimizer.update(params, opt_state, params)
+
+        jax.eval_shape(rehearse, params)
+        base = _train(earlier, setting, stage="base")
+        params, stats = base.params, base.stats
+        _check_base(base)
+    images = dataset.train_x, dataset.train_y
+    plan = _plan(config, setup(params, stats, images))
+    run = _Run(config, setting, stage, apply, plan, order_key, base)
+    return run.train(params, stats, folder)
+
+
+def _plan(config: configs.Resolved, made: Setup) -> Build:
+    """The method of a run."""
+    try:
+        return methods.BUILDERS[config.method](made)
+    except ArgumentError as error:
+        raise ValueError(
+            f"train: method={config.method!r} does not fit epochs={config.epochs} of "
+            f"{made.steps_per_epoch} steps with update_epochs={config.update_epochs} "
+            f"and density={config.density:g}. {error}"
+        ) from error
+
+
+def _check_counts(config: configs.Resolved, params: Any) -> None:
+    """Raises where a share of all weights is less than one of them."""
+    chosen = jax.tree.leaves(sparse_optax.eligible(params))
+    leaves = zip(jax.tree.leaves(params), chosen, strict=True)
+    total = sum(leaf.size for leaf, counted in leaves if counted)
+    method = recipes.METHODS[config.method]
+    shares = {"density": config.density} if method.pooled else {}
+    if config.method == "gsm" and config.gate is not None:
+        shares["gate"] = config.gate
+    for name, share in shares.items():
+        if budgets.count(share, total) < 1:
+            raise ValueError(
+                f"TrainConfig: {name}={share!r} must be at least {1 / total:.3g}, one "
+                f"of the {total} weights of {config.model} that are counted. Raise it."
+            )
+
+
+def _check_base(base: Trained) -> None:
+    """Raises where the weights to start from are not finite."""
+    for leaf in jax.tree.leaves((base.params, base.stats)):
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(
+                f"train: the base {base.record.name} ended with weights that are not "
+                "finite; nothing can start from them. Give a lower learning rate with "
+                "--base.learning-rate (--learning-rate for method ticket), or train "
+                "it again with --fresh where its file was altered."
+            )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C, so that an epoch ends whole; a second one raises."""
+    asked: list[int] = []
+
+    def ask(number, frame):
+        del frame
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    # Handlers can be set in the main thread only, and replace Python's own only.
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield asked
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _joined(params: Any, stats: Any) -> Any:
@@ -246,8 +367,9 @@ class _Run(NamedTuple):
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
         # Of the start: what trained is the code of then.
         history["environment"] = records.environment()
-        saved = (_joined(params, stats), opt_state)
-        restored = None if folder is None else folder.restore(saved)
+        like = (_joined(params, stats), opt_state)
+        note = self.setting.on_note
+        restored = None if folder is None else folder.restore(like, note)
         first = 0
         if restored is not None:
             first, (weights, opt_state), history = restored
@@ -260,28 +382,38 @@ class _Run(NamedTuple):
         run_epoch = self._epoch_function(state, images)
         compiled = time.perf_counter()
         history["compile_seconds"] += compiled - start
-        for epoch in range(first, config.epochs):
-            begin = time.perf_counter()
-            key = jax.random.fold_in(self.order_key, epoch)
-            state, loss = jax.block_until_ready(run_epoch(state, key, *images))
-            seconds = time.perf_counter() - begin
-            metrics = {
-                "epoch": epoch + 1,
-                "train_loss": _short(float(loss)),
-                **evaluate(*state[:2]),
-                "seconds": _short(seconds),
-            }
-            history["epochs"].append(metrics)
-            history["wall_seconds"] += time.perf_counter() - begin
-            last = epoch + 1 == config.epochs
-            if folder is not None and (
-                last or (epoch + 1) % self.setting.checkpoint_every == 0
-            ):
-                saved = (_joined(*state[:2]), state[2])
-                folder.save(epoch + 1, saved, history)
-            self.setting.on_epoch(
-                Progress(self.stage, epoch + 1, config.epochs, metrics)
-            )
+        saved = first
+        try:
+            with _interrupts() as asked:
+                for epoch in range(first, config.epochs):
+                    begin = time.perf_counter()
+                    key = jax.random.fold_in(self.order_key, epoch)
+                    state, loss = jax.block_until_ready(run_epoch(state, key, *images))
+                    seconds = time.perf_counter() - begin
+                    metrics = {
+                        "epoch": epoch + 1,
+                        "train_loss": _short(float(loss)),
+                        **evaluate(*state[:2]),
+                        "seconds": _short(seconds),
+                    }
+                    history["epochs"].append(metrics)
+                    history["wall_seconds"] += time.perf_counter() - begin
+                    number = epoch + 1
+                    due = number % self.setting.checkpoint_every == 0
+                    if folder is not None and (due or number == config.epochs):
+                        folder.save(number, (_joined(*state[:2]), state[2]), history)
+                        saved = number
+                    self.setting.on_epoch(
+                        Progress(self.stage, number, config.epochs, metrics)
+                    )
+                    if asked:
+                        if folder is not None and saved < number:
+                            weights = _joined(*state[:2])
+                            folder.save(number, (weights, state[2]), history)
+                            saved = number
+                        raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise self._stopped(len(history["epochs"]), saved, folder) from None
 
         params, stats, opt_state = state
         results, layers, params = self._results(
@@ -291,6 +423,16 @@ class _Run(NamedTuple):
         if folder is not None:
             folder.finish(_joined(params, stats), record)
         return Trained(record, params, stats, opt_state)
+
+    def _stopped(self, epoch: int, saved: int, folder: Any) -> Stopped:
+        """What Ctrl-C raises after so many epochs."""
+        stage = " of the base" if self.stage == "base" else ""
+        done = f"stopped after epoch {epoch} of {self.config.epochs}{stage}"
+        if folder is None:
+            return Stopped(f"{done}; nothing of it is kept.")
+        without = " without --fresh" if self.setting.fresh else ""
+        where = "from there" if saved == epoch else f"after epoch {saved}"
+        return Stopped(f"{done}; the same command{without} goes on {where}.")
 
     def _epoch_function(self, state, images):
         """Compiles ``(state, key, x, y) -> (state, mean loss)`` for one epoch."""

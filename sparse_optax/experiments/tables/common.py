@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparse_optax.experiments import config as configs
+from sparse_optax.experiments import recipes, records
 from sparse_optax.experiments.config import TrainConfig
 from sparse_optax.experiments.records import Record
+
+# Values that runs have had since later versions: the records before lack them, and were
+# made with their defaults.
+_LATER = ("grow", "l1", "prune", "prune_decay", "redistribute", "shares", "ticket")
+# Numbers of a result that may be null: without validation images, without weights.
+_NULL = ("valid_error", "valid_error_before_cut", "ratio")
 
 
 class Row(NamedTuple):
@@ -120,6 +129,74 @@ def compare(ours: Sequence[float], paper: Paper | None = None) -> Comparison:
         low, high = mean - paper.mean - half, mean - paper.mean + half
         verdict = "better" if high < 0 else "worse" if low > 0 else "matches"
     return Comparison(n, mean, se, low, high, verdict)
+
+
+def read_row(row: Row, path: Path) -> Record:
+    """Reads the record of a row and compares it with what the row asks for.
+
+    Args:
+      row: the row.
+      path: file of its record.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: where the record is damaged or is that of another run.
+    """
+    record = records.read(path)
+    wanted = configs.resolve(row.config)
+    other = _differences(record.config, wanted)
+    if record.name != row.name:
+        other.append("name")
+    if record.seed != wanted.seed:
+        other.append("seed")
+    base = configs.base_of(wanted)
+    if base is None or record.base is None:
+        if (base is None) != (record.base is None):
+            other.append("base")
+    else:
+        found = record.base.get("config", {})
+        other += [f"base.{key}" for key in _differences(found, base)]
+    if other:
+        raise ValueError(
+            f"tables: {path} was made with other values of {other} than its row asks "
+            "for; delete it to run it again."
+        )
+    parts = [record.results, *([record.base.get("results")] if record.base else [])]
+    for results in parts:
+        needed = {"test_error": None, "kept": None, "weights": None}
+        nulls = _nulls({**needed, **(results or {})})
+        if nulls:
+            raise ValueError(
+                f"tables: {path} has no number for {nulls}; delete it to run it again."
+            )
+    return record
+
+
+def _differences(found: dict[str, Any], config: configs.Resolved) -> list[str]:
+    """The keys in which the configuration of a record is another than a run's."""
+    wanted = configs.as_dict(config)
+    plain = configs.as_dict(TrainConfig())
+    plain["shares"] = recipes.METHODS[config.method].shares
+    found = {**{key: plain[key] for key in _LATER}, **found}
+    keys = dict.fromkeys([*wanted, *found])
+    return [
+        key
+        for key in keys
+        if key not in wanted or key not in found or wanted[key] != found[key]
+    ]
+
+
+def _nulls(results: dict[str, Any]) -> list[str]:
+    """The names under which there is null instead of a number."""
+    names = []
+    for name, value in results.items():
+        if isinstance(value, dict):
+            names += [f"{name}.{inner}" for inner in _nulls(value)]
+        elif value is None and name not in _NULL:
+            names.append(name)
+    return names
 
 
 def group(rows: Sequence[Row], records: dict[str, Record], name: str) -> list[Record]:

@@ -1,0 +1,455 @@
+"""The folder of a run under kills, damaged files, a full disk and Ctrl-C.
+
+The train loop is the real one; what it would compile is replaced by a few additions,
+so that a run takes milliseconds and can be killed at every file operation.
+"""
+
+import dataclasses
+import errno
+import itertools
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+
+from sparse_optax.experiments import checkpoints, data, models, records, train
+from sparse_optax.experiments import config as configs
+from sparse_optax.export import file
+
+EPOCHS = 4
+RUN = configs.TrainConfig(method="dense", epochs=EPOCHS, drop_epochs=())
+# A method after a base: two folders.
+TWO = configs.TrainConfig(
+    method="magnitude",
+    density=0.5,
+    epochs=2,
+    drop_epochs=(),
+    base=configs.Base(epochs=2, drop_epochs=()),
+)
+# Kills in the default run; with the mark `fuzz` at every operation.
+EVERY = [pytest.param(5, id="some"), pytest.param(1, id="all", marks=pytest.mark.fuzz)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Runs of a tiny network, whose epoch adds what key and epoch say."""
+    x, y = np.zeros((64, 2, 2, 1), np.float32), np.zeros(64, np.int32)
+    monkeypatch.setattr(
+        data, "load", lambda *_, **__: data.Dataset(x, y, x, y, x, y, 2, "none")
+    )
+
+    def create(name, in_shape, classes, *, key, init):
+        del name, in_shape, classes, init
+        kernel = jax.random.normal(key, (4, 3))
+        params = {"fc1": {"bias": jnp.zeros(3), "kernel": kernel}}
+        return (lambda params, stats, x, **_: (x, stats)), params, {}
+
+    def epoch_function(run, state, images):
+        del run, state, images
+
+        def epoch(state, key, *images):
+            del images
+            moved = jax.tree.map(
+                lambda x: x + 1 if x.dtype == bool else x + jax.random.key_data(key)[1],
+                state[0],
+            )
+            return (moved, *state[1:]), jnp.float32(0.5)
+
+        return epoch
+
+    monkeypatch.setattr(models, "create_stateful", create)
+    monkeypatch.setattr(train._Run, "_epoch_function", epoch_function)
+    monkeypatch.setattr(
+        train._Run,
+        "_evaluator",
+        lambda run: lambda params, stats: {"valid_error": 1.0, "test_error": 1.0},
+    )
+
+
+def command(folder, run=RUN, **options):
+    """The command of a user; gives the epochs that it trained."""
+    epochs = []
+    options = {"on_note": lambda line: pytest.fail(line), **options}
+    trained = train.train(
+        run,
+        runs=folder / "runs",
+        record_path=folder / "results" / "run.json",
+        checkpoint_every=1,
+        on_epoch=lambda progress: epochs.append((progress.stage, progress.epoch)),
+        command="command",
+        **options,
+    )
+    return trained, epochs
+
+
+def left(folder):
+    """What a folder holds in the end, by path; of records what is not measured."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name in ("run.json", "record.json"):
+            record = records.read(path)
+            kept = ("name", "command", "config", "seed", "results", "layers", "base")
+            found[name] = {k: getattr(record, k) for k in kept}
+        elif path.name == "checksums.json":
+            found[name] = None  # of a record with times
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                found[name] = {k: arrays[k].tobytes() for k in arrays.files}
+        else:
+            found[name] = path.is_dir() or path.read_bytes()
+    return found
+
+
+# --- kills ----------------------------------------------------------------------------
+class Killed(BaseException):
+    """A kill -9: nothing that the program does afterwards reaches the disk."""
+
+
+class Disk:
+    """Stops the program at the n-th operation that changes a file or folder."""
+
+    EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+    def __init__(self):
+        self.allowed, self.done, self.folder = None, 0, ""
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        if self.allowed is None:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+            if not isinstance(path, str) or not (flags or 0) & writes:
+                return
+        elif event not in self.EVENTS:
+            return
+        # Names without a folder are those of rmtree, inside an open one.
+        path = os.fspath(arguments[0])
+        if os.path.isabs(path) and not path.startswith(self.folder):
+            return
+        if self.done >= self.allowed:
+            raise Killed(f"before {event} of {path}")
+        self.done += 1
+
+    def run(self, allowed, folder, function, **options):
+        """Whether the function came to its end."""
+        self.allowed, self.done, self.folder = allowed, 0, str(folder)
+        try:
+            function(folder, **options)
+        except Killed:
+            return False
+        finally:
+            self.allowed = None
+        return True
+
+
+@pytest.fixture(scope="module")
+def disk():
+    return Disk()
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("run", [RUN, TWO], ids=["one", "two"])
+def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, disk, run, every):
+    """The same command again gives the record, the weights and nothing besides."""
+    command(tmp_path / "unbroken", run)
+    expected = left(tmp_path / "unbroken")
+    for allowed in itertools.count(every - 1, every):
+        folder = tmp_path / str(allowed)
+        finished = disk.run(allowed, folder, command, run=run)
+        command(folder, run)
+        found = left(folder)
+        # A record that was begun has a name of its own, which no reader takes up.
+        half = [n for n in found if n.startswith("results/.run.json.")]
+        assert len(half) <= 1
+        assert {n: x for n, x in found.items() if n not in half} == expected, allowed
+        if finished:
+            break
+    assert allowed > 20
+
+
+@pytest.mark.fuzz
+def test_a_run_killed_again_and_again_ends_the_same(tmp_path, disk):
+    rng = np.random.default_rng(0)
+    command(tmp_path / "unbroken", TWO)
+    expected = left(tmp_path / "unbroken")
+    for number in range(20):
+        folder, kills = tmp_path / str(number), 0
+        while not disk.run(int(rng.integers(3, 30)), folder, command, run=TWO):
+            kills += 1
+            assert kills < 100
+        found = left(folder)
+        assert expected.items() <= found.items()
+        assert all("/.run.json." in name for name in found.keys() - expected)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first, epochs = command(tmp_path)
+    assert epochs == [("dense", n + 1) for n in range(EPOCHS)]
+    # As after a kill before the record was written and while checkpoints were deleted.
+    (tmp_path / "results" / "run.json").unlink()
+    folder = tmp_path / "runs" / configs.default_name(configs.resolve(RUN))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "3.ckpt").write_bytes(b"half of it")
+    again, epochs = command(tmp_path)
+    assert epochs == []
+    assert again.record == first.record
+    assert not (folder / "checkpoints").exists()
+    assert records.read(tmp_path / "results" / "run.json") == first.record
+    _, epochs = command(tmp_path, fresh=True)
+    assert len(epochs) == EPOCHS
+
+
+# --- damaged files --------------------------------------------------------------------
+STATE = {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.int32(7), "m": jnp.ones(3, bool)}
+
+
+def saved(tmp_path):
+    """A folder with the checkpoints of epochs 2 and 3."""
+    folder = checkpoints.RunFolder(tmp_path)
+    for epoch in (1, 2, 3):
+        state = {**STATE, "w": STATE["w"] + epoch}
+        folder.save(epoch, state, {"epochs": [{"test_error": 1.0}] * epoch})
+    paths = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in paths] == ["2.ckpt", "3.ckpt"]
+    return folder, *paths
+
+
+def damages(content, every):
+    """Every truncation of a file and every change of one bit of it."""
+    for length in range(0, len(content), every):
+        yield content[:length]
+    for bit in range(0, 8 * len(content), every):
+        byte, place = divmod(bit, 8)
+        changed = bytes([content[byte] ^ 1 << place])
+        yield content[:byte] + changed + content[byte + 1 :]
+
+
+def restored(folder, notes):
+    epoch, state, history = folder.restore(STATE, notes.append)
+    assert len(history["epochs"]) == epoch
+    np.testing.assert_array_equal(state["w"], STATE["w"] + epoch)
+    assert (int(state["n"]), state["m"].dtype) == (7, bool)
+    return epoch
+
+
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(41, id="some"), pytest.param(1, id="all", marks=pytest.mark.fuzz)],
+)
+def test_of_a_damaged_checkpoint_nothing_is_read(tmp_path, every):
+    """The older one is used, and one line says so; without it an error does."""
+    folder, older, newest = saved(tmp_path)
+    notes = []
+    assert restored(folder, notes) == 3
+    assert notes == []
+    content = newest.read_bytes()
+    for damaged in damages(content, every):
+        newest.write_bytes(damaged)
+        notes.clear()
+        assert restored(folder, notes) == 2
+        (line,) = notes
+        assert line.startswith(f"{newest} is damaged")
+        assert line.endswith("after epoch 2.")
+        assert "\n" not in line
+    older.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be used") as caught:
+        folder.restore(STATE, notes.append)
+    for word in (str(older), str(newest), "--fresh"):
+        assert word in str(caught.value)
+
+
+def test_checkpoints_of_other_arrays_or_epochs_are_not_used(tmp_path):
+    folder, older, newest = saved(tmp_path)
+    for like in ({"w": STATE["w"]}, {**STATE, "n": jnp.float32(0)}):
+        with pytest.raises(ValueError, match=r"its arrays differ.*--fresh"):
+            folder.restore(like, print)
+    newest.write_bytes(older.read_bytes())  # a copy under another number
+    notes = []
+    assert restored(folder, notes) == 2
+    assert "3.ckpt holds epoch 2" in notes[0]
+
+
+def test_a_run_goes_on_from_the_older_checkpoint(tmp_path):
+    def stop(progress):
+        if progress.epoch == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.train(RUN, runs=tmp_path / "runs", checkpoint_every=1, on_epoch=stop)
+    (newest,) = tmp_path.rglob("3.ckpt")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    notes = []
+    trained, epochs = command(tmp_path, on_note=notes.append)
+    assert epochs == [("dense", 3), ("dense", 4)]
+    assert len(notes) == 1
+    unbroken, _ = command(tmp_path / "unbroken")
+    jax.tree.map(np.testing.assert_array_equal, trained.params, unbroken.params)
+
+
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(97, id="some"), pytest.param(7, id="all", marks=pytest.mark.fuzz)],
+)
+def test_damaged_files_of_a_finished_run_are_named(tmp_path, every):
+    trained, _ = command(tmp_path)
+    folder = checkpoints.RunFolder(
+        tmp_path / "runs" / configs.default_name(configs.resolve(RUN))
+    )
+    for name in ("weights.npz", "record.json", "checksums.json"):
+        path = folder.path / name
+        content = path.read_bytes()
+        for damaged in damages(content, every):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="is missing or damaged") as caught:
+                folder.finished(trained.params)
+            assert "--fresh" in str(caught.value)
+        path.write_bytes(content)
+    weights, record = folder.finished(trained.params)
+    jax.tree.map(np.testing.assert_array_equal, weights, trained.params)
+    assert record.results == trained.record.results
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_a_base_that_cannot_be_read_is_named(tmp_path, harm):
+    command(tmp_path, TWO)
+    (path,) = (tmp_path / "runs").glob("*-dense-*/weights.npz")
+    path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:99])
+    other = dataclasses.replace(TWO, density=0.25)
+    with pytest.raises(ValueError, match=r"missing or damaged.*--fresh") as caught:
+        command(tmp_path, other)
+    assert str(path) in str(caught.value)
+    _, epochs = command(tmp_path, other, fresh=True)
+    assert epochs == [(s, n) for s in ("base", "magnitude") for n in (1, 2)]
+
+
+def test_nothing_starts_from_a_base_that_is_not_finite(tmp_path, monkeypatch):
+    def diverge(run, state, images):
+        return lambda state, key, *images: (
+            (jax.tree.map(lambda x: x * np.nan, state[0]), *state[1:]),
+            jnp.float32(np.nan),
+        )
+
+    monkeypatch.setattr(train._Run, "_epoch_function", diverge)
+    with pytest.raises(
+        ValueError, match=r"not finite.*--base\.learning-rate"
+    ) as caught:
+        command(tmp_path, TWO)
+    assert "-dense-" in str(caught.value)
+
+
+# --- full disks -----------------------------------------------------------------------
+class Full:
+    """A disk with room for so many more files."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, fsync = room, os.fsync
+
+        def write(descriptor):
+            if self.room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.room -= 1
+            fsync(descriptor)
+
+        monkeypatch.setattr(file.os, "fsync", write)
+
+
+# Four checkpoints, weights, record, checksums; then the record in results/.
+@pytest.mark.parametrize("room", range(8))
+def test_a_full_disk_ends_in_one_line_and_nothing_is_lost(tmp_path, monkeypatch, room):
+    with monkeypatch.context() as context:
+        Full(context, room)
+        with pytest.raises(ValueError, match=r"cannot be written.*No space") as caught:
+            command(tmp_path)
+    assert "same command again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    trained, epochs = command(tmp_path)
+    assert [epoch for _, epoch in epochs] == list(range(min(room, EPOCHS) + 1, 5))
+    unbroken, _ = command(tmp_path / "unbroken")
+    jax.tree.map(np.testing.assert_array_equal, trained.params, unbroken.params)
+
+
+def test_older_checkpoints_make_room(tmp_path, monkeypatch):
+    folder, older, newest = saved(tmp_path)
+    fsync = os.fsync
+
+    def write(descriptor):
+        if older.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(file.os, "fsync", write)
+    folder.save(4, STATE, {"epochs": [{}] * 4})
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["3.ckpt", "4.ckpt"]
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------
+@pytest.mark.parametrize(("presses", "done"), [(1, 2), (2, 1)])
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, presses, done):
+    """Once: the epoch is ended and saved. Twice: it ends at once."""
+    make = train._Run._epoch_function
+
+    def pressed(run, state, images):
+        epoch, numbers = make(run, state, images), itertools.count(1)
+
+        def interrupted(*arguments):
+            if next(numbers) == 2:
+                for _ in range(presses):
+                    signal.raise_signal(signal.SIGINT)
+            return epoch(*arguments)
+
+        return interrupted
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as context:
+        context.setattr(train._Run, "_epoch_function", pressed)
+        with pytest.raises(train.Stopped) as caught:
+            command(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert str(caught.value) == (
+        f"stopped after epoch {done} of 4; the same command goes on from there."
+    )
+    trained, epochs = command(tmp_path)
+    assert [epoch for _, epoch in epochs] == list(range(done + 1, 5))
+    unbroken, _ = command(tmp_path / "unbroken")
+    jax.tree.map(np.testing.assert_array_equal, trained.params, unbroken.params)
+
+
+def test_ctrl_c_names_the_stage_and_what_is_kept(tmp_path, monkeypatch):
+    def press(progress):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(train.Stopped, match=r"after epoch 1 of 2 of the base; nothing"):
+        train.train(TWO, runs=None, on_epoch=press)
+    with pytest.raises(train.Stopped, match=r"command without --fresh goes on after e"):
+        train.train(TWO, runs=tmp_path, fresh=True, on_epoch=press)
+
+
+def test_ctrl_c_in_an_epoch_that_has_no_checkpoint_makes_one(tmp_path):
+    def press(progress):
+        if progress.epoch == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(train.Stopped, match=r"epoch 3 of 4; the same .* from there"):
+        train.train(RUN, runs=tmp_path / "runs", checkpoint_every=2, on_epoch=press)
+    assert command(tmp_path)[1] == [("dense", 4)]
+
+
+# --- other names ----------------------------------------------------------------------
+def test_paths_that_the_locale_cannot_decode(tmp_path):
+    """What os.fsdecode gives for the bytes of another encoding."""
+    folder = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfc\xc3\xbc"))
+    trained, epochs = command(folder)
+    assert len(epochs) == EPOCHS
+    assert records.read(folder / "results" / "run.json") == trained.record
+    assert command(folder)[1] == []
