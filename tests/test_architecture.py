@@ -25,6 +25,7 @@ ORDER = (
     "contraction.py",
     "patterns.py",
     "layers.py",
+    "encoding.py",
     "budgets/",
     "masks/",
     "transforms/",

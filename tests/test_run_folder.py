@@ -305,7 +305,7 @@ def test_damaged_files_of_a_finished_run_are_named(tmp_path, every):
     folder = checkpoints.RunFolder(
         tmp_path / "runs" / configs.default_name(configs.resolve(RUN))
     )
-    for name in ("weights.npz", "record.json", "checksums.json"):
+    for name in ("weights.sparse", "record.json", "checksums.json"):
         path = folder.path / name
         content = path.read_bytes()
         for damaged in damages(content, every):
@@ -322,7 +322,7 @@ def test_damaged_files_of_a_finished_run_are_named(tmp_path, every):
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
 def test_a_base_that_cannot_be_read_is_named(tmp_path, harm):
     command(tmp_path, TWO)
-    (path,) = (tmp_path / "runs").glob("*-dense-*/weights.npz")
+    (path,) = (tmp_path / "runs").glob("*-dense-*/weights.sparse")
     path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:99])
     other = dataclasses.replace(TWO, density=0.25)
     with pytest.raises(ValueError, match=r"missing or damaged.*--fresh") as caught:

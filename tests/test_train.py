@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("flax")
 
-from sparse_optax import masks
+from sparse_optax import load_sparse, masks
 from sparse_optax.experiments import (
     checkpoints,
     data,
@@ -423,10 +423,12 @@ def test_finished_run_leaves_weights_and_no_checkpoint(tmp_path):
     trained = train.train(SMALL, runs=tmp_path)
     folder = checkpoints.RunFolder(tmp_path / trained.record.name)
     assert sorted(path.name for path in folder.path.iterdir()) == [
-        *("checksums.json", "lock", "record.json", "weights.npz")
+        *("checksums.json", "lock", "record.json", "weights.sparse")
     ]
     weights, record = folder.finished(trained.params)
     same(weights, trained.params)
+    model = load_sparse(folder.path / "weights.sparse", trained.params)
+    assert masks.count(model.masks) == record.results["kept"]
     assert record == trained.record
 
 
@@ -566,10 +568,11 @@ def test_densities_of_a_cut_share_one_training(tmp_path):
     assert kept == [15_060, 5_020]
     for run, trained in zip((config, other), shared, strict=True):
         folder = tmp_path / configs.default_name(configs.resolve(run))
-        with np.load(folder / "weights.npz") as weights:
-            for name in trained.params:
-                kernel = trained.params[name]["kernel"]
-                np.testing.assert_array_equal(weights[f"{name}/kernel"], kernel)
+        weights = load_sparse(folder / "weights.sparse").leaves
+        for name in trained.params:
+            leaf, kernel = weights[f"{name}/kernel"], trained.params[name]["kernel"]
+            np.testing.assert_array_equal(leaf.dense(), kernel)
+            assert len(leaf.values) == np.count_nonzero(kernel)
 
 
 def test_dead_units_are_constant_or_unheard():

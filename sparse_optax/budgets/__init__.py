@@ -10,7 +10,7 @@ package takes a budget, or a float in (0, 1] for ``uniform(density)``:
 ``erdos_renyi_kernel(d)``         density proportional to sum(shape) / prod(shape)
 ``linear(d)``                     count proportional to n_in + n_out
 ``nonzeros(n)``                   n weights at one density
-``num_bytes(n)``                  what fits in n bytes at one density
+``num_bytes(n)``                  what fits in a file of n bytes at one density
 ``num_flops(n, costs)``           what costs at most n FLOPs at one density
 ================================  ==============================================
 
@@ -21,10 +21,12 @@ one. A *layer* is a leaf, or one slice of a leaf named in ``stacked``. Budgets a
 callable, since ``optax.inject_hyperparams`` takes every callable for a schedule.
 
 - ``kinds``: the kinds of budgets and the counts that they ask for.
+- ``flops``: what a weight costs in a model, for ``num_flops``.
 - ``resolve``: counts, or the size of one pool, from whatever gives a density.
 - ``water_filling``: exact shares of a total in whole numbers.
 """
 
+from sparse_optax.budgets.flops import flops_per_weight as flops_per_weight
 from sparse_optax.budgets.kinds import Budget as Budget
 from sparse_optax.budgets.kinds import Shares as Shares
 from sparse_optax.budgets.kinds import count as count

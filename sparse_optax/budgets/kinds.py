@@ -12,6 +12,18 @@ from jax.core import Tracer
 
 from sparse_optax.budgets.water_filling import Number, Share, least, level, most, whole
 from sparse_optax.checks import ArgumentError, boundary, fail
+from sparse_optax.encoding import (
+    SPARSE,
+    Row,
+    checked_axis,
+    checked_dtype,
+    dense_bytes,
+    dense_row,
+    file_bytes,
+    named_leaves,
+    stored_as,
+    suffixed,
+)
 from sparse_optax.layers import (
     Layers,
     Leaf,
@@ -127,6 +139,7 @@ class Shares(NamedTuple):
       dense: Names of leaves that keep every weight.
       axes: The axes of a layer that count its inputs and outputs.
       costs: Pairs (leaf name, cost of a kept weight), for ``num_flops``.
+      stored: How the file is stored, for ``num_bytes``.
     """
 
     kind: str
@@ -135,6 +148,7 @@ class Shares(NamedTuple):
     dense: tuple[str, ...] = ()
     axes: Axes = (-2, -1)
     costs: tuple[tuple[str, Number], ...] = ()
+    stored: "Stored | None" = None
 
     def __repr__(self) -> str:
         """The call that made it."""
@@ -143,6 +157,8 @@ class Shares(NamedTuple):
             value = getattr(self, field)
             if value:
                 shown.append(f"{field}={value if field == 'dense' else dict(value)}")
+        if self.stored is not None and self.stored.dtype is not None:
+            shown.append(f"dtype={self.stored.dtype!r}")
         return f"{self.kind}({', '.join(shown)})"
 
     @property
@@ -162,18 +178,16 @@ class Shares(NamedTuple):
         """Counts of kept weights, see ``Budget.counts``."""
         of_layers = boundary(self.kind)(layers_of)
         layers = of_layers(params, where, stacked)
-        return layers.rebuild(self.counts_of(layers))
+        return layers.rebuild(self.counts_of(layers, params))
 
-    def counts_of(self, layers: Layers) -> list[Any]:
+    def counts_of(self, layers: Layers, params: PyTree) -> list[Any]:
         """The counts of each leaf of given layers."""
-        return boundary(self.kind)(counts_of_shares)(self, layers)
+        return boundary(self.kind)(counts_of_shares)(self, layers, params)
 
-    def weighed(self, layers: Layers) -> tuple[Number, list[Number]]:
+    def weighed(self, layers: Layers, params: PyTree) -> tuple[Number, list[Number]]:
         """The total cost allowed, and the cost of one weight of each leaf."""
-        if self.kind != "num_flops":
-            masks = -(-int(layers.sizes.sum()) // 8)
-            widths: list[Number] = [np.dtype(x.dtype).itemsize for x in layers.leaves]
-            return self.amount - masks, widths
+        if self.stored is not None:
+            return _weighed_bytes(self, self.stored, layers, params)
         costs = dict(self.costs)
         names = leaf_names(
             jax.tree.unflatten(layers.structure, [0] * layers.structure.num_leaves)
@@ -189,6 +203,93 @@ class Shares(NamedTuple):
             )
         # As fractions: a sum of floats depends on the order.
         return Fraction(self.amount), [Fraction(costs[name]) for name in layers.names]
+
+
+# --- bytes of a file ------------------------------------------------------------------
+class Stored(NamedTuple):
+    """How the file of a budget in bytes is stored.
+
+    Attributes:
+      rows: The leaves of the whole tree, or None where that is the parameters.
+      dtype: Dtype of the kept values, None for their own.
+      unit_axis: The axis of output units.
+    """
+
+    rows: tuple[Row, ...] | None = None
+    dtype: str | None = None
+    unit_axis: int = -1
+
+
+def _weighed_bytes(
+    budget: Shares, stored: Stored, layers: Layers, params: PyTree
+) -> tuple[Number, list[Number]]:
+    """Bytes for kept weights and their positions, and those of one weight of each leaf.
+
+    The positions of k of n weights take at most k (low + 1) + (n - k) / 2^low bits, or
+    as many with k and n - k exchanged, for whichever ``low`` the whole network has: the
+    file takes the best for each leaf. This is linear in k, so that it does not matter
+    which layers keep the weights.
+    """
+    fixed, whole, widths = _around(stored, layers, params)
+    total = budget.amount - fixed
+    sizes = [leaf.size * leaf.copies for leaf in layers.leaves]
+    everything = sum(n * w for n, w in zip(sizes, widths, strict=True))
+    # A leaf that keeps every weight has no positions.
+    if not sum(sizes) or (whole <= budget.amount and not budget.overrides):
+        return max(total, everything), widths
+    # Two parts, each of whole bytes.
+    total -= len(sizes) * Fraction(14, 8)
+    best: Any = None
+    for low in range(max(sizes).bit_length()):
+        # Bits of a weight whose position is coded, and of any other.
+        coded, other = low + 1, Fraction(1, 2**low)
+        if len(set(widths)) > 1 and low:  # whole bits, see `pool_of`
+            coded, other = low + 2, Fraction(1)
+        for kept, missing in ((coded, other), (other, coded)):
+            room = total - sum(sizes) * Fraction(missing) / 8
+            costs = [w + Fraction(kept - missing) / 8 for w in widths]
+            if min(costs) <= 0:
+                continue
+            mean = sum((n * c for n, c in zip(sizes, costs, strict=True)), Fraction())
+            if best is None or room / mean > best[0]:
+                best = room / mean, room, costs
+    return best[1:]
+
+
+def _around(
+    stored: Stored, layers: Layers, params: PyTree
+) -> tuple[int, int, list[Number]]:
+    """Bytes of a file without kept weights and positions, at most; bytes of the file
+    with all weights; the bytes of a kept weight of each leaf.
+    """
+    rows = stored.rows
+    if rows is None:
+        rows = tuple(dense_row(name, x) for name, x in named_leaves(params))
+    names = suffixed(layers.names, [row.name for row in rows])
+    if unknown := sorted(set(names) - {row.name for row in rows}):
+        raise ArgumentError(
+            f"`tree` lacks {unknown}, which take part; it must hold the parameters. "
+            "Pass the whole tree that is saved, such as {'params': params, "
+            "'batch_stats': statistics}, or leave it out."
+        )
+    payload, widths = 0, dict.fromkeys(names, 0)
+    longest, full, weights = [], [], 0
+    for row in rows:
+        if row.name not in widths:
+            payload += dense_bytes(row)
+            longest.append(row)
+            full.append(row)
+            continue
+        dtype, axis = stored_as(row, stored.dtype, stored.unit_axis)
+        widths[row.name] = np.dtype(dtype or row.dtype).itemsize
+        payload += 0 if axis is None else 4 * row.shape[axis]
+        weights += widths[row.name] * row.size
+        row = row._replace(kind=SPARSE, stored=dtype, axis=axis)
+        axes = tuple(range(len(row.shape)))
+        longest.append(row._replace(live=axes, low=10, high=row.size))
+        full.append(row)
+    fixed, whole = file_bytes(longest, payload), file_bytes(full, payload + weights)
+    return fixed, whole, [widths[name] for name in names]
 
 
 # --- counts ---------------------------------------------------------------------------
@@ -221,10 +322,10 @@ _SLOPES: dict[str, Callable[[Leaf, Shares], Number]] = {
 }
 
 
-def counts_of_shares(budget: Shares, layers: Layers) -> list[Any]:
+def counts_of_shares(budget: Shares, layers: Layers, params: PyTree) -> list[Any]:
     """Whole counts for each leaf, an array of them where it stacks layers."""
     if budget.kind in ("num_bytes", "num_flops"):
-        shares, goal = _by_cost(budget, layers)
+        shares, goal = _by_cost(budget, layers, params)
         rounded = whole(shares, level(shares, goal), goal)
     else:
         shares, goal = _by_total(budget, layers)
@@ -271,9 +372,11 @@ def _by_total(budget: Shares, layers: Layers) -> tuple[list[Share], Number]:
     return shares, goal
 
 
-def _by_cost(budget: Shares, layers: Layers) -> tuple[list[Share], Number]:
+def _by_cost(
+    budget: Shares, layers: Layers, params: PyTree
+) -> tuple[list[Share], Number]:
     """Shares at one density, and their total cost."""
-    amount, costs = budget.weighed(layers)
+    amount, costs = budget.weighed(layers, params)
     shares = _bounded(budget, layers, costs)
     low = least(shares)
     if layers.leaves and amount < low:
@@ -281,7 +384,7 @@ def _by_cost(budget: Shares, layers: Layers) -> tuple[list[Share], Number]:
             f"`n` leaves {_show(amount)} for the weights and must leave at least "
             f"{_show(low)}: every layer keeps at least one weight and leaves in "
             "`dense` or `overrides` keep theirs. Raise `n` by "
-            f"{_show(low - amount)}, or leave leaves out with `where`."
+            f"{_show(math.ceil(low - amount))}, or leave leaves out with `where`."
         )
     return shares, amount
 
@@ -586,24 +689,31 @@ def nonzeros(
 def num_bytes(
     n: int,
     *,
+    tree: PyTree = None,
+    dtype: Any = None,
+    unit_axis: int = -1,
     overrides: Mapping[str, float] | None = None,
     dense: Iterable[str] = (),
 ) -> Shares:
-    r"""As many weights as fit in a number of bytes, at the same density in every layer.
+    r"""As many weights as fit in a file of n bytes, at the same density in every layer.
 
-    .. math:: \sum_l k_l \, \mathrm{bytes}_l + \lceil N / 8 \rceil \le n
+    The file is the whole file of ``save_sparse``: kept values and their positions,
+    leaves without a mask, header and checksum.
 
-    The bytes are those of the kept values, at the width of the leaf's dtype, and of one
-    mask bit for every weight of a sparse leaf, all bits end to end. Leaves that do not
-    take part (biases, norms) are not counted. (``masks.pack`` rounds each row of a mask
-    up to whole bytes and takes slightly more.)
+    .. math:: \sum_l k_l \left(\mathrm{bytes}_l + \tfrac{r + 1 - 2^{-r}}{8}\right)
+              + \tfrac{N}{8 \cdot 2^r} + \mathrm{rest} \le n
 
-    If all leaves have one dtype, this is the largest number of weights that fits. With
-    several dtypes each layer is within one weight of the common density. If ``n`` holds
-    the whole network, nothing is pruned.
+    Positions are counted at the size that is enough for any masks with these counts, by
+    the best code with r lower bits; random masks take up to 2% of the file less. If
+    ``n`` holds the whole network, nothing is pruned. Under a method that moves weights
+    between layers, the file stays within n bytes if all layers have one dtype.
 
     Args:
       n: Number of bytes, at least 1; 4e6 is four megabytes.
+      tree: The tree that will be saved, concrete or abstract, if it holds more than the
+        parameters: ``{"params": params, "batch_stats": statistics}``.
+      dtype: What the kept values are stored as, see ``save_sparse``.
+      unit_axis: See ``save_sparse``.
       overrides: ``{leaf name: density}`` of fixed densities; the others are solved for.
       dense: Names of leaves that keep every weight and count in the total.
 
@@ -615,12 +725,20 @@ def num_bytes(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from sparse_optax import budgets
+      >>> from sparse_optax import budgets, export, masks
       >>> params = {"w": jnp.zeros((100, 80))}  # 32,000 bytes when dense
-      >>> budgets.num_bytes(5000).counts(params)  # 1,000 bytes of mask, 1,000 floats
-      {'w': 1000}
+      >>> budgets.num_bytes(5000).counts(params)
+      {'w': 1048}
+      >>> made = masks.random_masks(0, params, budgets.num_bytes(5000))
+      >>> 4900 < export.sparse_bytes(params, made) <= 5000
+      True
     """
-    return Shares("num_bytes", check_whole(n), *_options(overrides, dense))
+    rows = None
+    if tree is not None:
+        rows = tuple(dense_row(name, x) for name, x in named_leaves(tree))
+    n = check_whole(n)
+    stored = Stored(rows, checked_dtype(dtype), checked_axis(unit_axis))
+    return Shares("num_bytes", n, *_options(overrides, dense), stored=stored)
 
 
 @boundary("num_flops")
@@ -643,8 +761,9 @@ def num_flops(
     Args:
       n: Total cost of the kept weights: FLOPs per example, above 0.
       costs: FLOPs per kept weight, a number of at least 0 for each leaf that takes
-        part: 2 for a dense layer, 2 * height * width of the output for a convolution. A
-        tree like the parameters or a dict ``{leaf name: number}``.
+        part, from ``flops_per_weight(model, params, example)``: 2 for a dense layer, 2
+        * height * width of the output for a convolution. A tree like the parameters or
+        a dict ``{leaf name: number}``.
       overrides: ``{leaf name: density}`` of fixed densities; the others are solved for.
       dense: Names of leaves that keep every weight and count in the total.
 

@@ -114,7 +114,7 @@ def resolve(
 def counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
     """Counts of weights for each leaf, see ``resolve``; user budgets get params."""
     if isinstance(density, Shares):
-        return density.counts_of(layers)
+        return density.counts_of(layers, params)
     if is_budget(density):
         # In the containers of the parameters, whatever those of the masks are.
         own = layers._replace(structure=jax.tree.structure(params, is_leaf=is_hole))
@@ -122,7 +122,7 @@ def counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
         return list(layers.pick(counts))
     if _is_float(density):
         # Not by the method of the record, which would put its name on errors.
-        return counts_of_shares(Shares("uniform", density), layers)
+        return counts_of_shares(Shares("uniform", density), layers, params)
     return _given_counts(density, layers, params)
 
 
@@ -275,7 +275,10 @@ def pool_of(
                 f"[1, {size}]. Lower it."
             )
     elif is_shares:
-        amount, costs = boundary(density.kind)(density.weighed)(layers)
+        amount, costs = boundary(density.kind)(density.weighed)(layers, params)
+        if density.kind == "num_bytes" and len(set(costs)) > 1:
+            # In bits, since the selection weighs whole numbers exactly.
+            amount, costs = math.floor(8 * amount), [8 * cost for cost in costs]
     else:  # a tree of counts, or a budget of the user's own
         amount = total(counts_of(density, layers, params))
     if size and amount < min(costs):

@@ -10,7 +10,6 @@ finished run leaves counts as finished once ``checksums.json`` names it.
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -23,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_optax.experiments import records
-from sparse_optax.export.file import write_atomically
+from sparse_optax.export.file import content, load_sparse, write_atomically
 
 _SUFFIX = ".ckpt"
 # So many are kept: where the newest is damaged, the run goes on from the other.
 _KEPT = 2
 # What a finished run leaves, in the order in which it is written, and the last of all.
-_LEFT, _CHECKSUMS = ("weights.npz", "record.json"), "checksums.json"
+_LEFT, _CHECKSUMS = ("weights.sparse", "record.json"), "checksums.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,7 +37,7 @@ class RunFolder:
 
     A checkpoint holds the parameters, the optimizer state and the history; random
     keys come from the seed and the epoch, so that a run which goes on from one ends
-    with the same bits as an unbroken run. A finished run leaves ``weights.npz``,
+    with the same bits as an unbroken run. A finished run leaves ``weights.sparse``,
     ``record.json`` and their checksums.
 
     Args:
@@ -151,22 +150,23 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         self.clear()
 
-    def finish(self, params: Any, record: records.Record) -> None:
+    def finish(self, params: Any, record: records.Record, masks: Any) -> None:
         """Writes the final weights and the record, then deletes its checkpoints.
+
+        Args:
+          params: parameters and statistics.
+          record: the record.
+          masks: which weights are stored; all others are zero.
 
         Raises:
           ValueError: where they cannot be written; the checkpoints stay.
         """
-        buffer = io.BytesIO()
-        flat: dict[str, Any] = {name: np.asarray(x) for name, x in _named(params)}
-        np.savez(buffer, **flat)
-        contents = dict(
-            zip(_LEFT, (buffer.getvalue(), records.encode(record)), strict=True)
-        )
-        checksums = {name: _checksum(content) for name, content in contents.items()}
+        weights = b"".join(content(params, masks))
+        contents = dict(zip(_LEFT, (weights, records.encode(record)), strict=True))
+        checksums = {name: _checksum(whole) for name, whole in contents.items()}
         contents[_CHECKSUMS] = json.dumps(checksums).encode()
-        for name, content in contents.items():
-            self._write(self.path / name, [content])
+        for name, whole in contents.items():
+            self._write(self.path / name, [whole])
         self._tidy()
 
     def finished(self, params: Any) -> tuple[Any, records.Record] | None:
@@ -189,7 +189,7 @@ class RunFolder:
                 path = self.path / name
                 if checksums.get(name) != _checksum(path.read_bytes()):
                     raise ValueError("its checksum does not match")
-            weights = _read_weights(self.path / "weights.npz", params)
+            weights = load_sparse(self.path / "weights.sparse", like=params).dense()
             return weights, records.read(self.path / "record.json")
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -263,9 +263,9 @@ def _checksum(*parts: bytes) -> str:
     return checksum.hexdigest()
 
 
-def _decode(content: bytes, state: Any) -> tuple[Any, dict[str, Any]]:
-    """State and history of the content of a file; ``state`` has the structure."""
-    checksum, _, body = content.partition(b"\n")
+def _decode(whole: bytes, state: Any) -> tuple[Any, dict[str, Any]]:
+    """State and history of the bytes of a file; ``state`` has the structure."""
+    checksum, _, body = whole.partition(b"\n")
     if _checksum(body).encode() != checksum:
         raise ValueError("is damaged: its checksum does not match")
     line, _, data = body.partition(b"\n")
@@ -278,15 +278,3 @@ def _decode(content: bytes, state: Any) -> tuple[Any, dict[str, Any]]:
         leaves.append(jnp.array(array))  # a copy, which may be donated
         start += array.nbytes
     return jax.tree.unflatten(jax.tree.structure(state), leaves), header["history"]
-
-
-def _read_weights(path: Path, params: Any) -> Any:
-    """The arrays of an ``.npz`` in the structure of ``params``."""
-    with np.load(path, allow_pickle=False) as flat:
-        there = {name: flat[name] for name in flat.files}
-    wanted = {name: leaf.shape for name, leaf in _named(params)}
-    found = {name: array.shape for name, array in there.items()}
-    if found != wanted:
-        raise ValueError(f"has the arrays {found} instead of {wanted}")
-    leaves = [jnp.asarray(there[name], leaf.dtype) for name, leaf in _named(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -337,6 +337,22 @@ def _joined(params: Any, stats: Any) -> Any:
     return {**params, "stats": stats} if stats else params
 
 
+def _stored(params: Any, masks: Any) -> Any:
+    """Masks of the weights that a file holds: those that are kept or not zero. Nothing
+    is lost where a method has no masks, and no kept weight is forgotten.
+    """
+    hole = optax.MaskedNode()
+
+    def join(x, takes_part, kept):
+        found = x != 0 if takes_part else kept
+        return found if isinstance(kept, optax.MaskedNode) else found | kept
+
+    eligible = sparse_optax.eligible(params)
+    if masks is None:
+        masks = jax.tree.map(lambda x: hole, params)
+    return jax.tree.map(join, params, eligible, masks)
+
+
 def _parted(weights: Any) -> tuple[Any, Any]:
     """Parameters and statistics of what :func:`_joined` made."""
     params = dict(weights)
@@ -421,7 +437,8 @@ class _Run(NamedTuple):
         )
         record = self._record(results, layers, history)
         if folder is not None:
-            folder.finish(_joined(params, stats), record)
+            masks = None if self.plan.masks is None else self.plan.masks(opt_state)
+            folder.finish(_joined(params, stats), record, _stored(params, masks))
         return Trained(record, params, stats, opt_state)
 
     def _stopped(self, epoch: int, saved: int, folder: Any) -> Stopped:

@@ -10,33 +10,62 @@ import numpy as np
 import optax
 
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, is_hole, leaf_names
-from sparse_optax.masks.optimizer_state import named_masks
-from sparse_optax.masks.tree import check_shapes, unpack, whole_count
+from sparse_optax.encoding import (
+    DENSE,
+    Row,
+    Sparse,
+    checked_axis,
+    checked_dtype,
+    dense_bytes,
+    dense_row,
+    encode_mask,
+    file_bytes,
+    is_leaf,
+    key_kinds,
+    leaf_of,
+    most_bytes,
+    named_leaves,
+    suffixed,
+)
+from sparse_optax.layers import PyTree, is_hole
+from sparse_optax.masks.optimizer_state import named_masks, states_with
+from sparse_optax.masks.tree import check_shapes, unpack
 
 
 class SparseLeaf(NamedTuple):
     """One leaf of a loaded model, in NumPy arrays.
 
     Attributes:
-      mask: Boolean array, True where a weight is kept; None for a leaf stored whole.
-      values: The kept values in flat order, or the whole array.
+      positions: Flat indices of the kept weights, ascending; None for a leaf that was
+        stored whole.
+      values: The kept values in this order, or the whole array. Of a random key its
+        data, of a Python value the value.
       shape: Shape of the leaf.
-      dtype: Its dtype.
+      dtype: Its dtype; the name of the type of a random key, or of a Python value.
     """
 
-    mask: np.ndarray | None
-    values: np.ndarray
+    positions: np.ndarray | None
+    values: Any
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any
 
-    def dense(self) -> np.ndarray:
-        """The leaf as an array, missing weights zero."""
-        if self.mask is None:
-            return self.values
-        full = np.zeros(self.shape, self.dtype)
-        full[self.mask] = self.values
-        return full
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Boolean array, True where a weight is kept; None for a leaf stored whole."""
+        if self.positions is None:
+            return None
+        flat = np.zeros(math.prod(self.shape), bool)
+        flat[self.positions] = True
+        return flat.reshape(self.shape)
+
+    def dense(self) -> Any:
+        """The leaf as an array, missing weights zero, or as a key or Python value."""
+        if self.positions is None:
+            is_key = isinstance(self.dtype, str) and self.dtype in key_kinds()
+            return leaf_of(self.dtype, self.values) if is_key else self.values
+        flat = np.zeros(math.prod(self.shape), self.dtype)
+        flat[self.positions] = self.values
+        return flat.reshape(self.shape)
 
 
 class SparseModel(NamedTuple):
@@ -51,21 +80,19 @@ class SparseModel(NamedTuple):
     like: PyTree = None
 
     def dense(self) -> PyTree:
-        """The parameters, missing weights zero.
+        """The tree that was saved, missing weights zero.
 
-        Without ``like`` they are nested dicts, from names split at ``/``; indices of
-        lists become keys such as ``"0"``. Leaves are jax arrays, with the sharding of
-        ``like`` if it has one; without x64, 64-bit leaves stay NumPy arrays.
+        Without ``like`` it is nested dicts, from names split at ``/``; indices of
+        lists become keys such as ``"0"``. Arrays are jax arrays, with the sharding of
+        ``like`` if it has one; without x64, 64-bit leaves stay NumPy arrays. Random
+        keys, None and Python values come back as they were.
         """
         return self._tree({name: x.dense() for name, x in self.leaves.items()})
 
     @property
     def masks(self) -> PyTree:
         """The mask tree, with ``optax.MaskedNode()`` for leaves stored whole."""
-        hole = optax.MaskedNode()
-        return self._tree(
-            {n: hole if x.mask is None else x.mask for n, x in self.leaves.items()}
-        )
+        return self._tree({name: _mask_of(x) for name, x in self.leaves.items()})
 
     @boundary("to_bcsr")
     def to_bcsr(
@@ -141,61 +168,67 @@ class SparseModel(NamedTuple):
     def _tree(self, values: dict[str, Any]) -> PyTree:
         if self.like is None:
             return _nest({name: _place(value, None) for name, value in values.items()})
-        flat, structure = jax.tree.flatten(self.like, is_leaf=is_hole)
+        # None is a leaf of the file, and a part of the structure of a tree.
+        named = dict(named_leaves(self.like))
+        placed = iter([_place(values[name], x) for name, x in named.items()])
+        flat, structure = jax.tree.flatten(self.like, is_leaf=is_leaf)
         return jax.tree.unflatten(
-            structure,
-            [
-                x if is_hole(x) else _place(values[name], x)
-                for name, x in zip(leaf_names(self.like), flat, strict=True)
-            ],
+            structure, [x if is_hole(x) else next(placed) for x in flat]
         )
 
     def _csr(self, name, shape, transpose):
         leaf = self.leaves.get(name)
-        if leaf is None:
+        if leaf is None or isinstance(leaf.dtype, str):
+            arrays = [n for n, x in self.leaves.items() if not isinstance(x.dtype, str)]
             raise ArgumentError(
-                f"`name`={name!r} is no leaf of the model; it must be one of "
-                f"{list(self.leaves)}. Give one of these names."
+                f"`name`={name!r} is no array of the model; it must be one of "
+                f"{arrays}. Give one of these names."
             )
         if shape is None:
             last = leaf.shape[-1] if leaf.shape else 1
             shape = (math.prod(leaf.shape[:-1]), last)
-        mask = np.ones(leaf.shape, bool) if leaf.mask is None else leaf.mask
+        size, positions = math.prod(leaf.shape), leaf.positions
         try:
             if len(leaf.shape) < 2 or len(shape) != 2:
                 raise ValueError("two dimensions are needed")
-            matrix = mask.reshape(shape)
+            # The shape of a view of one number: nothing is allocated.
+            shape = np.broadcast_to(False, size).reshape(shape).shape
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"`shape`={shape!r} does not make a matrix of the leaf "
                 f"{name!r} of shape {leaf.shape} ({error}); it must be two numbers "
-                f"whose product is {mask.size}, of a leaf of two or more dimensions. "
+                f"whose product is {size}, of a leaf of two or more dimensions. "
                 "Give (rows, columns)."
             ) from error
-        rows, columns = np.nonzero(matrix)
-        data, size = leaf.values.reshape(-1), matrix.shape
+        flat = np.arange(size) if positions is None else positions.astype(np.int64)
+        rows, columns = np.divmod(flat, max(shape[1], 1))
+        data = leaf.values.reshape(-1)
         if transpose:
             order = np.argsort(columns, kind="stable")
             rows, columns, data = columns[order], rows[order], data[order]
-            size = size[::-1]
-        starts = np.searchsorted(rows, np.arange(size[0] + 1))
-        index = np.int32 if max(*size, len(data)) < 2**31 else np.int64
-        return data, columns.astype(index), starts.astype(index), size
+            shape = shape[::-1]
+        starts = np.searchsorted(rows, np.arange(shape[0] + 1))
+        index = np.int32 if max(*shape, len(data)) < 2**31 else np.int64
+        return data, columns.astype(index), starts.astype(index), shape
+
+
+def _mask_of(leaf: SparseLeaf) -> Any:
+    """What a mask tree holds for a leaf."""
+    if leaf.positions is None:
+        return None if leaf.dtype == "None" else optax.MaskedNode()
+    return leaf.mask
 
 
 def pair_masks(params: PyTree, masks: PyTree) -> list[tuple[str, Any, Any]]:
     """Name, leaf and mask (or None) of every leaf of params that is no hole."""
+    _refuse_gsm(masks)
+    leaves = named_leaves(params)
+    names = [name for name, _ in leaves]
     named = named_masks(masks)
-    flat = jax.tree.leaves(params, is_leaf=is_hole)
-    pairs = [
-        (name, x, named.pop(name, None))
-        for name, x in zip(leaf_names(params), flat, strict=True)
-        if not is_hole(x)
-    ]
-    names = [name for name, _, _ in pairs]
-    if named:
+    named = dict(zip(suffixed(named, names), named.values(), strict=True))
+    if unknown := sorted(named.keys() - set(names)):
         raise ArgumentError(
-            f"`masks` holds {sorted(named)}, which `params` does not; the "
+            f"`masks` holds {unknown}, which `params` does not; the "
             f"parameters are {names}. Pass masks made for these parameters."
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -203,42 +236,69 @@ def pair_masks(params: PyTree, masks: PyTree) -> list[tuple[str, Any, Any]]:
             f"several leaves of `params` are named {twice}; each name must "
             "stand once. Rename keys that hold a slash."
         )
-    for name, x, mask in pairs:
-        dtype = getattr(x, "dtype", None)
-        kinds = (np.number, np.bool_)
-        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+    for name, x in leaves:
+        row = dense_row(name, x)  # raises for what a file cannot hold
+        if (mask := named.get(name)) is None:
+            continue
+        if row.kind != DENSE:
             raise ArgumentError(
-                f"the leaf {name!r} of `params` is of type "
-                f"{dtype or type(x).__name__}; every leaf must be an array of numbers. "
-                "Leave it out, as eqx.filter(model, eqx.is_array) does, or convert it: "
-                "a random key by jax.random.key_data."
+                f"`masks` has a mask for {name!r}, which is no array of numbers in "
+                "`params`; only arrays can be sparse. Take it out of `masks`."
             )
-        if mask is not None:
-            check_shapes([mask], [x], [name])
-    return pairs
+        check_shapes([mask], [x], [name])
+    return [(name, x, named.get(name)) for name, x in leaves]
+
+
+def _refuse_gsm(masks: PyTree) -> None:
+    """A state of GSM has no masks; what is cut is chosen after training."""
+    masked = any(True for _ in states_with(masks, "regrow_masks"))
+    if not masked and any(True for _ in states_with(masks, "gsm_threshold")):
+        raise ArgumentError(
+            "`masks` is a state of GSM, which lets gradients pass and masks no weight; "
+            "it must be a mask tree or the state of a method that has masks. Cut "
+            "first: masks = sparse_optax.masks.magnitude_masks(params, density), "
+            "params = sparse_optax.sparsify(params, masks). Then pass these masks."
+        )
 
 
 def stored_bytes(layers: Iterable[tuple[int, int, int]]) -> int:
-    """Bytes of sparse layers: one bit per weight end to end, and the kept values. A
-    layer is its number of weights, the number kept, and the bytes of one weight.
+    """Bytes that sparse layers take at most in a file: the kept values and their
+    positions. A layer is its number of weights, the number kept, and the bytes of one
+    weight.
     """
-    layers = list(layers)
-    bits = sum(weights for weights, _, _ in layers)
-    return -(-bits // 8) + sum(kept * width for _, kept, width in layers)
+    return sum(most_bytes(size, kept) + kept * width for size, kept, width in layers)
+
+
+def encode_leaves(
+    params: PyTree, masks: PyTree, dtype: Any, unit_axis: int
+) -> list[tuple[Row | Sparse, Any, np.ndarray | None]]:
+    """The row of each leaf, or the row and the positions; the leaf; its mask."""
+    dtype, unit_axis = checked_dtype(dtype), checked_axis(unit_axis)
+    found = []
+    for name, x, mask in pair_masks(params, masks):
+        if mask is None:
+            found.append((dense_row(name, x), x, None))
+            continue
+        kept = np.asarray(unpack(mask))
+        found.append((encode_mask(name, x, kept, dtype, unit_axis), x, kept))
+    return found
 
 
 @boundary("sparse_bytes")
-def sparse_bytes(params: PyTree, masks: PyTree) -> int:
-    """Bytes of a sparse model as stored by ``save_sparse``, without the container.
-
-    The container adds a header, a few hundred bytes per leaf, and compresses masks.
+def sparse_bytes(
+    params: PyTree, masks: PyTree, *, dtype: Any = None, unit_axis: int = -1
+) -> int:
+    """Bytes of the file that ``save_sparse`` would write.
 
     Args:
-      params: The parameters, concrete or abstract.
+      params: The parameters, concrete or abstract, with all else that is saved.
       masks: A concrete mask tree, or an optimizer state that holds one.
+      dtype: See ``save_sparse``.
+      unit_axis: See ``save_sparse``.
 
     Returns:
-      Bytes of mask bits, of kept values and of leaves without a mask.
+      Bytes of the whole file: kept values, their positions, leaves without a mask,
+      header and checksum.
 
     Raises:
       ValueError: If the masks do not fit the parameters.
@@ -246,17 +306,16 @@ def sparse_bytes(params: PyTree, masks: PyTree) -> int:
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
       >>> params = {"b": jnp.ones(3), "w": jnp.ones((3, 3))}
-      >>> sparse_optax.export.sparse_bytes(params, {"w": jnp.eye(3, dtype=bool)})
-      26
+      >>> mask = {"w": jnp.eye(3, dtype=bool)}
+      >>> sparse_optax.export.sparse_bytes(params, mask)
+      257
     """
-    layers, whole = [], 0
-    for _, x, mask in pair_masks(params, masks):
-        size, width = math.prod(x.shape), x.dtype.itemsize
-        if mask is None:
-            whole += size * width
-        else:
-            layers.append((size, whole_count(jnp.asarray(unpack(mask))), width))
-    return whole + stored_bytes(layers)
+    leaves = encode_leaves(params, masks, dtype, unit_axis)
+    rows = [x.row if isinstance(x, Sparse) else x for x, _, _ in leaves]
+    sizes = (
+        x.nbytes if isinstance(x, Sparse) else dense_bytes(x) for x, _, _ in leaves
+    )
+    return file_bytes(rows, sum(sizes))
 
 
 # --- trees ----------------------------------------------------------------------------
@@ -268,9 +327,11 @@ def _to_jax(x: np.ndarray) -> Any:
 def _place(value: Any, like: Any) -> Any:
     """A value on the devices of its leaf."""
     sharding = getattr(like, "sharding", None)
-    if is_hole(value) or sharding is None:
-        return value if is_hole(value) else _to_jax(value)
-    return jax.device_put(value, sharding)
+    if not hasattr(value, "dtype"):  # a hole, None or a Python value
+        return value
+    if sharding is not None:
+        return jax.device_put(value, sharding)
+    return _to_jax(value) if isinstance(value, np.ndarray) else value
 
 
 def _nest(values: dict[str, Any]) -> PyTree:
