@@ -288,8 +288,11 @@ def test_report_snippet_tells_and_keeps_the_run(trained, tmp_path, monkeypatch, 
     assert total.split()[1:3] == [f"{WEIGHTS:,}", str(kept(0.05))]
     assert names["metrics"]["kept/total"] == kept(0.05)
     biases = sum(SIZES[1:])
-    payload = -(-WEIGHTS // 8) + 4 * (kept(0.05) + biases)
-    assert names["summary"].file_bytes == payload
+    values = 4 * (kept(0.05) + biases)
+    # Positions take less than a bitmap.
+    assert values < names["summary"].file_bytes < values + WEIGHTS // 8
+    size = (tmp_path / "model.sparse").stat().st_size
+    assert values < size < names["summary"].file_bytes + 600  # the header
     before, after = trained["params"], names["params"]
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):

@@ -918,7 +918,7 @@ CRAFTED = {
     "a shape of another size": {"shape": at(1, [3, 1])},
     "a shape of negative numbers": {"shape": at(0, [-2])},
     "a shape of huge numbers": {"shape": at(0, [2**62, 2**62])},
-    "a shape of many huge numbers": {"shape": at(0, [10**4000] * 3000)},
+    "a shape of many huge numbers": {"shape": at(0, [10**4000] * 200)},
     "a shape of very many axes": {"shape": at(0, [1] * 100_000)},
     "a shape of zeros and huge numbers": {"shape": at(0, [0, *[2**60] * 3])},
     "a shape of floats": {"shape": at(0, [2.0])},

@@ -12,8 +12,8 @@ class Layer(NamedTuple):
       weights: Number of weights.
       kept: How many of them the mask keeps; without a mask, how many are not zero.
       dense_bytes: Bytes of all weights.
-      sparse_bytes: Bytes of one bit per weight and of the kept weights. The bits of all
-        layers lie end to end, so the total may be less than the sum.
+      sparse_bytes: Bytes that the kept weights and their positions take in a sparse
+        file, at most; ``export.sparse_bytes`` gives the size of the whole file.
       dense_flops: FLOPs of all weights.
       kept_flops: FLOPs of the kept weights.
       removed: Weights removed in the last cycle.
@@ -90,7 +90,7 @@ class Summary(NamedTuple):
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the whole model in a sparse file, before the container."""
+        """Bytes of the whole model in a sparse file, at most, without its header."""
         return self.total.sparse_bytes + self.dense_bytes
 
     def scalars(self) -> dict[str, float]:
@@ -162,9 +162,9 @@ def table(summary: Summary) -> str:
       >>> from sparse_optax import report
       >>> print(report.table(report.summary({"kernel": jnp.eye(2, 40)})))
       layer   weights  kept  density  bytes  empty_units
-      kernel       80     2     2.5%     18           38
-      total        80     2     2.5%     18           38
-      18 bytes sparse, 320 dense; 0 parameters in dense leaves included.
+      kernel       80     2     2.5%     10           38
+      total        80     2     2.5%     10           38
+      10 bytes sparse, 320 dense; 0 parameters in dense leaves included.
     """
     rows = (*summary.layers, summary.total)
     columns = [["layer", *(layer.name for layer in rows)]]
