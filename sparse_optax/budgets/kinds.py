@@ -704,7 +704,7 @@ def num_bytes(
               + \tfrac{N}{8 \cdot 2^r} + \mathrm{rest} \le n
 
     Positions are counted at the size that is enough for any masks with these counts, by
-    the best code with r lower bits; random masks take up to 2% of the file less. If
+    the best code with r lower bits; random masks take a few percent less. If
     ``n`` holds the whole network, nothing is pruned. Under a method that moves weights
     between layers, the file stays within n bytes if all layers have one dtype.
 
