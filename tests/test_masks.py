@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from helpers import kernels, network, refuses
+from helpers import kernels, mask_tree, network, refuses
 
 import sparse_optax
 from sparse_optax import layers, masks, sparse_momentum_regrow
@@ -743,5 +743,134 @@ def test_random_masks_keep_what_they_are_told_to(density):
 
 def test_random_masks_refuse_masks_of_other_parameters():
     kept = masks.random_masks(0, {"w": jnp.zeros((4, 5))}, 0.5)
-    with pytest.raises(ValueError, match=r"^random_masks: the mask of 'w' has shape"):
+    with refuses("random_masks", "`keep`", r"\(4, 5\)", r"\(5, 4\)"):
         masks.random_masks(0, {"w": jnp.zeros((5, 4))}, 0.5, keep=kept)
+
+
+# --- masks of what is there, and sets of weights --------------------------------------
+
+
+def test_nonzero_masks_leave_biases_that_are_zero_free():
+    """A model whose biases are zero: `w != 0` would freeze them for ever."""
+    rng = np.random.default_rng(0)
+    dense = network(SHAPES)
+    dropped = [rng.random(shape) < 0.8 for shape in SHAPES]
+    for layer, drop in zip(sorted(dense), dropped, strict=True):
+        dense[layer]["kernel"] = jnp.where(drop, 0.0, dense[layer]["kernel"])
+        dense[layer]["bias"] = jnp.zeros_like(dense[layer]["bias"])
+    found = masks.nonzero_masks(dense)
+    for m, drop in zip(kernels(found), dropped, strict=True):
+        np.testing.assert_array_equal(m, ~drop)
+    assert isinstance(found["Dense_0"]["bias"], optax.MaskedNode)
+    tx = sparse_optax.static_sparse(optax.adam(0.1), masks=found)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, dense), tx.init(dense), dense)
+    after = optax.apply_updates(dense, updates)
+    for layer, drop in zip(sorted(dense), dropped, strict=True):
+        assert (np.asarray(after[layer]["bias"]) != 0).all()
+        np.testing.assert_array_equal(np.asarray(after[layer]["kernel"]) == 0, drop)
+
+
+def test_nonzero_masks_go_by_the_bits():
+    """CPUs compare the smallest numbers as zero; a sign of zero is no number."""
+    x = np.array([[0.0, -0.0, 1e-42, -1e-42, np.nan, np.inf, 2.0, -3.0]], np.float32)
+    wanted = [[False, False, True, True, True, True, True, True]]
+    assert masks.nonzero_masks({"w": jnp.asarray(x)})["w"].tolist() == wanted
+    jitted = jax.jit(masks.nonzero_masks)({"w": jnp.asarray(x)})
+    assert jitted["w"].tolist() == wanted
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = jnp.asarray([[0.0, -0.0, 1.0]], dtype)
+        assert masks.nonzero_masks({"w": half})["w"].tolist() == [[False, False, True]]
+
+
+def test_nonzero_masks_of_other_leaves_and_trees():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    found = masks.nonzero_masks(nnx.state(model, nnx.Param))
+    assert masks.count(found) == 12
+    params = {"bias": jnp.array([0.0, 1.0]), "w": jnp.ones((2, 2))}
+    chosen = masks.nonzero_masks(params, where=lambda name, x: name == "bias")
+    assert chosen["bias"].tolist() == [False, True]
+    assert isinstance(chosen["w"], optax.MaskedNode)
+    shapes = jax.eval_shape(lambda: params)
+    with refuses("nonzero_masks", "`params`", "'w'", "abstract"):
+        masks.nonzero_masks(shapes)
+
+
+def test_union_and_difference_are_those_of_sets():
+    rng = np.random.default_rng(0)
+    trees = [
+        mask_tree([rng.random(shape) < p for shape in SHAPES]) for p in (0.3, 0.5, 0.2)
+    ]
+    packed = jax.tree.map(masks.pack, trees[1])
+    a, b, c = map(kernels, trees)
+    got = kernels(masks.union(trees[0], packed, trees[2]))
+    for m, x, y, z in zip(got, a, b, c, strict=True):
+        np.testing.assert_array_equal(m, x | y | z)
+    got = kernels(masks.difference(trees[0], packed, trees[2]))
+    for m, x, y, z in zip(got, a, b, c, strict=True):
+        np.testing.assert_array_equal(m, x & ~y & ~z)
+    assert isinstance(masks.union(*trees)["Dense_0"]["bias"], optax.MaskedNode)
+    for m, x in zip(kernels(masks.union(packed)), b, strict=True):
+        np.testing.assert_array_equal(m, x)
+
+
+def test_union_of_masks_of_other_leaves():
+    one, two = {"a": jnp.ones(3, bool)}, {"a": optax.MaskedNode()}
+    with refuses("masks.union", "masks", "'a'", "same leaves"):
+        masks.union(one, two)
+    with refuses("masks.difference", "masks", "'b'", "equal"):
+        masks.difference(one, {"b": jnp.ones(3, bool)})
+    with refuses("masks.union", "a", r"\(3,\)", r"\(4,\)"):
+        masks.union(one, {"a": jnp.ones(4, bool)})
+    with refuses("masks.union", "masks", "empty", "one mask tree"):
+        masks.union()
+
+
+def test_a_network_with_a_new_head_and_a_new_layer_keeps_its_old_masks():
+    """Leaves are paired by name; a new one, or one of another shape, is drawn anew."""
+    old = network(SHAPES)
+    kept = masks.magnitude_masks(old, 0.3, scope="leaf")
+    new = network((SHAPES[0], (9, 20), (20, 5)))
+    made = masks.random_masks(0, new, 0.3, keep=kept)
+    counts = [int(m.sum()) for m in kernels(made)]
+    assert counts == [int(m.sum()) for m in kernels(masks.random_masks(0, new, 0.3))]
+    a, b = kernels(kept)[0], kernels(made)[0]
+    smaller, larger = sorted((a, b), key=lambda m: int(m.sum()))
+    assert not (smaller & ~larger).any()
+    # A leaf that nothing is known of is drawn as without `keep`: uniformly.
+    draw = jax.jit(
+        jax.vmap(lambda s: masks.random_masks(s, new, 0.3, keep=kept)["Dense_1"])
+    )
+    share = np.asarray(draw(jnp.arange(200))["kernel"]).mean(0)
+    assert abs(share - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / 200)
+    state = sparse_optax.static_sparse(density=0.3, key=0).init(old)
+    again = masks.random_masks(0, old, 0.3, keep=state)
+    for x, y in zip(kernels(again), kernels(state.regrow_masks), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_masks_of_another_network_are_no_keep():
+    kept = {"other": {"kernel": jnp.ones((3, 3), bool)}}
+    with refuses("random_masks", "`keep`", "other/kernel", "Dense_0/kernel"):
+        masks.random_masks(0, network(SHAPES), 0.5, keep=kept)
+
+
+def test_set_masks_takes_a_part_of_a_tree():
+    params = network(SHAPES)
+    for packed in (False, True):
+        tx = sparse_optax.static_sparse(
+            optax.sgd(0.1), density=0.3, key=0, packed=packed
+        )
+        state = tx.init(params)
+        before = kernels(sparse_optax.get_masks(state))
+        part = {"Dense_1": {"kernel": jnp.eye(9, 7, dtype=bool)}}
+        changed = sparse_optax.set_masks(state, part)
+        assert jax.tree.structure(changed) == jax.tree.structure(state)
+        after = kernels(sparse_optax.get_masks(changed))
+        np.testing.assert_array_equal(after[0], before[0])
+        np.testing.assert_array_equal(after[1], np.eye(9, 7, dtype=bool))
+    with refuses("set_masks", "Dense_1", r"\(2, 2\)", r"\(9, 7\)"):
+        sparse_optax.set_masks(state, {"Dense_1": {"kernel": jnp.ones((2, 2), bool)}})
+    with refuses("set_masks", "masks", "Dense_7", "Dense_0/kernel"):
+        sparse_optax.set_masks(state, {"Dense_7": {"kernel": jnp.ones((2, 2), bool)}})
+    with refuses("set_masks", "`masks`", "no mask", "at least one"):
+        sparse_optax.set_masks(state, {"Dense_1": {"kernel": optax.MaskedNode()}})

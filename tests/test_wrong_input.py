@@ -325,8 +325,8 @@ def test_set_masks_of_another_shape():
 
 def test_set_masks_of_another_structure():
     _, state = regrow()
-    with refuses("set_masks", "mask"):
-        sparse_optax.set_masks(state, ones((4, 3)))
+    with refuses("set_masks", "`masks`", "Dense_2/kernel", "Dense_0/kernel"):
+        sparse_optax.set_masks(state, ones((4, 3), (3, 5), (5, 2)))
 
 
 def test_sparsify_with_masks_of_another_shape():

@@ -28,7 +28,7 @@ from sparse_optax.encoding import (
     suffixed,
 )
 from sparse_optax.layers import PyTree, is_hole
-from sparse_optax.masks.optimizer_state import named_masks, states_with
+from sparse_optax.masks.optimizer_state import kept_masks, states_with
 from sparse_optax.masks.tree import check_shapes, unpack
 
 
@@ -224,7 +224,7 @@ def pair_masks(params: PyTree, masks: PyTree) -> list[tuple[str, Any, Any]]:
     _refuse_gsm(masks)
     leaves = named_leaves(params)
     names = [name for name, _ in leaves]
-    named = named_masks(masks)
+    named = kept_masks(masks)
     named = dict(zip(suffixed(named, names), named.values(), strict=True))
     if unknown := sorted(named.keys() - set(names)):
         raise ArgumentError(

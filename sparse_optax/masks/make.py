@@ -21,8 +21,15 @@ from sparse_optax.budgets.resolve import (
     unit_counts_of,
 )
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import Layers, PyTree, Where, is_hole, layers_of, leaf_names
-from sparse_optax.masks.tree import check_names, check_shapes, flatten, names_of, unpack
+from sparse_optax.layers import Layers, PyTree, Where, layers_of, leaf_names
+from sparse_optax.masks.optimizer_state import named_masks
+from sparse_optax.masks.tree import (
+    flatten,
+    is_nonzero,
+    mask_shape,
+    names_of,
+    unpack,
+)
 from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.selection import mesh
 from sparse_optax.selection.topk import LONGEST
@@ -236,7 +243,9 @@ def random_masks(
         embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       keep: Masks whose weights come first: a larger budget keeps all of them and adds
-        random ones, a smaller one keeps a random part of them.
+        random ones, a smaller one keeps a random part of them. Leaves are paired by
+        name. A leaf that ``keep`` lacks, or has in another shape, is drawn anew: a new
+        layer, a new head.
 
     Returns:
       A mask tree; each mask has the sharding of its leaf.
@@ -253,22 +262,80 @@ def random_masks(
       >>> more = masks.random_masks(1, {"w": jnp.zeros((20, 10))}, 0.1, keep=kept)
       >>> masks.count(more), masks.count(masks.combine(jnp.logical_and, kept, more))
       (20, 10)
+      >>> new = {"head": jnp.zeros((10, 3)), "w": jnp.zeros((20, 10))}
+      >>> wider = masks.random_masks(1, new, 0.1, keep=kept)
+      >>> masks.count(wider), masks.count({"w": kept["w"] & wider["w"]})
+      (23, 10)
     """
     layers = layers_of(params, where, stacked)
     counts, like = counts_of(budget, layers, params), layers.pick(params)
     first = None
     if keep is not None:
-        given, structure = flatten(keep)
-        names, flat = leaf_names(params), jax.tree.leaves(params, is_leaf=is_hole)
-        check_names(structure, names)
-        check_shapes(given, flat, names)
-        nothing = jnp.zeros((), bool)
-        first = [
-            jnp.broadcast_to(nothing if is_hole(m) else unpack(m), x.shape)
-            for m, x in zip(layers.pick(keep), like, strict=True)
-        ]
+        first = _kept_first(keep, layers, like)
     kept = random_of_layers(as_key(key), layers, like, counts, first)
     return layers.rebuild(kept)
+
+
+def _kept_first(keep: PyTree, layers: Layers, like: Sequence[Any]) -> list[jax.Array]:
+    """For each leaf the mask in `keep` that fits it, or an empty one."""
+    named = named_masks(keep)
+    fits = {
+        leaf.name: unpack(named[leaf.name])
+        for leaf in layers.leaves
+        if leaf.name in named and mask_shape(named[leaf.name]) == leaf.shape
+    }
+    if layers.index and not fits:
+        shapes = {leaf.name: leaf.shape for leaf in layers.leaves}
+        given = {name: mask_shape(mask) for name, mask in named.items()}
+        raise ArgumentError(
+            f"`keep` has masks of the shapes {given}, none of which is a leaf of "
+            f"`params` that takes part ({shapes}); one or more must be. Pass masks of "
+            "a network that shares a layer with this one."
+        )
+    nothing = jnp.zeros((), bool)
+    return [
+        jnp.broadcast_to(fits.get(name, nothing), x.shape)
+        for name, x in zip(layers.names, like, strict=True)
+    ]
+
+
+@boundary("nonzero_masks")
+def nonzero_masks(params: PyTree, *, where: Where | None = None) -> PyTree:
+    """Masks of the weights that are not zero, to fine-tune a pruned model.
+
+    ``static_sparse(inner, masks=nonzero_masks(params))`` keeps its zeros. A leaf that
+    does not take part, such as a bias, gets a hole and no mask: it trains whole, also
+    where it is zero. A tree of ``w != 0`` would freeze a zero bias for ever.
+
+    Args:
+      params: The parameters of the pruned model, concrete or traced.
+      where: Which leaves take part, see ``eligible``.
+
+    Returns:
+      A mask tree, placed like the parameters. Subnormal numbers count as nonzero, NaN
+      too.
+
+    Raises:
+      ValueError: If no leaf takes part, or a leaf has no values.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sparse_optax
+      >>> pruned = {"bias": jnp.zeros(2), "kernel": jnp.array([[0.0, 1.5], [2.0, 0.0]])}
+      >>> found = sparse_optax.masks.nonzero_masks(pruned)
+      >>> found["bias"], found["kernel"].tolist()
+      (MaskedNode(), [[False, True], [True, False]])
+      >>> tx = sparse_optax.static_sparse(optax.adam(1e-3), masks=found)
+    """
+    layers = layers_of(params, where)
+    leaves = layers.pick(params)
+    for name, x in zip(layers.names, leaves, strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ArgumentError(
+                f"the leaf {name!r} of `params` is abstract; its zeros are not known. "
+                "Pass concrete arrays."
+            )
+    arrays = map(jnp.asarray, leaves)
+    return layers.rebuild(place(is_nonzero(x), x) for x in arrays)
 
 
 @boundary("magnitude_masks")

@@ -131,6 +131,49 @@ def get_masks(opt_state: PyTree) -> PyTree:
     )
 
 
+def freezes(opt_state: PyTree) -> bool:
+    """Whether a state leaves weights outside of its masks as they are, instead of zero:
+    ``static_sparse(freeze=True)``, or a method with ``within``.
+    """
+    states = states_with(opt_state, "regrow_masks")
+    return any(jax.tree.leaves(getattr(s, "frozen", ())) for s in states)
+
+
+def kept_masks(masks_or_state: PyTree) -> dict[str, Any]:
+    """Masks by name of the weights that are not held at zero: the active ones, and
+    those that a state freezes. A mask tree freezes none.
+    """
+    named = named_masks(masks_or_state)
+    for state in states_with(masks_or_state, "regrow_masks"):
+        for name, frozen in _named_frozen(state).items():
+            if name in named:
+                mask = unpack(named[name])
+                # A scalar, or one for each member of an ensemble, is for a whole leaf.
+                axes = frozen.shape + (1,) * (mask.ndim - frozen.ndim)
+                named[name] = jnp.logical_or(mask, frozen.reshape(axes))
+    return named
+
+
+def _named_frozen(state: Any) -> dict[str, jax.Array]:
+    """What a state of ``regrow`` freezes, by the name of the leaf."""
+    flat, structure = flatten(getattr(state, "frozen", ()))
+    pairs = zip(names_of(structure), flat, strict=True)
+    return {name: jnp.asarray(unpack(x)) for name, x in pairs if not is_hole(x)}
+
+
+def _check_not_frozen(name: str, mask: jax.Array, frozen: jax.Array | None) -> None:
+    """Raises if a mask keeps weights that `within` excludes; a scalar excludes none."""
+    if frozen is None or frozen.shape != mask.shape or not mask.ndim:
+        return
+    outside = jnp.logical_and(mask, frozen)
+    if not isinstance(outside, Tracer) and bool(jnp.any(outside)):
+        raise ArgumentError(
+            f"`masks` keeps {int(outside.sum())} weights of {name!r} that the method's "
+            "`within` excludes; there must be none. Pass "
+            "masks.combine(jnp.logical_and, masks, within)."
+        )
+
+
 @boundary("get_explored")
 def get_explored(opt_state: PyTree) -> PyTree:
     """Which weights were ever active, if a growth rule records it.
@@ -184,7 +227,8 @@ def set_masks(
 
     Args:
       opt_state: An optimizer state with at least one state of ``regrow``.
-      masks: A mask tree like the parameters, not read where a state has a hole.
+      masks: A mask tree, paired by name. Leaves that it lacks, or that are holes in it,
+        keep their masks, so that one layer can be given alone.
       count: Number of finished updates that belongs to the masks, for the prune rate,
         the times of cycles and a ``ramp``; None keeps the state's own. Counters of the
         inner optimizer stay.
@@ -214,7 +258,13 @@ def set_masks(
     if count is not None:
         checks.whole("count", count, 0, most=2**31 - 1, cure=_COUNT)
     given = named_masks(masks)
+    if not given:
+        raise ArgumentError(
+            "`masks` holds no mask; it must hold at least one. Pass masks such as "
+            "sparse_optax.masks.magnitude_masks(params, 0.1)."
+        )
     used: set[str] = set()
+    known: set[str] = set()
 
     def as_count(old):
         return jnp.full_like(old, 0 if count is None else count, dtype=jnp.int32)
@@ -223,22 +273,28 @@ def set_masks(
         if not _has_masks(node):
             return node
         old, structure = flatten(node.regrow_masks)
+        frozen = _named_frozen(node)
         new = []
         for previous, name in zip(old, names_of(structure), strict=True):
             if is_hole(previous):
                 new.append(previous)
                 continue
+            known.add(name)
             mask = given.get(name)
-            if mask is None or mask_shape(mask) != mask_shape(previous):
-                got = "none" if mask is None else f"shape {mask_shape(mask)}"
+            if mask is None:
+                new.append(previous)
+                continue
+            if mask_shape(mask) != mask_shape(previous):
                 raise ArgumentError(
-                    f"`masks` must hold a mask of shape "
-                    f"{mask_shape(previous)} for {name!r}; got {got}. Pass masks made "
-                    "for these parameters."
+                    f"`masks` holds a mask of shape {mask_shape(mask)} for {name!r}; "
+                    f"it must be {mask_shape(previous)}. Pass masks made for these "
+                    "parameters, or masks.random_masks(key, params, budget, "
+                    "keep=masks) for a layer of another shape."
                 )
             used.add(name)
             # Copied: the state may be donated, the caller's masks may not.
             plain = jnp.array(unpack(mask), bool, copy=True)
+            _check_not_frozen(name, plain, frozen.get(name))
             new.append(
                 unnamed(pack)(plain) if isinstance(previous, PackedMask) else plain
             )
@@ -255,7 +311,7 @@ def set_masks(
     if unknown := sorted(given.keys() - used):
         raise ArgumentError(
             f"`masks` holds {unknown}, which no state masks; the names must "
-            f"be among {sorted(used)}. Leave them out."
+            f"be among {sorted(known)}. Leave them out."
         )
     return replaced
 
@@ -293,7 +349,8 @@ def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
 
     Args:
       params: The parameters.
-      masks_or_state: A mask tree, or an optimizer state that holds one.
+      masks_or_state: A mask tree, or an optimizer state that holds one. Weights that a
+        state freezes (``static_sparse(freeze=True)``, ``within``) stay as they are.
 
     Returns:
       The parameters in their own type, missing weights exactly zero.
@@ -308,7 +365,7 @@ def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
       >>> sparse_optax.sparsify(params, mask)["w"].tolist()
       [[1.0, 0.0]]
     """
-    by_name = named_masks(masks_or_state)
+    by_name = kept_masks(masks_or_state)
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     result = []
     for name, x in zip(leaf_names(params), flat, strict=True):

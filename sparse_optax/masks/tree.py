@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import (
@@ -102,6 +103,17 @@ def unpack(mask: jax.Array | PackedMask) -> jax.Array:
         return mask.astype(bool) if integer else mask
     bits = mask.bits.astype(jnp.uint8)
     return jnp.unpackbits(bits, axis=-1, count=mask_shape(mask)[-1]).astype(bool)
+
+
+def is_nonzero(x: jax.Array) -> jax.Array:
+    """Which entries are nonzero, by bits: CPUs compare subnormals as zero."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.logical_or(is_nonzero(jnp.real(x)), is_nonzero(jnp.imag(x)))
+    width = jnp.finfo(x.dtype).bits
+    if width < 8:
+        return x != 0
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    return bits << 1 != 0  # the sign of zero shifted out
 
 
 # --- counts -------------------------------------------------------------------------
@@ -267,6 +279,79 @@ def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
         *masks,
         is_leaf=is_mask,
     )
+
+
+@boundary("masks.union")
+def union(*masks: PyTree) -> PyTree:
+    """Weights that at least one of several mask trees keeps.
+
+    Args:
+      *masks: Mask trees with masks for the same leaves, plain or packed; one or more.
+
+    Returns:
+      A mask tree of plain arrays, with the structure of the first.
+
+    Raises:
+      ValueError: If the trees have masks for different leaves, or of other shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> a, b = ({"w": jnp.array(x, bool)} for x in ([1, 0, 0], [0, 1, 0]))
+      >>> sparse_optax.masks.union(a, b)["w"].tolist()
+      [True, True, False]
+    """
+    return _pairwise(jnp.logical_or, masks)
+
+
+@boundary("masks.difference")
+def difference(masks: PyTree, *others: PyTree) -> PyTree:
+    """Weights that the first mask tree keeps and none of the others.
+
+    For instance what a second task adds to a first one. Weights that no task uses are
+    ``combine(jnp.logical_not, used)``.
+
+    Args:
+      masks: A mask tree, plain or packed.
+      *others: Mask trees with masks for the same leaves.
+
+    Returns:
+      A mask tree of plain arrays, with the structure of the first.
+
+    Raises:
+      ValueError: If the trees have masks for different leaves, or of other shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> a, b = ({"w": jnp.array(x, bool)} for x in ([1, 1, 0], [0, 1, 1]))
+      >>> sparse_optax.masks.difference(a, b)["w"].tolist()
+      [True, False, False]
+    """
+    return _pairwise(
+        lambda a, b: jnp.logical_and(a, jnp.logical_not(b)), (masks, *others)
+    )
+
+
+def _pairwise(operator: Callable[..., jax.Array], trees: Sequence[PyTree]) -> PyTree:
+    """An operator of two masks over all trees; holes must agree."""
+    if not trees:
+        raise ArgumentError("`masks` is empty; give one mask tree or more.")
+    columns = [flatten(tree) for tree in trees]
+    first, structure = columns[0]
+    names = names_of(structure)
+    result = [m if is_hole(m) else unpack(m) for m in first]
+    for other, others_structure in columns[1:]:
+        check_names(others_structure, names)
+        for i, (name, m) in enumerate(zip(names, other, strict=True)):
+            if is_hole(m) != is_hole(result[i]):
+                raise ArgumentError(
+                    f"only one of the `masks` has a mask for {name!r}, and the other a "
+                    "hole; all must take the same leaves. Use masks.fill on both."
+                )
+            if is_hole(m):
+                continue
+            check_shapes([m], [result[i]], [name])
+            result[i] = operator(result[i], unpack(m))
+    return jax.tree.unflatten(structure, result)
 
 
 @boundary("masks.fill")

@@ -29,6 +29,8 @@ class Layer(NamedTuple):
       nonzero: With a mask, how many weights are not zero.
       outside: How many of these the mask does not keep; 0 after an update of a method
         that is last in its chain.
+      trained: Weights that train, where the state freezes all others at their value;
+        these are kept, too.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Layer(NamedTuple):
     threshold: float | None = None
     nonzero: int | None = None
     outside: int | None = None
+    trained: int | None = None
 
     @property
     def density(self) -> float:
@@ -113,6 +116,7 @@ _SHOWN: dict[str, Callable[[Layer], Any]] = {
     "empty_units": lambda layer: layer.empty_units,
     "passed": lambda layer: layer.passed,
     "threshold": lambda layer: layer.threshold,
+    "trained": lambda layer: layer.trained,
 }
 _SHARES = ("density", "churn", "explored")
 

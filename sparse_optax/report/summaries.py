@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 
 from sparse_optax.budgets.kinds import plain, prices
@@ -26,8 +25,19 @@ from sparse_optax.layers import (
     leaf_names,
     unit_axes,
 )
-from sparse_optax.masks.optimizer_state import named_masks, states_with
-from sparse_optax.masks.tree import combine, mask_shape, slice_counts, unpack
+from sparse_optax.masks.optimizer_state import (
+    freezes,
+    kept_masks,
+    named_masks,
+    states_with,
+)
+from sparse_optax.masks.tree import (
+    combine,
+    is_nonzero,
+    mask_shape,
+    slice_counts,
+    unpack,
+)
 from sparse_optax.report.records import Layer, Summary
 
 
@@ -175,6 +185,7 @@ class _Seen(NamedTuple):
     thresholds: dict[str, float]  # of GSM
     skipped: int | None  # cycles left out; None without a state of `regrow`
     misplaced: int | None  # how often missing weights were found that are not zero
+    trained: dict[str, Any]  # masks of the leaves whose other weights are frozen
 
 
 def _read_state(opt_state: PyTree) -> _Seen:
@@ -188,8 +199,10 @@ def _read_state(opt_state: PyTree) -> _Seen:
         )
     regrown = [s for s in states if hasattr(s, "regrow_masks")]
     gates = [s for s in states if hasattr(s, "gsm_passed")]
+    active = named_masks(opt_state) if regrown else {}
     return _Seen(
-        masks=named_masks(opt_state) if regrown else {},
+        # Weights that stay as they are count as kept.
+        masks=kept_masks(opt_state) if regrown else {},
         removed=_by_name([s.removed for s in regrown]),
         grown=_by_name([s.grown for s in regrown]),
         passed=_by_name([s.gsm_passed for s in gates]),
@@ -200,6 +213,7 @@ def _read_state(opt_state: PyTree) -> _Seen:
         },
         skipped=_sum(int(_numbers(s.skipped)) for s in regrown),
         misplaced=_sum(int(_numbers(s.misplaced)) for s in regrown),
+        trained=active if regrown and freezes(opt_state) else {},
     )
 
 
@@ -317,7 +331,7 @@ def _tally(operands, *, axes, units) -> list[dict[str, jax.Array]]:
     result = []
     for arrays, axis, unit in zip(operands, axes, units, strict=True):
         x, mask, before, ever = (_front(array, axis) for array in arrays)
-        there = _nonzero(x)
+        there = is_nonzero(x)
         kept = there if mask is None else mask
         counts = {"kept": slice_counts(kept)}
         if mask is not None:
@@ -345,17 +359,6 @@ def _front(array: Any, axis: int | None) -> Any:
     return jnp.moveaxis(array, axis or 0, 0) if array.ndim else array[None]
 
 
-def _nonzero(x: jax.Array) -> jax.Array:
-    """Which entries are nonzero, by bits: CPUs compare subnormals as zero."""
-    if jnp.iscomplexobj(x):
-        return jnp.logical_or(_nonzero(x.real), _nonzero(x.imag))
-    width = jnp.finfo(x.dtype).bits
-    if width < 8:
-        return x != 0
-    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
-    return bits << 1 != 0  # the sign of zero shifted out
-
-
 # --- records --------------------------------------------------------------------------
 def _rows(leaf: Leaf, counts, price, seen: _Seen) -> list[Layer]:
     """The records of a leaf, one per layer."""
@@ -365,6 +368,11 @@ def _rows(leaf: Leaf, counts, price, seen: _Seen) -> list[Layer]:
         _per_slice(numbers.get(name), leaf)
         for numbers in (seen.removed, seen.grown, seen.passed)
     )
+    trained: list[int | None] = [None] * slices
+    if name in seen.trained:
+        mask = np.asarray(unpack(seen.trained[name]))
+        others = tuple(d for d in range(mask.ndim) if d != leaf.axis)
+        trained = np.sum(mask, axis=others, dtype=np.int64).reshape(-1).tolist()
     rows = []
     for j in range(slices):
         found = {quantity: numbers[j] for quantity, numbers in counts.items()}
@@ -380,6 +388,7 @@ def _rows(leaf: Leaf, counts, price, seen: _Seen) -> list[Layer]:
                 grown=grown[j],
                 passed=passed[j],
                 threshold=seen.thresholds.get(name),
+                trained=trained[j],
                 **found,
             )
         )
@@ -400,7 +409,7 @@ def _total(layers, names, stored, seen: _Seen) -> Layer:
     sums = {}
     for field in ("weights", "kept", "dense_bytes"):
         sums[field] = sum(getattr(layer, field) for layer in layers)
-    known = ("dense_flops", "kept_flops", "units", "empty_units")
+    known = ("dense_flops", "kept_flops", "units", "empty_units", "trained")
     for field in (*known, "nonzero", "outside"):
         sums[field] = _sum(getattr(layer, field) for layer in layers)
     for field in ("removed", "grown", "passed"):
