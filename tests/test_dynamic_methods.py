@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -255,6 +256,62 @@ def test_units_of_stacked_layers_are_those_of_each_layer_alone():
 
 
 # --- rules of the other methods, one cycle --------------------------------------------
+
+
+def test_random_pruning_equals_its_definition():
+    """The active weights of the highest random bits stay, an exact number a layer."""
+    for seed, net in enumerate(nets(12)):
+        did = cycle(net, prune.random, redistribute.none, grow.random, seed=seed)
+        removed = oracles.prune_counts(net.masks, [0] * len(SHAPES), net.rate)
+        assert did.removed == removed
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # that of the prune rule
+        for i, (m, kept_now, gone) in enumerate(
+            zip(net.masks, did.kept, removed, strict=True)
+        ):
+            own = jax.random.fold_in(key, np.uint32(zlib.crc32(str(i).encode())))
+            draw = np.asarray(jax.random.bits(own, m.shape, jnp.uint32)) >> 1
+            # Of equal bits the lower index stays.
+            ranked = np.where(m, draw.astype(np.float64), -1.0)
+            (right,) = oracles.top_k([ranked], int(m.sum()) - gone)
+            np.testing.assert_array_equal(kept_now, right & m)
+
+
+def test_random_pruning_is_uniform():
+    """Each active weight goes in about its share of 400 cycles."""
+    mask = jnp.arange(40).reshape(5, 8) % 4 != 0
+    evidence = regrowth.Evidence(
+        params=(jnp.zeros((5, 8)),),
+        masks=(mask,),
+        counts=jnp.array([12]),
+        active=jnp.array([30]),
+    )
+
+    def stay(key):
+        return prune.random.apply(evidence._replace(key=key), ())[0][0]
+
+    keys = jax.random.split(jax.random.key(0), 400)
+    share = np.asarray(jax.jit(jax.vmap(stay))(keys)).mean(0)
+    assert not share[~np.asarray(mask)].any()
+    right = np.asarray(mask)
+    assert abs(share[right] - 0.6).max() < 5 * np.sqrt(0.6 * 0.4 / 400)
+
+
+def test_random_pruning_follows_a_ramp():
+    """Gradual pruning at random, the control for every criterion."""
+    params = network(((12, 9), (9, 7)))
+    tx = sparse_optax.gradual_magnitude(
+        optax.sgd(0.1), density=0.25, update_period=2, update_stop=8,
+        prune=prune.random, key=0,
+    )  # fmt: skip
+    gradients, state = random_gradients(1, params, 8), tx.init(params)
+    step = stepper(tx)
+    for t in range(8):
+        params, state = step(params, state, at_step(gradients, t))
+    counts = sparse_optax.budgets.uniform(0.25).counts(network(((12, 9), (9, 7))))
+    wanted = [counts[name]["kernel"] for name in sorted(counts)]
+    assert [int(m.sum()) for m in kept(state)] == wanted
+    for w, m in zip(kernels(params), kept(state), strict=True):
+        assert not w[~m].any()
 
 
 def test_two_sided_pruning_equals_its_definition():

@@ -643,6 +643,30 @@ def test_clipping_by_the_norm_of_active_weights():
     )
 
 
+def test_a_clip_outside_leaves_little_of_the_weights_that_train():
+    """At a density of 1%: the share of their squares in that of the dense gradient."""
+    params = network(((60, 50),))
+    grads = at_step(random_gradients(8, params, 1), 0)
+    settings = dict(density=0.01, update_period=9, update_stop=99, key=0)
+    method = sparse_optax.sparse_momentum_regrow
+    outer = optax.chain(
+        optax.clip_by_global_norm(1.0), method(optax.sgd(1.0), **settings)
+    )
+    clip = sparse_optax.clip_by_active_norm(1.0)
+    inner = method(optax.chain(clip, optax.sgd(1.0)), **settings)
+    norms = []
+    for tx in (outer, inner):
+        state = tx.init(params)
+        updates, _ = tx.update(grads, state, sparse_optax.sparsify(params, state))
+        norms.append(float(optax.tree.norm(updates)))
+    (mask,) = kept(state)
+    kernel, bias = kernels(grads)[0], np.asarray(grads["Dense_0"]["bias"])
+    moving = (kernel[mask] ** 2).sum() + (bias**2).sum()
+    whole = (kernel**2).sum() + (bias**2).sum()
+    np.testing.assert_allclose(norms, [np.sqrt(moving / whole), 1.0], rtol=1e-5)
+    assert norms[0] < 0.2
+
+
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: (

@@ -79,7 +79,8 @@ def gsm_mask(
     Weights outside of B only decay; afterwards the model can be cut to Q weights.
 
     .. note:: First in the chain, before weight decay and momentum, on the averaged
-      gradient. It needs an element-wise optimizer with weight decay in its gradient,
+      gradient. Clip behind it: a clip in front measures the gradients that do not pass.
+      It needs an element-wise optimizer with weight decay in its gradient,
       since only decay moves a passive weight. AdamW's decoupled decay loses the factor
       1 / (1 - momentum); Adam with L2 in the gradient moves passive weights like sign
       descent; muon and shampoo mix weights and move passive ones. A step reads

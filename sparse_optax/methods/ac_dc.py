@@ -7,7 +7,7 @@ import optax
 
 from sparse_optax import schedules
 from sparse_optax.checks import boundary, unnamed
-from sparse_optax.layers import Where
+from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
@@ -31,6 +31,7 @@ def ac_dc(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Alternates sparse and dense phases of training and ends with a sparse one.
 
@@ -47,6 +48,9 @@ def ac_dc(
       one bit with ``packed``. All arguments are static under
       ``optax.inject_hyperparams``.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer when sparse, in (0, 1], or a budget.
@@ -59,11 +63,14 @@ def ac_dc(
         smallest.
       reset_moments: See ``regrow``; weights that come back have dense moments.
       key: Integer seed or random key, for rules that draw random numbers.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -112,6 +119,7 @@ def ac_dc(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        within=within,
         ramp=schedules.Towards(
             lambda end: schedules.alternating_density(
                 end, phase=update_period, start=first, stop=last

@@ -32,6 +32,8 @@ def deep_rewiring(
     reset_moments: str = "grown",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rewires connections at random at every update; their signs are fixed.
 
@@ -49,6 +51,9 @@ def deep_rewiring(
       bytes per weight, for masks and signs. Under ``optax.inject_hyperparams`` only
       ``learning_rate``, ``l1`` and ``temperature`` vary.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: Fraction of weights kept per layer, in (0, 1], or a budget.
@@ -61,6 +66,7 @@ def deep_rewiring(
         ``"global"`` chooses uniformly among all dormant weights of the network.
       update_stop: No cycle from this many updates on; None never stops.
       key: Integer seed or random key, for masks, signs, noise and growth.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -68,6 +74,10 @@ def deep_rewiring(
       reset_moments: See ``regrow``; plain SGD has no moments.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; a unit is dormant once all its weights crossed zero.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -120,4 +130,6 @@ def deep_rewiring(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

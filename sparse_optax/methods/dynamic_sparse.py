@@ -31,6 +31,8 @@ def dynamic_sparse(
     reset_moments: str = "none",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes by one adaptive threshold and grows where most weights were kept.
 
@@ -47,6 +49,9 @@ def dynamic_sparse(
       one bit with ``packed``. A cycle reads weights and random bits a few dozen times,
       other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: Fraction of weights per layer at the start, in (0, 1], or a budget.
@@ -59,6 +64,7 @@ def dynamic_sparse(
       threshold: H at the start, above 0; ``state.rules[0]`` holds the current H.
       tolerance: delta, in [0, 1).
       key: Integer seed or random key, for the first masks and the growth.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -66,6 +72,10 @@ def dynamic_sparse(
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -115,4 +125,6 @@ def dynamic_sparse(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

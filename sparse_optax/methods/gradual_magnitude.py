@@ -8,7 +8,7 @@ import optax
 
 from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
-from sparse_optax.layers import Where
+from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
@@ -32,6 +32,7 @@ def gradual_magnitude(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes a dense network while it trains, fast at first and slowly at the end.
 
@@ -47,6 +48,9 @@ def gradual_magnitude(
       one bit with ``packed``. All arguments are static under
       ``optax.inject_hyperparams``.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: d_f, the final fraction of weights per layer, in (0, 1], or a budget.
@@ -57,11 +61,14 @@ def gradual_magnitude(
       prune: Which weights are pruned; of what a rule leaves above the target, the
         smallest.
       key: Integer seed or random key, for rules that draw random numbers.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -118,5 +125,6 @@ def gradual_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
+        within=within,
         ramp=schedules.Towards(make),
     )

@@ -34,6 +34,7 @@ def granet(
     reset_moments: str = "grown",
     packed: bool = False,
     pattern: Pattern | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes gradually by magnitude and also exchanges weights at each cycle.
 
@@ -50,6 +51,9 @@ def granet(
       weights and gradient a few dozen times, other steps once. Under
       ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
         incoming update and needs ``reset_moments="none"``.
@@ -65,6 +69,7 @@ def granet(
       scope: ``"layer"`` prunes and grows within layers, to the counts of ``density``;
         ``"global"`` ranks all layers as one pool, to its total, but empties no layer.
       key: Integer seed or random key, for the first masks.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -72,6 +77,8 @@ def granet(
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -139,6 +146,7 @@ def granet(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        within=within,
         ramp=schedules.Towards(make),
         regrown="value",
     )

@@ -7,7 +7,7 @@ import optax
 
 from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
-from sparse_optax.layers import Where
+from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, redistribute
@@ -30,6 +30,7 @@ def iterative_magnitude(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the same fraction of the remaining weights n times and trains between.
 
@@ -41,6 +42,9 @@ def iterative_magnitude(
       Continue to train after the last prune. Memory: one byte per weight, one bit with
       ``packed``. All arguments are static under ``optax.inject_hyperparams``.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: d, the fraction of weights per layer at the end, in (0, 1], or a budget.
@@ -50,11 +54,14 @@ def iterative_magnitude(
       prune: Which weights are pruned; of what a rule leaves above the target, the
         smallest.
       key: Integer seed or random key, for rules that draw random numbers.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -103,6 +110,7 @@ def iterative_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
+        within=within,
         ramp=schedules.Towards(
             lambda end: schedules.geometric_density(
                 1.0, end, first - update_period, last
@@ -123,10 +131,14 @@ def one_shot_magnitude(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the smallest weights of each layer once; training continues.
 
     .. note:: Last in the chain; the prune comes at the start of update ``at + 1``.
+
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
 
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
@@ -136,11 +148,14 @@ def one_shot_magnitude(
       prune: Which weights are pruned; of what a rule leaves above the target, the
         smallest.
       key: Integer seed or random key, for rules that draw random numbers.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -173,4 +188,5 @@ def one_shot_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
+        within=within,
     )

@@ -27,6 +27,7 @@ def network_surgery(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes weights that keep training, and restores them when they have grown.
 
@@ -43,6 +44,9 @@ def network_surgery(
       one bit with ``packed``. Cost: one selection per update. All arguments are static
       under ``optax.inject_hyperparams``.
 
+    Hidden weights train too, so ``optax.clip_by_global_norm`` has the right norm, and
+    ``clip_by_active_norm`` has not.
+
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
@@ -58,6 +62,8 @@ def network_surgery(
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -104,6 +110,7 @@ def network_surgery(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
         ramp=ramp,
         hidden=True,
     )

@@ -34,6 +34,8 @@ def in_time_over_parameterization(
     reset_moments: str = "none",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Exchanges many weights at rare cycles, to visit as many as possible in training.
 
@@ -50,6 +52,9 @@ def in_time_over_parameterization(
       reads weights and scores a few dozen times, other steps once. Under
       ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; the paper's
@@ -63,6 +68,7 @@ def in_time_over_parameterization(
       prefer_unexplored: Whether weights that were never active come first. False is the
         paper's, which only counts them.
       key: Integer seed or random key, for the first masks and the growth.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -71,6 +77,10 @@ def in_time_over_parameterization(
       reset_moments: See ``regrow``; RigL has ``"grown"``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -118,4 +128,6 @@ def in_time_over_parameterization(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

@@ -29,6 +29,8 @@ def rigl(
     reset_moments: str = "grown",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rewires by the dense gradient at constant sparsity, layer by layer.
 
@@ -47,6 +49,9 @@ def rigl(
       weights and gradient a few dozen times, other steps once. Under
       ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
         incoming update and needs ``reset_moments="none"``.
@@ -57,6 +62,7 @@ def rigl(
       prune_rate: A number in [0, 1] or a schedule of the number of finished updates;
         None is f(t) with alpha = 0.3.
       key: Integer seed or random key, for the first masks.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -64,6 +70,10 @@ def rigl(
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -107,4 +117,6 @@ def rigl(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

@@ -28,6 +28,8 @@ def sparse_evolutionary(
     reset_moments: str = "none",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rewires at random at constant sparsity, layer by layer.
 
@@ -43,6 +45,9 @@ def sparse_evolutionary(
       one bit with ``packed``. A cycle reads weights and random bits a few dozen times,
       other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; the paper's
@@ -51,6 +56,7 @@ def sparse_evolutionary(
       update_stop: No cycle from this many updates on; None never stops.
       prune_rate: zeta, in [0, 1], or a schedule of the number of finished updates.
       key: Integer seed or random key, for the first masks and the growth.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -58,6 +64,10 @@ def sparse_evolutionary(
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -105,4 +115,6 @@ def sparse_evolutionary(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

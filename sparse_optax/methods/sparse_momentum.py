@@ -35,6 +35,8 @@ def sparse_momentum_regrow(
     reset_moments: str = "none",
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
+    within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains a sparse network from scratch at constant sparsity.
 
@@ -60,6 +62,9 @@ def sparse_momentum_regrow(
       one bit with ``packed``. A cycle reads weights and momentum a few dozen times,
       other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer; its momentum must see dense gradients. None, behind
         an optimizer in a chain, reads the incoming update.
@@ -72,6 +77,7 @@ def sparse_momentum_regrow(
       redistribute: How many weights grow in each layer.
       grow: Which missing weights grow.
       key: Integer seed or random key, for the first masks and random growth.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -82,6 +88,10 @@ def sparse_momentum_regrow(
         missing weight is the growth criterion.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
+      within: Masks of the weights that it may use; the others stay as they are, bit
+        for bit, see ``regrow``. None is all.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -131,4 +141,6 @@ def sparse_momentum_regrow(
         reset_moments=reset_moments,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
+        within=within,
     )

@@ -34,6 +34,7 @@ def static_sparse(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    freeze: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains a sparse network whose masks never change.
 
@@ -47,18 +48,27 @@ def static_sparse(
       ``set_masks`` and ``sparsify`` take its state. All arguments are static under
       ``optax.inject_hyperparams``.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer, which sees the dense gradient and the masked
         weights, or None behind an optimizer in a chain.
       density: Fraction of weights kept per layer, in (0, 1], or a budget such as
         ``budgets.erdos_renyi_kernel(0.1)``.
       key: Integer seed or random key for random masks.
+        Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: Masks instead of random ones; ``density`` and ``key`` may then be left out.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      freeze: Whether all other weights keep their value, bit for bit, instead of zero,
+        whatever weight decay and momentum do: those outside of the masks, and all of
+        leaves without a mask, such as biases. To train these, give
+        ``masks=masks.fill(masks, params)``. The state says so: ``sparsify``,
+        ``save_sparse`` and ``report.summary`` take all its weights as kept.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -73,6 +83,14 @@ def static_sparse(
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> int((optax.apply_updates(params, updates)["w"] != 0).sum())
       5
+
+      Only these five weights train; the others keep their value:
+
+      >>> tx = sparse_optax.static_sparse(
+      ...     optax.adamw(0.1), density=0.25, key=0, freeze=True)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> int((optax.apply_updates(params, updates)["w"] == 1).sum())
+      15
 
     References:
       Mostafa and Wang, 2019, see ``dynamic_sparse``: uniform, for twice the epochs.
@@ -101,6 +119,7 @@ def static_sparse(
         hidden=False,
         pattern=pattern_of(pattern),
         regrown="zero",
+        freeze=freeze,
     )
     check(method)
     return transformation(method)

@@ -24,6 +24,7 @@ def straight_through_magnitude(
     stacked: Mapping[str, int] | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
+    dense_until: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains all weights with the gradient at the largest, chosen before each update.
 
@@ -38,6 +39,9 @@ def straight_through_magnitude(
       weights and one byte per weight, one bit with ``packed``. Cost: one selection per
       update. All arguments are static under ``optax.inject_hyperparams``.
 
+    Hidden weights train too, so ``optax.clip_by_global_norm`` has the right norm, and
+    ``clip_by_active_norm`` has not.
+
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
@@ -49,6 +53,8 @@ def straight_through_magnitude(
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
+      dense_until: Trains all weights for this many updates, then cuts to ``density``
+        once, see ``regrow``. None starts sparse.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -89,6 +95,7 @@ def straight_through_magnitude(
         stacked=stacked,
         packed=packed,
         pattern=pattern,
+        dense_until=dense_until,
         ramp=ramp,
         hidden=True,
     )

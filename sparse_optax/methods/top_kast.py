@@ -46,6 +46,8 @@ def top_kast(
       selection per update and one per period. All arguments are static under
       ``optax.inject_hyperparams``.
 
+    Clip gradients inside it: a clip outside of it also measures weights outside of B.
+
     Args:
       inner: The wrapped optimizer.
       density: D, the fraction kept per layer, in (0, 1], or a budget; None for N:M.

@@ -174,7 +174,7 @@ def _counted(
 def _pruned(evidence: Evidence, prune: Rule, state: Any, shares: Any, moving: bool):
     """Masks after the prune, the number removed per layer, and the rule's state."""
     active, before = evidence.active, evidence.before
-    sizes = jnp.asarray(evidence.sizes.astype(np.int32))
+    sizes = evidence.places
     staying = jnp.minimum(active, evidence.target) if moving else active
     counts = allocate.prune_counts(evidence.rate, staying, sizes, _whole(shares, sizes))
     if moving:
@@ -206,8 +206,7 @@ def _spread_over_layers(
     evidence: Evidence, own: jax.Array, removed: jax.Array, shares: Any
 ) -> jax.Array:
     """How many weights grow in each layer, by shares and within its room."""
-    whole = evidence.sizes
-    sizes = jnp.asarray(whole.astype(np.int32))
+    whole, sizes = evidence.sizes, evidence.places
     return allocate.apportion(
         allocate.signed_sum(own),
         _whole(shares, sizes),
@@ -226,6 +225,11 @@ def _whole(shares: Any, sizes: jax.Array) -> jax.Array:
 
 def _grown(evidence: Evidence, grow: Rule, state: Any, counts: jax.Array):
     """Masks of the new weights, their number per layer, and the rule's state."""
+    if evidence.within is not None:
+        # Weights that may not be active look full, so that no rule grows them.
+        pairs = zip(evidence.masks, evidence.within, strict=True)
+        taken = tuple(jnp.logical_or(m, jnp.logical_not(may)) for m, may in pairs)
+        evidence = evidence._replace(masks=taken)
     added, state = grow.apply(_keyed(evidence._replace(counts=counts), 2), state)
     if evidence.masks and not grow.exact:
         missing = [jnp.logical_not(k) for k in evidence.masks]

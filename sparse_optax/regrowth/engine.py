@@ -11,12 +11,14 @@ import optax
 from jax import lax
 
 from sparse_optax import checks, schedules
+from sparse_optax.budgets.resolve import unit_counts_of
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import (
     Layers,
     PackedMask,
     PyTree,
     Where,
+    flat_counts,
     is_hole,
     is_mask,
     leaf_names,
@@ -27,6 +29,14 @@ from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle, init_rules
+from sparse_optax.regrowth.dense_first import cut, cut_rules, is_dense
+from sparse_optax.regrowth.frozen import (
+    first_frozen,
+    hold,
+    leaves_of,
+    silence,
+    unchanged,
+)
 from sparse_optax.regrowth.restart import Restart, check_alone, restart_of
 from sparse_optax.regrowth.rules import Evidence, Rule, map_weights, tally_layers
 from sparse_optax.regrowth.start import (
@@ -63,6 +73,8 @@ class RegrowState(NamedTuple):
       grown: Per leaf, weights grown in the last cycle. # int32
       hidden: With ``hidden=True`` the values of missing weights, else ``()``.
       ramp: With a ``ramp`` its density at the last cycle, float32, else ``()``.
+      frozen: With ``freeze`` or ``within``, which weights stay as they are: True for
+        all that a leaf's mask leaves out, or a boolean array. Else ``()``.
     """
 
     count: jax.Array
@@ -78,6 +90,7 @@ class RegrowState(NamedTuple):
     grown: PyTree
     hidden: PyTree
     ramp: Any
+    frozen: PyTree = ()
 
 
 @boundary("regrow")
@@ -103,6 +116,9 @@ def regrow(
     hidden: bool = False,
     pattern: Pattern | None = None,
     regrown: str = "zero",
+    dense_until: int | None = None,
+    within: PyTree | None = None,
+    freeze: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse training by three rules, around any optimizer.
 
@@ -129,6 +145,9 @@ def regrow(
       ``optax.inject_hyperparams`` only ``prune_rate`` varies; name the others in
       ``static_args``.
 
+    Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
+    a clip outside of it, or by the global norm, also measures missing weights.
+
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget.
@@ -141,7 +160,8 @@ def regrow(
       prune_rate: Fraction of a layer's active weights that a cycle prunes, in [0, 1],
         or a schedule of the finished updates. None: cosine from 0.5 to 0 at
         ``update_stop``.
-      key: Integer seed or random key, for the first masks and random growth.
+      key: Integer seed or random key, for the first masks and random growth. Under
+        ``jax.vmap`` give each member its own by ``in_axes``, see the example.
       masks: First masks instead of random ones; their count replaces ``density``.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
@@ -171,6 +191,17 @@ def regrow(
         floor(x (m - n)) of its m weights.
       regrown: The value of a weight that is pruned and grows again in one cycle:
         ``"zero"``, or its own ``"value"``.
+      dense_until: T, at least 1: all weights train for T updates. Then, at the start of
+        update T + 1, one cut leaves the counts of ``density``, and cycles follow at
+        later multiples of the period. ``prune`` makes the cut if it is ``exact`` or
+        ``global_magnitude``, else ``prune.magnitude`` does. Rules that remember start
+        anew with it. If numbers are not finite, it comes with the next cycle. None
+        starts sparse.
+      within: A mask tree, paired by name, of the weights that the method may use. All
+        others stay as they are, bit for bit, also in leaves that stay dense, and are
+        not among the weights that ``density`` keeps. Not with ``hidden`` or a pattern.
+      freeze: Whether all weights outside of the masks keep their value, bit for bit,
+        instead of zero, also those of leaves without a mask. Not with ``hidden``.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -189,6 +220,20 @@ def regrow(
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> int((optax.apply_updates(params, updates)["w"] == 0).sum())
       4
+
+      An ensemble. ``in_axes`` gives each member its own key, and so its own masks. With
+      an integer as key, all members have the same masks: other learning rates under one
+      mask, for instance. ``report.same_masks`` tells.
+
+      >>> import jax, sparse_optax
+      >>> def start(key, params):
+      ...     tx = sparse_optax.rigl(
+      ...         optax.sgd(0.1), density=0.5, update_period=2, update_stop=10, key=key)
+      ...     return tx.init(params)
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> states = jax.vmap(start, in_axes=(0, None))(keys, params)
+      >>> states.regrow_masks["w"].shape, sparse_optax.report.same_masks(states)
+      ((3, 2, 4), False)
 
     References:
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch
@@ -215,6 +260,9 @@ def regrow(
         hidden,
         pattern_of(pattern),
         regrown,
+        dense_until,
+        within,
+        freeze,
     )
     check(method)
     check_acts(method)
@@ -270,6 +318,9 @@ def _init(method: Method, params: PyTree) -> RegrowState:
         grown=_no_counts(layers),
         hidden=layers.rebuild(map(_copied, leaves)) if method.hidden else (),
         ramp=() if method.ramp is None else _ramp_at_start(method, layers, params),
+        frozen=first_frozen(
+            method.freeze, method.within, layers, params, method.packed
+        ),
     )
 
 
@@ -309,6 +360,9 @@ class _Seen(NamedTuple):
     moments: tuple[tuple[jax.Array, jax.Array | None], ...] | None
     rate: jax.Array  # the prune rate
     goal: Goal | None  # what a ramp asks for
+    cut: np.ndarray | None  # the counts after `dense_until`, one per layer
+    within: tuple[jax.Array, ...] | None  # the weights that may be active
+    frozen: tuple[jax.Array, ...] | None  # those that stay, to be spread over the leaf
 
 
 def _update(
@@ -321,19 +375,20 @@ def _update(
     stored = jax.tree.leaves(state.regrow_masks, is_leaf=is_mask)
     check_shapes(stored, gradient, leaf_names(params))
     state = _as_stored(state)
-    seen = _look(method, layers, updates, state, params)
+    frozen = leaves_of(state.frozen, layers.structure.num_leaves)
+    seen = _look(method, layers, updates, state, params, frozen)
 
     # Perhaps a cycle. Only the masks and counts go through the guard.
-    timing = method.update_period, method.update_start, method.update_stop
-    due = schedules.is_due(state.count, *timing)
-    lean = state._replace(inner_state=(), momentum=(), hidden=())
+    due = _is_due(method, state.count)
+    lean = state._replace(inner_state=(), momentum=(), hidden=(), frozen=())
     after, moves, inner_state = lean, layers.pick(lean.regrow_masks), state.inner_state
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    if not never_due(*timing):
+    if not never_due(*method.timing):
         restart = _restart(method, layers, inner_state, params)
         how = _How(
             layers,
             rules_under(layers, method.rules, method.ramp is not None),
+            cut=None if seen.cut is None else cut_rules(method.prune, layers),
             idle=method.inner is None,
             stays=method.hidden or method.regrown == "value",
             hidden=method.hidden,
@@ -350,21 +405,23 @@ def _update(
     moves = tuple(map(unpack, moves))
 
     # The inner update, on the newly masked weights.
-    masked = _masked(layers, flat, seen.params, moves, method.hidden)
+    masked = _masked(layers, flat, seen, moves, method.hidden)
     new_updates, inner_state = method.inner_tx.update(
-        updates,
+        silence(updates, frozen, layers),
         inner_state,
         jax.tree.unflatten(structure, masked),
         **{**extra, "regrow_masks": layers.rebuild(moves)},
     )
 
-    emitted, hidden = _emit(method, layers, new_updates, params, seen.params, moves)
+    emitted, hidden = _emit(
+        method, layers, new_updates, params, seen.params, moves, frozen
+    )
     own = state.momentum
     if jax.tree.leaves(own):
         decay = OWN_DECAY if isinstance(method.momentum, str) else method.momentum
         averaged = momenta.average(layers.pick(own), layers.pick(updates), decay)
         own = layers.rebuild(averaged)
-    suspected, misplaced = _look_back(method, layers, state, params)
+    suspected, misplaced = _look_back(method, layers, state, params, seen.frozen)
     return emitted, after._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
         suspected=suspected,
@@ -372,23 +429,37 @@ def _update(
         inner_state=inner_state,
         momentum=own,
         hidden=hidden,
+        frozen=state.frozen,
     )
 
 
+def _is_due(method: Method, count: jax.Array) -> jax.Array:
+    """Whether a cycle, or the cut of `dense_until`, opens the next update."""
+    due = schedules.is_due(count, *method.timing)
+    if method.dense_until is None:
+        return due
+    return jnp.logical_or(due, count == method.dense_until)
+
+
 def _look_back(
-    method: Method, layers: Layers, state: RegrowState, params: PyTree
+    method: Method,
+    layers: Layers,
+    state: RegrowState,
+    params: PyTree,
+    frozen: tuple[jax.Array, ...] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Looks whether missing weights are zero, at the two updates after a cycle, or
     after the first update if there are no cycles. A wrapper may average weights once
     (``optax.lookahead``), but the update after that makes them zero again.
     """
-    timing = method.update_period, method.update_start, method.update_stop
-    if never_due(*timing):
+    if never_due(*method.timing):
         first, second = state.count == 1, state.count == 2
     else:
-        first, second = (schedules.is_due(state.count - n, *timing) for n in (1, 2))
+        first, second = (_is_due(method, state.count - n) for n in (1, 2))
     look = jnp.logical_or(first, second)
-    arrays = layers.pick(state.regrow_masks), layers.pick(params)
+    # What is frozen has any value.
+    still = frozen or (False,) * len(layers.index)
+    arrays = layers.pick(state.regrow_masks), layers.pick(params), still
     # No derivative: it decides nothing.
     found = _any_over_if(look, lax.stop_gradient(arrays))
     again = jnp.logical_and(jnp.logical_and(found, second), state.suspected > 0)
@@ -397,15 +468,15 @@ def _look_back(
 
 
 @jax.jit
-def _any_over_if(look: jax.Array, arrays: tuple[Any, Any]) -> jax.Array:
+def _any_over_if(look: jax.Array, arrays: tuple[Any, Any, Any]) -> jax.Array:
     """Whether a missing weight is not zero; False if it is not looked at."""
 
     def any_over(arrays):
         over = jnp.zeros([], bool)
-        for mask, weight in zip(*arrays, strict=True):
+        for mask, weight, frozen in zip(*arrays, strict=True):
             # NaN and inf stay, whatever is subtracted.
             there = jnp.logical_and(weight != 0, jnp.isfinite(weight))
-            missing = jnp.logical_not(unpack(mask))
+            missing = jnp.logical_not(jnp.logical_or(unpack(mask), frozen))
             over = jnp.logical_or(over, jnp.any(jnp.logical_and(missing, there)))
         return over
 
@@ -424,14 +495,16 @@ def _restart(
 def _masked(
     layers: Layers,
     flat: Sequence[Any],
-    weights: tuple[jax.Array, ...],
+    seen: "_Seen",
     moves: tuple[jax.Array, ...],
     hidden: bool,
 ) -> list[Any]:
     """All leaves as the inner optimizer sees them: zero where a weight is missing."""
-    masked = list(flat)
-    for i, w, move in zip(layers.index, weights, moves, strict=True):
-        masked[i] = w if hidden else jnp.where(move, w, jnp.zeros((), w.dtype))
+    masked, there = list(flat), moves
+    if seen.frozen is not None:
+        there = tuple(map(jnp.logical_or, moves, seen.frozen))
+    for i, w, m in zip(layers.index, seen.params, there, strict=True):
+        masked[i] = w if hidden else jnp.where(m, w, jnp.zeros((), w.dtype))
     return masked
 
 
@@ -445,6 +518,7 @@ def _as_stored(state: RegrowState) -> RegrowState:
 
     return state._replace(
         regrow_masks=jax.tree.map(mask, state.regrow_masks, is_leaf=is_mask),
+        frozen=jax.tree.map(mask, state.frozen, is_leaf=is_mask),
         key=state.key.astype(jnp.uint32),
     )
 
@@ -455,6 +529,7 @@ def _look(
     updates: PyTree,
     state: RegrowState,
     params: PyTree,
+    frozen: list[Any],
 ) -> _Seen:
     """Collects what the rules need, and nothing else."""
     moments = None
@@ -476,12 +551,23 @@ def _look(
     goal = None
     if method.ramp is not None and layers.index:
         goal = goal_at(method.ramp, method.density, state.count, layers, params)
+    cut = within = still = None
+    if method.freeze or method.within is not None:
+        still = tuple(frozen[i] for i in layers.index)
+    if method.dense_until is not None and layers.index:
+        final = flat_counts(unit_counts_of(method.density, layers, params))
+        cut = final.astype(np.int32)
+    if method.within is not None and layers.index:
+        within = tuple(jnp.logical_not(frozen[i]) for i in layers.index)
     return _Seen(
         params=weights,
         gradient=layers.pick(updates) if "gradient" in method.needs else None,
         moments=moments,
         rate=method.rate_at(state.count),
         goal=goal,
+        cut=cut,
+        within=within,
+        frozen=still,
     )
 
 
@@ -492,6 +578,7 @@ def _emit(
     params: PyTree,
     weights: tuple[jax.Array, ...],
     moves: tuple[jax.Array, ...],
+    frozen: list[Any],
 ) -> tuple[PyTree, PyTree]:
     """The updates, minus the weight where it is missing, and the hidden values."""
     emitted, structure = jax.tree.flatten(new_updates, is_leaf=is_hole)
@@ -504,7 +591,11 @@ def _emit(
             hidden.append(w + step)
             # A weight that grows starts from its hidden value.
             step += w - p
-        emitted[i] = jnp.where(move, step, -p)
+        rest = -p
+        if not is_hole(frozen[i]):
+            rest = jnp.where(frozen[i], unchanged(p.dtype), rest)
+        emitted[i] = jnp.where(move, step, rest)
+    hold(emitted, frozen, layers)
     tree = jax.tree.unflatten(structure, emitted)
     return tree, layers.rebuild(hidden) if method.hidden else ()
 
@@ -515,6 +606,7 @@ class _How(NamedTuple):
 
     layers: Layers
     rules: tuple[Rule, Rule, Rule]
+    cut: tuple[Rule, Rule, Rule] | None = None  # rules of the cut of `dense_until`
     idle: bool = False  # whether no cycle runs on evidence that is all zero
     stays: bool = False  # whether regrown weights keep a value and move at once
     hidden: bool = False  # whether the inner optimizer sees missing weights too
@@ -555,7 +647,7 @@ def _open_cycle(operands: _Operands, how: _How):
     stored = layers.pick(state.regrow_masks)
     old = tuple(map(unpack, stored))
     evidence = _evidence(layers, state, seen, old)
-    target, rate = _target(layers, seen)
+    target, rate = _target(layers, seen, evidence)
     enabled: Any = True
     evident = evidence.momentum or evidence.gradient
     if how.idle and evident:
@@ -563,17 +655,28 @@ def _open_cycle(operands: _Operands, how: _How):
         leaves = [(x,) for x in evident]
         (moving,) = tally_layers(leaves, (None,) * len(leaves), _not_zero)
         enabled = jnp.any(moving > 0)
-    prune, redistribute, grow = how.rules
-    result = cycle(
-        evidence,
-        prune=prune,
-        redistribute=redistribute,
-        grow=grow,
-        prune_rate=rate,
-        states=map_weights(layers.pick, state.rules),
-        target=target,
-        enabled=enabled,
-    )
+    states = map_weights(layers.pick, state.rules)
+
+    def exchange():
+        prune, redistribute, grow = how.rules
+        return cycle(
+            evidence,
+            prune=prune,
+            redistribute=redistribute,
+            grow=grow,
+            prune_rate=rate,
+            states=states,
+            target=target,
+            enabled=enabled,
+        )
+
+    if seen.cut is None or how.cut is None:
+        result = exchange()
+    else:
+        cut_now = functools.partial(
+            cut, evidence, how.cut, how.rules, seen.cut, states, enabled
+        )
+        result = lax.cond(is_dense(evidence), cut_now, exchange)
 
     # The barrier stores the masks; recomputing them would double the kernels.
     new_masks, kept_masks = lax.optimization_barrier(
@@ -594,7 +697,7 @@ def _open_cycle(operands: _Operands, how: _How):
             jnp.logical_and(new, jnp.logical_not(jnp.logical_and(move, was)))
             for new, move, was in zip(new_masks, moves, old, strict=True)
         )
-        masked = _masked(layers, params, seen.params, moves, how.hidden)
+        masked = _masked(layers, params, seen, moves, how.hidden)
         moments = how.restart.apply(moments, masked, grown)
 
     def store(plain):
@@ -642,16 +745,21 @@ def _evidence(
         step=state.count,
         names=layers.names,
         axes=layers.units.axes,
+        within=seen.within,
     )
 
 
-def _target(layers: Layers, seen: _Seen) -> tuple[jax.Array | None, jax.Array]:
+def _target(
+    layers: Layers, seen: _Seen, evidence: Evidence
+) -> tuple[jax.Array | None, jax.Array]:
     """The target number of units of each layer, or None, and the prune rate."""
     if seen.goal is None:
         return None, seen.rate
     final, excess, whole = seen.goal[:3]
     sizes = jnp.asarray(layers.units.sizes.astype(np.int32))
     target = allocate.target_counts(excess, whole, jnp.asarray(final), sizes)
+    if seen.within is not None:
+        target = jnp.minimum(target, evidence.places)
     # NaN prevents a cycle if the schedule is not finite.
     return target, jnp.where(excess == BROKEN, jnp.nan, seen.rate)
 

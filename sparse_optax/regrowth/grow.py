@@ -339,9 +339,12 @@ def _unexplored(rule: Rule, prefer: bool) -> Rule:
         seen = tuple(map(jnp.logical_or, state.explored.values, before))
         inside, first = state.rule, tuple(map(jnp.zeros_like, before))
         if prefer and seen:
-            room = evidence.count(tuple(map(jnp.logical_not, seen)))
+            full = seen
+            if evidence.within is not None:
+                full = tuple(map(jnp.logical_or, seen, evidence.masks))
+            room = evidence.count(tuple(map(jnp.logical_not, full)))
             some = jnp.minimum(wanted, room)
-            fresh = evidence._replace(masks=seen, counts=some)
+            fresh = evidence._replace(masks=full, counts=some)
             first, inside = rule.apply(fresh, inside)
             taken = tuple(map(jnp.logical_or, evidence.masks, first))
             evidence = evidence._replace(masks=taken, counts=wanted - some)

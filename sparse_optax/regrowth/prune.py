@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_optax import checks, selection
 from sparse_optax.checks import ArgumentError, boundary
@@ -31,6 +30,7 @@ __all__ = [
     "global_zeros",
     "magnitude",
     "outranked",
+    "random",
     "two_sided",
     "zeros",
 ]
@@ -132,6 +132,24 @@ two_sided = stateless(_two_sided, covers=True, by_share=True)
 global_magnitude = stateless(_global_magnitude, pooled=True)
 
 
+# --- at random ------------------------------------------------------------------------
+def _active_random(bits: jax.Array, mask: jax.Array) -> jax.Array:
+    # The top bit marks active weights; 31 random bits order them.
+    return jnp.where(mask, bits >> 1 | jnp.uint32(1 << 31), jnp.uint32(0))
+
+
+def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
+    counts = evidence.need("counts", "prune.random")
+    stay = evidence.need("active", "prune.random") - counts
+    bits = evidence.random_bits("prune.random")
+    pairs = list(zip(bits, evidence.masks, strict=True))
+    return evidence.select(pairs, stay, _active_random)
+
+
+#: Removes ``counts`` active weights of each layer, uniformly at random.
+random = stateless(_random, exact=True)
+
+
 # --- zeros ----------------------------------------------------------------------------
 def _zero_last(weight: jax.Array, mask: jax.Array, bits: jax.Array) -> jax.Array:
     # Zeros rank in random order below other active weights and above missing ones.
@@ -149,7 +167,7 @@ def _zeros(evidence: Evidence, *, pool: bool) -> tuple[jax.Array, ...]:
     active = evidence.need("active", "prune.zeros")
     bits, pairs = evidence.random_bits("prune.zeros"), _pairs(evidence)
     (zeros,) = tally_layers(pairs, evidence.layer_axes, _is_zero)
-    room = jnp.asarray(evidence.sizes.astype(np.int32)) - active
+    room = evidence.places - active
     columns = [(w, m, b) for (w, m), b in zip(pairs, bits, strict=True)]
     if pool:
         lost = uint64.min64(uint64.sum64(zeros), allocate.signed_sum(room))

@@ -44,6 +44,8 @@ class Evidence(NamedTuple):
       step: int32 scalar, the number of finished updates.
       names: The leaves' names, for their random keys; None numbers the leaves.
       axes: For each leaf the axis whose slices are layers, or None.
+      within: Boolean arrays, True where a weight may be active; None for all. For a
+        growth rule ``masks`` is True where it may not.
     """
 
     params: tuple[jax.Array, ...]
@@ -59,6 +61,7 @@ class Evidence(NamedTuple):
     step: jax.Array | int = 0
     names: tuple[str, ...] | None = None
     axes: tuple[int | None, ...] | None = None
+    within: tuple[jax.Array, ...] | None = None
 
     @property
     def layer_axes(self) -> tuple[int | None, ...]:
@@ -69,6 +72,13 @@ class Evidence(NamedTuple):
     def sizes(self) -> np.ndarray:
         """Number of weights in each layer, int64."""
         return layer_sizes([m.shape for m in self.masks], self.layer_axes)
+
+    @property
+    def places(self) -> jax.Array:
+        """Number of weights of each layer that may be active, an int32 vector."""
+        if self.within is None:
+            return jnp.asarray(self.sizes.astype(np.int32))
+        return self.count(self.within)
 
     def need(self, field: str, rule: str) -> Any:
         """A field of the evidence; an error names the rule that needs it."""

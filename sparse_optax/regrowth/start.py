@@ -21,11 +21,12 @@ from sparse_optax.layers import (
 )
 from sparse_optax.masks.make import Key, place, random_of_layers, top_of_layers
 from sparse_optax.masks.tree import check_dtype, layers_of_masks, unpack, whole_count
-from sparse_optax.patterns import Pattern
+from sparse_optax.patterns import SINGLE, Pattern
+from sparse_optax.regrowth.frozen import at_most, check_room, check_within, usable_of
 from sparse_optax.regrowth.rules import Rule
 from sparse_optax.regrowth.targets import first_counts
 from sparse_optax.schedules.prune_rate import cosine_unless
-from sparse_optax.schedules.timing import check_some_due
+from sparse_optax.schedules.timing import check_some_due, never_due
 
 
 class Method(NamedTuple):
@@ -51,6 +52,19 @@ class Method(NamedTuple):
     hidden: bool
     pattern: Pattern
     regrown: str
+    dense_until: int | None = None
+    within: PyTree | None = None
+    freeze: bool = False
+
+    @property
+    def timing(self) -> tuple[Any, Any, Any]:
+        """Period, start and stop of cycles; the cut of `dense_until` is none."""
+        start = self.update_start
+        if self.dense_until is not None:
+            after = self.dense_until + 1
+            known = checks.known(start, after)
+            start = max(start, after) if known else jnp.maximum(start, after)
+        return self.update_period, start, self.update_stop
 
     @property
     def rules(self) -> tuple[Rule, Rule, Rule]:
@@ -81,6 +95,8 @@ def check(method: Method) -> None:
     _check_parts(method)
     _check_timing(method)
     _check_ramp(method)
+    _check_dense_until(method)
+    _check_frozen(method)
     momentum = method.momentum
     if isinstance(momentum, str) and momentum != "auto":
         fail("momentum", momentum, '"auto" or a number in [0, 1)', "Pass 0.9.")
@@ -107,8 +123,7 @@ def check(method: Method) -> None:
 
 def check_acts(method: Method) -> None:
     """Raises if no cycle would ever come."""
-    start, stop = method.update_start, method.update_stop
-    check_some_due(method.update_period, start, stop)
+    check_some_due(*method.timing)
 
 
 def _check_parts(method: Method) -> None:
@@ -147,6 +162,43 @@ def _check_ramp(method: Method) -> None:
         fail("ramp", ramp, "a schedule of the density", cure)
 
 
+def _check_dense_until(method: Method) -> None:
+    until = method.dense_until
+    if until is None:
+        return
+    cure = "Leave it out to start sparse."
+    checks.whole("dense_until", until, 1, cure=cure)
+    if method.ramp is not None:
+        cure = "A `ramp` says itself when the network is dense: leave one of them out."
+        fail("dense_until", until, "None beside `ramp`", cure)
+    if method.masks is not None:
+        cure = "The first masks are full: leave `masks` out."
+        fail("dense_until", until, "None beside `masks`", cure)
+    if never_due(*method.timing):
+        stop = method.update_stop
+        cure = "Lower it, raise update_stop, or use one_shot_magnitude."
+        allowed = f"such that a cycle comes after it and before update_stop={stop}"
+        fail("dense_until", until, allowed, cure)
+
+
+def _check_frozen(method: Method) -> None:
+    if not isinstance(method.freeze, bool):
+        fail("freeze", method.freeze, "True or False", "Leave it out for False.")
+    if method.freeze and method.hidden:
+        cure = "Hidden weights train: leave out one of the two."
+        fail("freeze", True, "False with `hidden`", cure)
+    if method.within is None:
+        return
+    cure = "Leave out one of the two."
+    if method.freeze:
+        fail("freeze", True, "False beside `within`, which freezes the others", cure)
+    if method.hidden:
+        fail("hidden", True, "False beside `within`", cure)
+    if method.pattern != SINGLE:
+        allowed = "None beside `within`"
+        fail("pattern", method.pattern.name, allowed, cure)
+
+
 def refuse_multi_steps(inner_state: Any) -> None:
     """Raises if gradients are accumulated inside the engine."""
 
@@ -172,7 +224,8 @@ def first_masks(
     if method.masks is None:
         layers = layers_of(params, method.where, method.stacked, method.pattern)
         _check_sizes(layers)
-        return layers, tuple(_made(method, layers, params, seed))
+        usable = usable_weights(method, layers, params)
+        return layers, tuple(_made(method, layers, params, seed, usable))
     layers = layers_of_masks(method.masks, params, method.stacked, method.pattern)
     # The trees of the state are like the parameters, whatever the masks' containers.
     layers = layers._replace(structure=structure)
@@ -185,7 +238,21 @@ def first_masks(
     # that of the parameters, not of the masks.
     kept = tuple(jnp.array(unpack(m), copy=True) for m in given)
     _check_given(method, layers, params, kept)
+    check_within(layers, kept, usable_weights(method, layers, params))
     return layers, kept
+
+
+def usable_weights(
+    method: Method, layers: Layers, params: PyTree
+) -> tuple[jax.Array, ...] | None:
+    """The masks of `within`, one per leaf; None without. Raises if there is no room."""
+    if method.within is None or not layers.index:
+        return None
+    usable = usable_of(method.within, layers, params)
+    if method.masks is None:
+        final = unit_counts_of(method.density, layers, params)
+        check_room(layers, final, usable)
+    return usable
 
 
 def _check_sizes(layers: Layers) -> None:
@@ -200,11 +267,18 @@ def _check_sizes(layers: Layers) -> None:
 
 
 def _made(
-    method: Method, layers: Layers, params: PyTree, seed: jax.Array
+    method: Method,
+    layers: Layers,
+    params: PyTree,
+    seed: jax.Array,
+    usable: tuple[jax.Array, ...] | None,
 ) -> list[jax.Array]:
     """Masks of whole units, with the counts that a ramp has at the start."""
     if not layers.index:
         return []
+    if method.dense_until is not None:
+        full = usable or [jnp.ones_like(x, dtype=bool) for x in layers.pick(params)]
+        return [jnp.array(m, copy=True) for m in full]
     if method.ramp is None:
         counts: Sequence[Any] = unit_counts_of(method.density, layers, params)
     else:
@@ -221,7 +295,10 @@ def _made(
             x if x.shape == unit.shape else jax.ShapeDtypeStruct(unit.shape, x.dtype)
             for x, unit in zip(leaves, units.leaves, strict=True)
         ]
-        kept = random_of_layers(jax.random.fold_in(seed, 0), units, like, counts)
+        if usable is not None:
+            counts = at_most(counts, layers, usable)
+        own = jax.random.fold_in(seed, 0)
+        kept = random_of_layers(own, units, like, counts, usable)
     return list(map(_laid_like, layers.spread(kept), leaves))
 
 

@@ -21,6 +21,10 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
 
     .. math:: \min(1, \text{max\_norm} / \| u_{\text{active}} \|_2)
 
+    At a density of 1%, with a gradient whose entries are all alike, a clip of the
+    global norm to 1 leaves a norm of about 0.1 for the weights that train, outside of
+    the method or inside; this one leaves 1.
+
     .. note:: Only inside a sparse method, which passes the masks:
       ``regrow(optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1)), ...)``. Cost: one
       pass over the updates; no memory.
