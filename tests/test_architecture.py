@@ -276,6 +276,35 @@ def test_public_names_have_docs_with_examples(name, thing):
         assert f"{parameter}:" in doc, f"{name} does not describe {parameter}"
 
 
+METHODS = sorted(
+    name
+    for name, thing in vars(sparse_optax.methods).items()
+    if inspect.isfunction(thing) and "inner" in inspect.signature(thing).parameters
+)
+HIDDEN = {"network_surgery", "straight_through_magnitude"}
+
+
+def test_there_are_methods():
+    assert {"rigl", "static_sparse", "top_kast", "ham"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", ["regrow", *(m for m in METHODS if m != "ham")])
+def test_a_method_says_how_to_clip(name):
+    """A clip outside of it measures missing weights, and nothing tells."""
+    doc = inspect.getdoc(getattr(sparse_optax, name))
+    assert "Clip gradients inside" in doc or "clip_by_global_norm" in doc
+    assert (name in HIDDEN) == ("has the right norm" in doc)
+
+
+@pytest.mark.parametrize("name", ["regrow", *METHODS])
+def test_a_method_that_takes_a_key_says_how_members_get_theirs(name):
+    """One integer under ``jax.vmap`` gives all members the same masks."""
+    thing = getattr(sparse_optax, name)
+    doc = inspect.getdoc(thing)
+    has_key = "key" in inspect.signature(thing).parameters
+    assert has_key == ("give each member its own by ``in_axes``" in doc)
+
+
 def _checks(node):
     """Whether a statement only raises where something is wrong."""
     if isinstance(node, ast.If | ast.For):

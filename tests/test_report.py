@@ -740,3 +740,61 @@ def test_arguments_that_do_not_fit(what):
 def test_explore_refuses(masks_now):
     with refuses("explore", "explored"):
         report.explore(KEPT, masks_now)
+
+
+# --- ensembles ------------------------------------------------------------------------
+
+
+def _members(keys, wrap=lambda tx: tx, packed=False):
+    """The state of three members that keep a fifth of the same weights."""
+
+    def start(key):
+        tx = sparse_optax.rigl(
+            optax.sgd(0.1),
+            density=0.2,
+            update_period=2,
+            update_stop=9,
+            key=key,
+            packed=packed,
+        )
+        return wrap(tx).init(PARAMS)
+
+    axes = None if isinstance(keys, int) else 0
+    return jax.vmap(start, in_axes=axes, axis_size=3)(keys)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx), optax.apply_if_finite],
+    ids=["alone", "chained", "wrapped"],
+)
+def test_members_with_one_integer_key_hold_one_mask(wrap, packed):
+    if wrap is optax.apply_if_finite:
+        wrap = lambda tx: optax.apply_if_finite(tx, 3)  # noqa: E731
+    one = _members(0, wrap, packed)
+    assert report.same_masks(one)
+    own = _members(jax.random.split(jax.random.key(0), 3), wrap, packed)
+    assert not report.same_masks(own)
+    assert report.same_masks(_members(jnp.array([4, 4, 4]), wrap, packed))
+    # One member that differs is enough.
+    assert not report.same_masks(_members(jnp.array([4, 4, 5]), wrap, packed))
+
+
+def test_members_of_nested_ensembles():
+    grid = jax.vmap(jax.vmap(lambda seed: _start(seed)))
+    assert not report.same_masks(grid(jnp.array([[0, 0], [1, 1]])))
+    assert report.same_masks(grid(jnp.array([[3, 3], [3, 3]])))
+
+
+def _start(seed):
+    return sparse_optax.static_sparse(density=0.2, key=seed).init(PARAMS)
+
+
+def test_same_masks_refuses():
+    with refuses("same_masks", "`opt_state`", "one network", "leading axis"):
+        report.same_masks(_start(0))
+    with refuses("same_masks", "`opt_state`", "no masks", "a method"):
+        report.same_masks(optax.sgd(0.1).init(PARAMS))
+    with refuses("same_masks", "`opt_state`", "traced", "concrete"):
+        jax.jit(report.same_masks)(_members(0))
