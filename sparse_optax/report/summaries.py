@@ -368,7 +368,7 @@ def _rows(leaf: Leaf, counts, price, seen: _Seen) -> list[Layer]:
         _per_slice(numbers.get(name), leaf)
         for numbers in (seen.removed, seen.grown, seen.passed)
     )
-    trained: list[int | None] = [None] * slices
+    trained: Sequence[int | None] = [None] * slices
     if name in seen.trained:
         mask = np.asarray(unpack(seen.trained[name]))
         others = tuple(d for d in range(mask.ndim) if d != leaf.axis)
