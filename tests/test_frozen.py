@@ -67,6 +67,7 @@ def test_all_others_keep_their_bits_and_the_masked_train(name, dtype):
         np.testing.assert_array_equal(same[~mask], True)
         assert same[mask].mean() < 0.2  # in 16 bits some come back to their value
         assert unchanged(params[layer]["bias"], after[layer]["bias"]).all()
+    assert int(state.misplaced) == 0  # nonzero weights outside are no alarm here
 
 
 def test_the_masked_train_as_they_do_without_the_others():
@@ -313,6 +314,7 @@ def test_a_method_uses_only_free_weights_and_leaves_the_others_alone(name):
         assert unchanged(params[layer]["kernel"], w)[~may].all()
         assert not (found[i] & ~may).any()
         assert not w[may & ~found[i]].any()
+    assert int(state.misplaced) == 0
     same = unchanged(params["Dense_0"]["bias"], after["Dense_0"]["bias"])
     np.testing.assert_array_equal(same, np.arange(9) >= 4)
     assert not unchanged(params["Dense_1"]["bias"], after["Dense_1"]["bias"]).any()

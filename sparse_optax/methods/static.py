@@ -96,8 +96,8 @@ def static_sparse(
       Mostafa and Wang, 2019, see ``dynamic_sparse``: uniform, for twice the epochs.
     """
     if key is None and masks is None:
-        allowed = "a seed or a random key where the masks are random"
-        checks.fail("key", key, allowed, "Pass key=0, or masks=.")
+        cure = "Pass key=0, or masks=."
+        checks.fail("key", key, "a seed or key where the masks are random", cure)
     method = Method(
         inner=inner,
         density=density,
