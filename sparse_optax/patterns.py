@@ -34,7 +34,7 @@ import numpy as np
 from sparse_optax import checks
 from sparse_optax.contraction import contraction_axes as contraction_axes
 from sparse_optax.roles import Layout
-from sparse_optax.selection.passes import scores
+from sparse_optax.selection.leaf import scores
 from sparse_optax.selection.topk import LONGEST
 
 __all__ = [

@@ -14,7 +14,8 @@ from sparse_optax import selection
 from sparse_optax.budgets.resolve import pool_of, unit_counts
 from sparse_optax.layers import Layers, PyTree
 from sparse_optax.masks.make import top_of_layers
-from sparse_optax.selection import passes, uint64
+from sparse_optax.selection import uint64
+from sparse_optax.selection.leaf import scores
 from sparse_optax.selection.tally import all_true, tally
 
 # Counts in the state are int32.
@@ -81,7 +82,7 @@ def passing(
         counts = unit_counts([], layers)
         kept = top_of_layers(units, counts, layers.units.axes, ranked)
         if skip_zeros and layers.pattern.density != 1:
-            alive = [passes.scores(ranked, xs) != 0 for xs in units]
+            alive = [scores(ranked, xs) != 0 for xs in units]
             kept = list(map(jnp.logical_and, kept, alive))
         masks = list(layers.spread(kept))
         return Passing(masks, _or_zero(guess), counted([(m,) for m in masks]))
@@ -120,7 +121,7 @@ def passing_ties(
         everything = jnp.logical_not(uint64.less64(k, uint64.pair64(size)))
     masks = []
     for pair in pairs:
-        score = passes.scores(saliency, pair)
+        score = scores(saliency, pair)
         # NaN saliencies pass too; comparisons with them are False.
         over = jnp.logical_or(score >= bound, jnp.isnan(score))
         alive = jnp.logical_or(score != 0, everything)

@@ -26,6 +26,8 @@ partitioner no mesh, and leaves are gathered first, with the same result.
 - ``keys``: scores as integers of the same order.
 - ``cut``, ``bracket``: the search for the threshold and for ties at it.
 - ``passes``, ``tally``: one counting pass over the leaves; integer statistics.
+- ``leaf``: what a pass computes on one leaf, whichever it is.
+- ``compilation``: what keeps programs over many leaves quick to compile.
 - ``mesh``: the same on every device of a mesh, and under ``vmap``.
 - ``uint64``: counts past 2^32 as pairs of uint32.
 """

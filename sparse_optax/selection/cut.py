@@ -11,7 +11,9 @@ from jax import lax
 
 from sparse_optax.selection import bracket as loop
 from sparse_optax.selection import uint64
+from sparse_optax.selection.compilation import entries
 from sparse_optax.selection.keys import Order
+from sparse_optax.selection.leaf import mark_of
 from sparse_optax.selection.passes import Part
 from sparse_optax.selection.plan import Plan, pairs
 
@@ -109,7 +111,8 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
         bound = values.to_keys(bracket.high)
         ends, kept = _early(part, bound, bracket, left(bracket), whole, spare)
     counts = ()
-    cells = [slice(leaf.cell, leaf.cell + leaf.cells) for leaf in plan.leaves]
+    marks = lax.optimization_barrier([leaf.mark for leaf in plan.leaves])
+    marks = list(zip(plan.leaves, map(mark_of, marks), strict=True))
     if plan.counts:
         over = bracket.cells
         if not along:
@@ -117,19 +120,18 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
             over = part.above(jnp.stack([level, level], axis=1))[:, 0]
         everything = np.array(plan.sizes, np.uint32)
         counts = jnp.where(_to_cells(plan, whole), everything, over + kept)
-        counts = tuple(counts[cell] for cell in cells)
+        counts = tuple(entries(counts, mark.cell, leaf.cells) for leaf, mark in marks)
     threshold = _least(part, bound, kept > 0) if plan.least else bound
     if plan.pools == 1 and not plan.huge:
         return Cut((bound,), (ends,), threshold, counts)
     # Sliced here, within the operation that is opaque to the partitioner: outside, it
     # would shard the row that is sliced.
-    rows = [slice(leaf.pool, leaf.pool + leaf.pools) for leaf in plan.leaves]
-    return Cut(
-        tuple(bound[row] for row in rows),
-        tuple(ends[row] for row in (cells if plan.huge else rows)),
-        threshold,
-        counts,
-    )
+    bounds = [entries(bound, mark.pool, leaf.pools) for leaf, mark in marks]
+    if plan.huge:
+        stops = [entries(ends, mark.cell, leaf.cells) for leaf, mark in marks]
+    else:
+        stops = [entries(ends, mark.pool, leaf.pools) for leaf, mark in marks]
+    return Cut(tuple(bounds), tuple(stops), threshold, counts)
 
 
 class _Values(NamedTuple):
@@ -396,15 +398,22 @@ def _search_together(
     def searching(bracket):
         return loop.unfinished(bracket, room)
 
-    def body(state):
-        bracket, probes, tied, tie_probes = state
-        first = searching(bracket)
+    def asked(bracket, probes, tied, tie_probes):
+        """The state of the loop, with what the next round counts. So it is computed
+        once, and not again in the kernel of each leaf.
+        """
+        first = searching(bracket)[:, None]
         probes = loop.within(bracket, probes)
         tie_probes = loop.within(tied, tie_probes)
         level = to_keys(bracket.high)[:, None]
-        level = jnp.where(first[:, None], to_keys(probes), level)
-        ends = jnp.where(first[:, None], np.uint32(0), sizes[:, None] - tie_probes)
-        counts = part.before(level, ends)
+        level = jnp.where(first, to_keys(probes), level)
+        ends = jnp.where(first, np.uint32(0), sizes[:, None] - tie_probes)
+        return (bracket, probes, tied, tie_probes), (level, ends)
+
+    def body(state):
+        (bracket, probes, tied, tie_probes), pairs = state
+        first = searching(bracket)
+        counts = part.before(*pairs)
         over = (counts,)
         at = (counts - bracket.above[-1][:, None],)
         found, next_probes = loop.narrow(bracket, room, probes, over, counts, bend)
@@ -414,15 +423,15 @@ def _search_together(
         tied = _where(first, started, closer)
         start = first_ends(started, found)
         tie_probes = jnp.where(first[:, None], start, next_ties)
-        return found, next_probes, tied, tie_probes
+        return asked(found, next_probes, tied, tie_probes)
 
     def unfinished(state):
-        bracket, _, tied, _ = state
+        (bracket, _, tied, _), _ = state
         return jnp.any(searching(bracket) | loop.unfinished(tied, left(bracket)))
 
     tied = ties(bracket)
-    state = bracket, probes, tied, first_ends(tied, bracket)
-    bracket, _, tied, _ = lax.while_loop(unfinished, body, state)
+    state = asked(bracket, probes, tied, first_ends(tied, bracket))
+    (bracket, _, tied, _), _ = lax.while_loop(unfinished, body, state)
     return bracket, sizes - tied.high, tied.above[-1]
 
 

@@ -32,7 +32,7 @@ def places(plan: Plan) -> list[Place]:
         return out
     shard = lax.axis_index(plan.axis_name).astype(jnp.uint32)
     return [
-        place._replace(base=np.uint32(place.base) + shard * np.uint32(leaf.size))
+        place._replace(base=shard * np.uint32(leaf.size))
         for place, leaf in zip(out, plan.leaves, strict=True)
     ]
 
@@ -173,7 +173,7 @@ def _even(array, mesh) -> list[tuple[str, ...]]:
 
 def _local_place(leaf: PlannedLeaf, spec, mesh) -> Place:
     """The place of this device's part of a sharded leaf."""
-    base, cell, used = jnp.uint32(leaf.start), 0, set()
+    base, cell, used = jnp.uint32(0), 0, set()
     for axis, (axes, size) in enumerate(zip(spec, leaf.shape, strict=True)):
         if not axes:
             continue

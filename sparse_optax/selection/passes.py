@@ -1,9 +1,9 @@
 """One pass over the leaves: how many scores are above a threshold, per cell.
 
-Values are given per cell, or as one row for all cells. The form of the count decides
-its speed. On CPU one reduction of several comparisons vectorises and runs at memory
-speed, a single one does not; thresholds must be scalars; two or more rows let threads
-share a leaf. The barrier around the leaves keeps XLA from storing scores before a loop.
+The form of the count decides its speed. On CPU one reduction of several comparisons
+vectorises and runs at memory speed, a single one does not; thresholds must be scalars;
+two or more rows let threads share a leaf. The barrier around the leaves keeps XLA from
+storing scores before a loop.
 """
 
 import math
@@ -16,22 +16,22 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from sparse_optax.selection import keys as key_order
-from sparse_optax.selection.plan import Plan, PlannedLeaf, row_major
+from sparse_optax.selection import leaf as one
+from sparse_optax.selection.plan import Plan, PlannedLeaf
 
 
 class Place(NamedTuple):
     """The place of a device's part of a leaf within the leaf."""
 
     strides: tuple[int, ...]  # steps in position within the cell, per axis of the part
-    base: Any  # position of the part's first weight; int or uint32 scalar
+    base: Any  # of the part's first weight, counted within it; int or uint32 scalar
     cell: Any  # first cell of the part, counted within the leaf; int or int32 scalar
     counts: Any  # False on all but one of the devices that hold a copy; None is True
 
 
 def whole(leaf: PlannedLeaf) -> Place:
     """The place of a leaf that is not split."""
-    return Place(leaf.strides, leaf.start, 0, None)
+    return Place(leaf.strides, 0, 0, None)
 
 
 class Part(NamedTuple):
@@ -44,81 +44,26 @@ class Part(NamedTuple):
 
     def above(self, thresholds: jax.Array) -> jax.Array:
         """How many keys of each cell are strictly above its thresholds."""
-        count = thresholds.shape[1]
-        rows, over = lax.optimization_barrier((self.rows(), _unpacked(thresholds)))
-
-        def condition(i):
-            keys = keys_of(self.plan, rows[i])
-            return [keys > self._across(i, over, j, keys.ndim) for j in range(count)]
-
-        return self._count(condition, count)
+        return self._count(one.above, thresholds)
 
     def before(self, thresholds: jax.Array, ends: jax.Array) -> jax.Array:
         """How many weights come before pairs of key and position."""
-        plan, count = self.plan, ends.shape[1]
-        rows, levels, before, zero = lax.optimization_barrier(
-            (self.rows(), _unpacked(thresholds), _unpacked(ends), jnp.uint32(0))
-        )
-
-        def condition(i):
-            keys = keys_of(self.plan, rows[i])
-            position = self._row_positions(i, keys.shape, zero)
-            return [
-                kept(
-                    keys,
-                    self._across(i, levels, j, keys.ndim),
-                    position < self._across(i, before, j, keys.ndim),
-                    plan,
-                )
-                for j in range(count)
-            ]
-
-        return self._count(condition, count)
+        return self._count(one.before, thresholds, ends)
 
     def at(self, bound: jax.Array, ends: jax.Array) -> jax.Array:
         """How many keys equal the bound, at positions before each end."""
-        count = ends.shape[1]
-        rows, at, before, zero = lax.optimization_barrier(
-            (self.rows(), _unpacked(bound[:, None]), _unpacked(ends), jnp.uint32(0))
-        )
-
-        def condition(i):
-            keys = keys_of(self.plan, rows[i])
-            equal = keys == self._across(i, at, 0, keys.ndim)
-            # The zero behind a barrier keeps XLA from storing positions.
-            position = self._row_positions(i, keys.shape, zero)
-            # Other keys come after every end.
-            position = jnp.where(equal, position, np.uint32(2**32 - 1))
-            return [
-                position < self._across(i, before, j, keys.ndim) for j in range(count)
-            ]
-
-        return self._count(condition, count)
+        return self._count(one.at, bound[:, None], ends)
 
     def least(self, bound: jax.Array) -> jax.Array:
         """The smallest key of each cell that is strictly above the bound."""
         plan = self.plan
         top = np.array(plan.order.highest, plan.order.dtype)
-        rows, level = lax.optimization_barrier((self.rows(), _unpacked(bound[:, None])))
+        rows, level, marks = lax.optimization_barrier(
+            (self.rows(), bound[:, None], self.marks())
+        )
         done, pending = {}, {}
         for i, leaf in enumerate(plan.leaves):
-            keys = keys_of(self.plan, rows[i])
-            over = jnp.where(keys > self._across(i, level, 0, keys.ndim), keys, top)
-            if plan.many:
-                # A single minimum is not vectorised; the maximum beside it is unused
-                # except to see whether there is any key above the bound.
-                lowest, highest = lax.reduce(
-                    (over, keys),
-                    (top, ~top),
-                    lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
-                    (1,),
-                )
-                found = highest > self._across(i, level, 0, 1)
-                lowest = jnp.where(found, lowest, top)
-            else:
-                axes = tuple(range(1 if leaf.split else 0, over.ndim))
-                lowest = jnp.min(over, axis=axes, initial=top)
-                lowest = lowest if leaf.split else lowest[None]
+            lowest = one.least(rows[i], level, marks[i], kind=self.kind(i))
             if leaf.split:
                 done[i] = self._among_cells(i, lowest[:, None], top)
             else:
@@ -142,7 +87,7 @@ class Part(NamedTuple):
             picked = [
                 lax.slice(a.reshape(-1), (start,), (length,), (stride,)) for a in arrays
             ]
-            key = keys_of(self.plan, picked)
+            key = one.keys_of(self.plan, picked)
             counts = self.places[i].counts
             if counts is None:
                 number += np.int32(key.size)
@@ -192,57 +137,40 @@ class Part(NamedTuple):
             for leaf, arrays in zip(self.plan.leaves, self.args, strict=True)
         ]
 
-    def _across(self, i: int, values: list, j: int, ndim: int) -> jax.Array:
-        """Column j of unpacked values, shaped to broadcast over the rows of leaf i."""
-        leaf = self.plan.leaves[i]
-        x = values[j]
-        if x.ndim == 0:
-            return x
-        if not leaf.split:
-            return x[leaf.cell]
-        here = self.args[i][0].shape[0]
-        x = lax.dynamic_slice(x, (leaf.cell + self.places[i].cell,), (here,))
-        return x.reshape((here,) + (1,) * (ndim - 1))
+    def kind(self, i: int) -> one.Kind:
+        """What leaf i has in common with leaves of its shape."""
+        shape, split = self.args[i][0].shape, self.plan.leaves[i].split
+        return one.kind_of(self.plan, shape, split, self.places[i].strides)
 
-    def _row_positions(self, i: int, rows: tuple[int, ...], zero) -> jax.Array:
-        """Positions of the weights of leaf i, arranged as by `rows`."""
-        place, split = self.places[i], self.plan.leaves[i].split
-        shape = self.args[i][0].shape
-        base = jnp.asarray(place.base, jnp.uint32) + zero
-        if not self.plan.many:
-            return positions(shape, place.strides, base)
-        if place.strides == row_major(shape, split):
-            return positions(rows, row_major(rows, split), base)
-        # Sharded along an inner axis: local neighbours are not neighbours in the cell.
-        return jnp.broadcast_to(positions(shape, place.strides, base), shape).reshape(
-            rows
+    def marks(self) -> list[Any]:
+        """Where each part lies, as vectors for a barrier, see `leaf.mark_of`."""
+        return [
+            leaf.mark
+            if isinstance(place.base, int) and isinstance(place.cell, int)
+            else leaf.mark + _vector(place)
+            for leaf, place in zip(self.plan.leaves, self.places, strict=True)
+        ]
+
+    def _count(self, condition: one.Condition, *values: jax.Array) -> jax.Array:
+        """Counts per cell over all devices of what meets each condition."""
+        # The barrier keeps XLA from storing scores and positions outside of a loop.
+        rows, values, marks = lax.optimization_barrier(
+            (self.rows(), values, self.marks())
         )
-
-    def _count(self, condition, count: int) -> jax.Array:
-        """Counts per cell over all devices, from a list of conditions per leaf."""
         done, pending = {}, {}
         for i, leaf in enumerate(self.plan.leaves):
-            ones = [x.astype(jnp.uint32) for x in condition(i)]
-            if self.plan.many:
-                rows = lax.reduce(
-                    ones,
-                    [np.uint32(0)] * count,
-                    lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
-                    (1,),
-                )
-            else:
-                axes = tuple(range(1 if leaf.split else 0, ones[0].ndim))
-                rows = [jnp.sum(x, axis=axes, dtype=jnp.uint32) for x in ones]
-                if not leaf.split:
-                    rows = [x[None] for x in rows]
+            found = one.count(
+                rows[i], values, marks[i], condition=condition, kind=self.kind(i)
+            )
             counts = self.places[i].counts
             if counts is not None:
-                rows = [jnp.where(counts, x, 0) for x in rows]
+                found = [jnp.where(counts, x, 0) for x in found]
             if leaf.split:
-                done[i] = self._among_cells(i, jnp.stack(rows, axis=1), np.uint32(0))
+                done[i] = self._among_cells(i, jnp.stack(found, axis=1), np.uint32(0))
             else:
-                pending.setdefault(rows[0].size, []).append((i, rows))
-        return self.total(self._gather(done, pending, count, jnp.sum))
+                pending.setdefault(found[0].size, []).append((i, found))
+        number = values[-1].shape[1]
+        return self.total(self._gather(done, pending, number, jnp.sum))
 
     def _gather(self, done: dict, pending: dict, count: int, combine) -> jax.Array:
         """One table of all cells, from tables of split leaves and rows of others. Rows
@@ -268,35 +196,10 @@ class Part(NamedTuple):
         return lax.dynamic_update_slice(row, values, start)
 
 
-def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The scores of one leaf; a score function gets 16-bit floats as float32."""
-    if score is None:
-        return arrays[0]
-    half = (jnp.float16, jnp.bfloat16)
-    return score(*(x.astype(jnp.float32) if x.dtype in half else x for x in arrays))
-
-
-def keys_of(plan: Plan, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The keys of one leaf: its scores as integers."""
-    score = scores(plan.score, arrays)
-    return key_order.to_key(score, plan.order, positive=plan.skip_zeros)
-
-
-def kept(keys: jax.Array, level: jax.Array, early: jax.Array, plan: Plan) -> jax.Array:
-    """Which weights are kept: above the level, and at it if the position is early."""
-    if plan.order.name == "uint32":  # there is no key below the lowest
-        return (keys > level) | ((keys == level) & early)
-    return keys > jnp.where(early, level - np.array(1, level.dtype), level)
-
-
-def positions(shape: tuple[int, ...], strides: tuple[int, ...], base) -> jax.Array:
-    """The position of each weight of an array within its pool or cell."""
-    out = jnp.full((1,) * len(shape), base, jnp.uint32)
-    for axis, stride in enumerate(strides):
-        if stride and shape[axis] > 1:
-            iota = lax.broadcasted_iota(jnp.uint32, shape, axis)
-            out = out + iota * np.uint32(stride % 2**32)
-    return out
+def _vector(place: Place) -> jax.Array:
+    """How a place moves the mark of its leaf."""
+    moved = [jnp.asarray(x).astype(jnp.uint32) for x in (place.cell, 0, place.base)]
+    return jnp.stack(moved)
 
 
 def _row_count(size: int) -> int:
@@ -304,10 +207,3 @@ def _row_count(size: int) -> int:
     if size < 2**20:
         return 1
     return max(rows for rows in range(1, 17) if size % rows == 0)
-
-
-def _unpacked(values: jax.Array) -> list[jax.Array]:
-    """Columns of an array of shape (n, m); scalars where n is 1."""
-    if values.shape[0] == 1:
-        return [values[0, j] for j in range(values.shape[1])]
-    return [values[:, j] for j in range(values.shape[1])]

@@ -8,6 +8,7 @@ these are pools (or if the count of the leaf does not fit 32 bits).
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,17 @@ from sparse_optax.selection.keys import Order
 
 # Weights a cell may hold, so that its count is a uint32.
 LIMIT = 2**32
+
+
+class PerLayer(NamedTuple):
+    """Counts of pools in one vector, as they come from arithmetic over layers.
+
+    A tree of counts says the same, but each entry cut out of the vector costs
+    compilation.
+    """
+
+    counts: jax.Array  # integers, shape (P,)
+    slices: tuple[int | None, ...]  # for each leaf its slices that are pools, or None
 
 
 class PlannedLeaf(NamedTuple):
@@ -44,6 +56,11 @@ class PlannedLeaf(NamedTuple):
     def strides(self) -> tuple[int, ...]:
         """Steps in row-major position within a cell, per axis."""
         return row_major(self.shape, self.split)
+
+    @property
+    def mark(self) -> np.ndarray:
+        """Where it lies: its first cell, first pool and start, modulo 2**32."""
+        return np.array([self.cell, self.pool, self.start % 2**32], np.uint32)
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ from jax import lax
 
 from sparse_optax.checks import ArgumentError
 from sparse_optax.selection import keys, plan, uint64
-from sparse_optax.selection.passes import scores
+from sparse_optax.selection.leaf import scores
 
 PyTree = Any
 
@@ -53,17 +53,22 @@ def prepare(
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     shards = 1 if axis_name is None else lax.psum(1, axis_name)
 
-    single = _is_single(k)
-    counts = [k] if single else _per_leaf(k, treedef, "k")
+    vector = isinstance(k, plan.PerLayer)
+    single = not vector and _is_single(k)
     slices: list[int | None] = [None] * len(args)
-    if not single:
+    if vector:
+        counts, slices = [k.counts], list(k.slices)
+    else:
+        counts = [k] if single else _per_leaf(k, treedef, "k")
+    if not single and not vector:
         slices = [
             _slices(count, arrays[0].shape, name)
             for count, arrays, name in zip(counts, args, names, strict=True)
         ]
     stacked = [x is not None for x in slices]
     # A leaf without slices still gets a pool, so that indices of pools agree.
-    counts = [0 if x == 0 else k for k, x in zip(counts, slices, strict=False)]
+    if not vector:
+        counts = [0 if x == 0 else k for k, x in zip(counts, slices, strict=False)]
     slices = [x or None for x in slices]
     prices = [1] * len(args)
     if costs is not None:
@@ -80,7 +85,9 @@ def prepare(
     labels = ["k"] if single else [f"k for {name}" for name in names]
     kinds = {x.dtype for x in counts if isinstance(x, jax.Array)}
     traced = all(isinstance(x, jax.Array) for x in counts)
-    if not single and len(kinds) == 1 and traced:
+    if vector:  # from arithmetic, not from a user: not checked
+        sizes, labels = [0], ["k"]
+    elif not single and len(kinds) == 1 and traced:
         # Together: converting each count alone would compile a kernel each.
         counts = [jnp.concatenate([jnp.reshape(x, -1) for x in counts])]
         sizes, labels = [0], [f"k for {', '.join(names)}"]

@@ -60,10 +60,11 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
     """The tallies of a device's part, added up over all devices."""
     plan = part.plan
     rows: list[list[Any]] = []
-    cells = []
+    cells: list[Any] = []
     for i, (leaf, arrays) in enumerate(zip(plan.leaves, part.rows(), strict=True)):
-        values = plan.score(*given, *arrays)
-        reduced = _reduce(values) if plan.many else _plain(values, leaf.split)
+        reduced = _of_leaf(
+            given, tuple(arrays), function=plan.score, many=plan.many, split=leaf.split
+        )
         counts = part.places[i].counts
         flat, structure = jax.tree.flatten(reduced)
         if counts is not None:  # False on copies, which another device counts
@@ -72,11 +73,21 @@ def _on_each_device(part: Part, given: tuple[jax.Array, ...]) -> tuple[Any, ...]
         number = flat[0].shape[0]
         first = leaf.cell + part.places[i].cell
         cells.append(first + np.arange(number, dtype=np.int32) * np.int32(leaf.split))
-    cell = jnp.concatenate([jnp.asarray(c, jnp.int32) for c in cells])
+    # None if each row is a cell, as on one device with leaves that are not large.
+    cell = None
+    if part.names or sum(map(len, cells)) != plan.cells:
+        cell = jnp.concatenate([jnp.asarray(c, jnp.int32) for c in cells])
     return tuple(
         _over_cells(part, jax.tree.map(lambda *x: jnp.concatenate(x), *column), cell)
         for column in zip(*rows, strict=True)
     )
+
+
+@functools.partial(jax.jit, static_argnames=("function", "many", "split"))
+def _of_leaf(given, arrays, *, function, many: bool, split: bool) -> list[Any]:
+    """The tallies of the rows of a leaf; traced once for all leaves of one shape."""
+    values = function(*given, *arrays)
+    return _reduce(values) if many else _plain(values, split)
 
 
 def _reduce(values: Sequence[jax.Array]) -> list[Any]:
@@ -131,9 +142,11 @@ def _plain(values: Sequence[jax.Array], split: bool) -> list[Any]:
     return out
 
 
-def _over_cells(part: Part, values: Any, cell: jax.Array) -> Any:
+def _over_cells(part: Part, values: Any, cell: jax.Array | None) -> Any:
     """Statistics of rows combined for each cell, over all devices."""
     cells = part.plan.cells
+    if cell is None:
+        return values
     if isinstance(values, tuple):
         # In limbs of 16 bits, so that sums over rows and devices do not overflow.
         limbs = [x & 0xFFFF for x in (values[1], values[1] >> 16, values[0])]

@@ -11,6 +11,7 @@ from jax import lax
 
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.selection import keys as key_order
+from sparse_optax.selection import leaf as one
 from sparse_optax.selection import mesh, passes
 from sparse_optax.selection.cut import find
 from sparse_optax.selection.plan import Plan
@@ -225,7 +226,7 @@ def top_of_rows(arrays: Sequence[jax.Array], k: Any, *, score: Any = None) -> ja
       >>> sparse_optax.selection.top_of_rows([x], 2).astype(int).tolist()
       [[0, 1, 1, 0], [1, 1, 0, 0]]
     """
-    values = passes.scores(score, arrays)
+    values = one.scores(score, arrays)
     if values.ndim != 2 or values.shape[1] > LONGEST:
         raise ArgumentError(
             f"the rows have shape {values.shape}; it must be (rows, "
@@ -251,19 +252,15 @@ def _found(search: Any, problem: Problem, plan: Plan) -> Any:
 def _select(args, limit, guess, *, plan):
     cut = mesh.run(find, plan, args, limit, guess)
     # With the barrier and keys of the search, so that masks cannot differ from it.
-    args, bound, ends = lax.optimization_barrier((args, cut.bound, cut.ends))
+    part = passes.Part(plan, args, mesh.places(plan), ())
+    args, bound, ends, marks = lax.optimization_barrier(
+        (args, cut.bound, cut.ends, part.marks())
+    )
     count = len(plan.leaves)
     bounds = bound * count if len(bound) == 1 else bound
     ends = ends * count if len(ends) == 1 else ends
-    masks = []
-    for place, arrays, level, end in zip(
-        mesh.places(plan), args, bounds, ends, strict=True
-    ):
-        keys = passes.keys_of(plan, arrays)
-        shape = (-1,) + (1,) * (keys.ndim - 1) if keys.ndim else ()
-        position = passes.positions(keys.shape, place.strides, place.base)
-        level, end = level.reshape(shape), end.reshape(shape)
-        masks.append(passes.kept(keys, level, position < end, plan))
+    columns = zip(args, bounds, ends, marks, strict=True)
+    masks = [one.mask(*column, kind=part.kind(i)) for i, column in enumerate(columns)]
     return masks, cut
 
 
