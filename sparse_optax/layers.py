@@ -18,6 +18,7 @@ import optax
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.roles import layout, roles
+from sparse_optax.selection.compilation import as_data, entries
 
 PyTree = Any
 Where = PyTree | Callable[[str, Any], bool]
@@ -539,15 +540,20 @@ def split_layers(
     vector: Any, shapes: Sequence[tuple[int, ...]], axes: Sequence[int | None]
 ) -> tuple[Any, ...]:
     """Cuts a vector over layers into a number per leaf, or (L,) if it stacks L."""
-    parts, start = [], 0
-    for shape, axis in zip(shapes, axes, strict=True):
-        if axis is None:
-            parts.append(vector[start])
-            start += 1
-        else:
-            parts.append(vector[start : start + shape[axis]])
-            start += shape[axis]
-    return tuple(parts)
+    numbers = [
+        None if axis is None else shape[axis]
+        for shape, axis in zip(shapes, axes, strict=True)
+    ]
+    widths = [1 if n is None else n for n in numbers]
+    starts = np.cumsum([0, *widths])[:-1].tolist()
+    if not isinstance(vector, jax.Array):
+        columns = zip(starts, numbers, strict=True)
+        return tuple(vector[s] if n is None else vector[s : s + n] for s, n in columns)
+    marks = as_data([[start] for start in starts])
+    columns = zip(marks, widths, strict=True)
+    parts = [entries(vector, mark[0], width) for mark, width in columns]
+    pairs = zip(parts, numbers, strict=True)
+    return tuple(jnp.squeeze(part) if n is None else part for part, n in pairs)
 
 
 def flat_counts(parts: Sequence[Any]) -> np.ndarray:

@@ -80,11 +80,8 @@ def shuffle_masks(
     units: Sequence[Any] = [()] * len(given)
     if within == "unit":
         units = _units(layers, masks, unit_axis)
-    new = []
-    for name, axis, unit, mask in zip(
-        layers.names, layers.axes, units, given, strict=True
-    ):
-        scores = random_scores(seed, name, mask)
+    new, bits = [], random_scores(seed, layers.names, given)
+    for axis, unit, mask, scores in zip(layers.axes, units, given, bits, strict=True):
         axes = (*(() if axis is None else (axis,)), *unit)
         new.append(place(_redraw(scores, mask, axes), mask))
     return layers.rebuild(new)
@@ -118,8 +115,7 @@ def random_masks_like(key: Key, masks: PyTree) -> PyTree:
     layers, given = _plain_masks(masks, None)
     if not given:
         return layers.rebuild([])
-    pairs = zip(layers.names, given, strict=True)
-    scores = [random_scores(seed, name, mask) for name, mask in pairs]
+    scores = random_scores(seed, layers.names, given)
     counts = [jnp.reshape(slice_counts(mask), -1) for mask in given]
     whole = uint64.sum64(jnp.concatenate(counts).astype(jnp.uint32))
     new = selection.top_k_mask(scores, whole)

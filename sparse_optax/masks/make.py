@@ -4,6 +4,7 @@ Every pruning criterion is a score for each weight, ranked in one pool over the 
 or within each layer, of which an exact number is kept.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from sparse_optax import checks, selection
@@ -21,7 +23,15 @@ from sparse_optax.budgets.resolve import (
     unit_counts_of,
 )
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import Layers, PyTree, Where, layers_of, leaf_names
+from sparse_optax.layers import (
+    Layers,
+    PyTree,
+    Where,
+    is_hole,
+    layers_of,
+    leaf_names,
+    split_layers,
+)
 from sparse_optax.masks.optimizer_state import named_masks
 from sparse_optax.masks.tree import (
     flatten,
@@ -32,6 +42,8 @@ from sparse_optax.masks.tree import (
 )
 from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.selection import mesh
+from sparse_optax.selection.compilation import as_data
+from sparse_optax.selection.plan import PerLayer
 from sparse_optax.selection.topk import LONGEST
 
 Key = jax.Array | int
@@ -59,57 +71,81 @@ def as_key(key: Key) -> jax.Array:
     checks.fail("key", key, allowed, "Pass, for instance, key=0.")
 
 
-def leaf_key(key: jax.Array, name: str) -> jax.Array:
-    """The random key of a leaf, by its name, so that another leaf changes no mask."""
-    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+def _folded(key: jax.Array, names: Sequence[str]) -> jax.Array:
+    """The random key of each leaf, by its name, so that another leaf changes no mask;
+    one array, from one kernel.
+    """
+    hashes = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+
+
+def leaf_keys(key: jax.Array, names: Sequence[str]) -> list[jax.Array]:
+    """The same, one by one."""
+    return _slices(_folded(key, names)) if names else []
 
 
 def draw(
-    sample: Callable[..., jax.Array], key: jax.Array, name: str, like: Any, dtype: Any
+    sample: Callable[..., jax.Array], key: jax.Array, like: Any, dtype: Any
 ) -> jax.Array:
-    """Random numbers for a leaf, with its shape and sharding. ``sample`` is a function
-    of ``jax.random``.
+    """Random numbers with the shape and sharding of a leaf, by the leaf's own key.
+    ``sample`` is a function of ``jax.random``.
     """
     sharding = jax.typeof(like).sharding
     with mesh.of(like):
         return sample(
-            leaf_key(key, name),
+            key,
             like.shape,
             dtype,
             out_sharding=None if sharding.mesh.empty else sharding,  # an Explicit one
         )
 
 
-def random_scores(key: jax.Array, name: str, like: Any) -> jax.Array:
-    """Uniform uint32 scores for a leaf; floats would have ties."""
-    return draw(jax.random.bits, key, name, like, jnp.uint32)
+def random_scores(
+    key: jax.Array, names: Sequence[str], likes: Sequence[Any]
+) -> list[jax.Array]:
+    """Uniform uint32 scores for leaves; floats would have ties."""
+    pairs = zip(leaf_keys(key, names), likes, strict=True)
+    return [draw(jax.random.bits, own, like, jnp.uint32) for own, like in pairs]
 
 
 # --- selections -----------------------------------------------------------------------
 def top_of_layers(
     operands: Sequence[Operands],
-    counts: Sequence[Any],
+    counts: Sequence[Any] | jax.Array,
     axes: Sequence[int | None],
     score: Callable[..., jax.Array] | None = None,
 ) -> list[jax.Array]:
     """Masks of the highest scores, one pool per layer. ``counts`` has an integer per
-    leaf, or one per slice if the leaf has an axis of layers. ``score`` is a
-    module-level function of a leaf's arrays.
+    leaf, or one per slice if the leaf has an axis of layers; or it is one array over
+    all layers. ``score`` is a module-level function of a leaf's arrays.
     """
     if not operands:
         return []
+    shapes = [xs[0].shape for xs in operands]
     front = [
         xs if axis is None else tuple(jnp.moveaxis(x, axis, 0) for x in xs)
         for xs, axis in zip(operands, axes, strict=True)
     ]
+    short = [
+        axis is not None and _has_short_rows(xs[0])
+        for xs, axis in zip(front, axes, strict=True)
+    ]
+    numbers = [None if a is None else s[a] for s, a in zip(shapes, axes, strict=True)]
+    if not isinstance(counts, jax.Array):
+        each, whole = counts, None
+    elif any(short) or 0 in numbers:  # some leaves take no part in the search
+        each, whole = split_layers(counts, shapes, axes), None
+    else:
+        each, whole = (), PerLayer(counts, tuple(numbers))
     chosen: list[Any] = [None] * len(front)
-    for i, (xs, axis) in enumerate(zip(front, axes, strict=True)):
-        if axis is not None and _has_short_rows(xs[0]):
-            chosen[i] = selection.top_of_rows(xs, counts[i], score=score)
+    for i, xs in enumerate(front):
+        if short[i]:
+            chosen[i] = selection.top_of_rows(xs, each[i], score=score)
     rest = [i for i, m in enumerate(chosen) if m is None]
     if rest:
         leaves = [front[i] if score else front[i][0] for i in rest]
-        found = selection.top_k_mask(leaves, [counts[i] for i in rest], score=score)
+        k = whole if whole is not None else [each[i] for i in rest]
+        found = selection.top_k_mask(leaves, k, score=score)
         for i, m in zip(rest, found, strict=True):
             chosen[i] = m
     return [
@@ -207,14 +243,54 @@ def random_of_layers(
     keep: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
     """Random masks with these counts; ``like`` gives shapes and placement."""
-    pairs = zip(layers.names, like, strict=True)
-    operands: list[Operands] = [(random_scores(key, name, x),) for name, x in pairs]
-    score = None
     if keep is not None:
-        operands = [(*xs, m) for xs, m in zip(operands, keep, strict=True)]
-        score = _first_kept
-    kept = top_of_layers(operands, counts, layers.axes, score)
-    return [place(m, x) for m, x in zip(kept, like, strict=True)]
+        scores = random_scores(key, layers.names, like)
+        operands = list(zip(scores, keep, strict=True))
+        kept = top_of_layers(operands, counts, layers.axes, _first_kept)
+        return [place(m, x) for m, x in zip(kept, like, strict=True)]
+    # Leaves of one shape are drawn and searched as slices of one array: a program of a
+    # few large operations instead of many for each leaf.
+    groups, drawn, numbers, axes = _alike(layers, like), [], [], []
+    for first, *others in groups:
+        if others:
+            keys = _folded(key, [layers.names[i] for i in (first, *others)])
+            drawn.append((_bits_of(keys, shape=tuple(like[first].shape)),))
+            numbers.append(np.array([counts[i] for i in (first, *others)]))
+            axes.append(0)
+        else:
+            names, likes = [layers.names[first]], [like[first]]
+            drawn.append(tuple(random_scores(key, names, likes)))
+            numbers.append(counts[first])
+            axes.append(layers.axes[first])
+    masks: dict[int, jax.Array] = {}
+    for group, found in zip(groups, top_of_layers(drawn, numbers, axes), strict=True):
+        parts = _slices(found) if len(group) > 1 else [found]
+        masks.update(zip(group, parts, strict=True))
+    return [place(masks[i], x) for i, x in enumerate(like)]
+
+
+def _alike(layers: Layers, like: Sequence[Any]) -> list[list[int]]:
+    """Groups of leaves that may be slices of one array: of one shape, one layer each.
+    Not with several devices, since an array of slices would not be sharded like them.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, x) in enumerate(zip(layers.leaves, like, strict=True)):
+        alone = leaf.axis is not None or not jax.typeof(x).sharding.mesh.empty
+        alone = alone or jax.device_count() > 1
+        groups.setdefault(i if alone else tuple(x.shape), []).append(i)
+    return list(groups.values())
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _bits_of(keys: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform uint32 numbers of one shape for each key, the same as one by one."""
+    return lax.map(lambda key: jax.random.bits(key, shape, jnp.uint32), keys)
+
+
+def _slices(stack: jax.Array) -> list[jax.Array]:
+    """The slices along axis 0, by indices that are data."""
+    marks = as_data([[i] for i in range(stack.shape[0])])
+    return [lax.dynamic_index_in_dim(stack, mark[0], keepdims=False) for mark in marks]
 
 
 def _first_kept(chance: jax.Array, mask: jax.Array) -> jax.Array:

@@ -49,6 +49,7 @@ from sparse_optax.regrowth.start import (
 from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
 from sparse_optax.schedules.timing import never_due
+from sparse_optax.selection.compilation import once
 
 OWN_DECAY = 0.9
 
@@ -708,6 +709,8 @@ def _open_cycle(operands: _Operands, how: _How):
 
     go = jnp.logical_and(result.ok, enabled)
 
+    removed, grown = once((result.removed, result.grown))
+
     def counts(vector, previous):
         new = layers.rebuild(layers.weights(vector))
         return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, previous)
@@ -719,8 +722,8 @@ def _open_cycle(operands: _Operands, how: _How):
         ramp=ramp,
         regrow_masks=layers.rebuild(store(new_masks)),
         rules=map_weights(layers.rebuild, result.states),
-        removed=counts(result.removed, state.removed),
-        grown=counts(result.grown, state.grown),
+        removed=counts(removed, state.removed),
+        grown=counts(grown, state.grown),
         skipped=state.skipped + jnp.logical_not(result.ok).astype(jnp.int32),
     )
     return after, store(moves), moments

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from sparse_optax import checks, selection
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import split_layers
 from sparse_optax.masks.make import top_of_layers
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import (
@@ -70,8 +69,7 @@ def _two_sided(evidence: Evidence) -> tuple[jax.Array, ...]:
     number = layer_counts(sides, axes)
     left = number - _lost_to_ramp(evidence, number)
     stay = left - allocate.floor_fraction(rate, left)
-    counts = split_layers(stay, [m.shape for m in sides], axes)
-    kept = top_of_layers(pools, counts, axes, active_magnitude)
+    kept = top_of_layers(pools, stay, axes, active_magnitude)
     return tuple(map(jnp.logical_or, kept[: len(pairs)], kept[len(pairs) :]))
 
 

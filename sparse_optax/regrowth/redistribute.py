@@ -13,6 +13,7 @@ from jax import lax
 from sparse_optax.layers import layer_sizes
 from sparse_optax.regrowth.rules import Evidence, stateless, tally_layers
 from sparse_optax.selection import uint64
+from sparse_optax.selection.compilation import once
 
 __all__ = [
     "magnitude",
@@ -43,7 +44,7 @@ def mean_magnitudes(
     leaves = list(zip(values, masks, strict=True))
     active, largest = tally_layers(leaves, axes, _counted)
     largest = lax.bitcast_convert_type(jnp.max(largest), jnp.float32)
-    largest = jnp.where(largest > 0, largest, 1.0)
+    largest = once(jnp.where(largest > 0, largest, 1.0))
     existing, every = tally_layers(leaves, axes, _quantised, (largest,))
     sizes = jnp.asarray(layer_sizes([m.shape for m in masks], axes).astype(np.uint32))
     total = uint64.where64(active > 0, existing, every)

@@ -104,8 +104,9 @@ class Evidence(NamedTuple):
         each leaf the arguments of ``score``, a module-level, element-wise function;
         None ranks the only argument. Ties go to the lower index.
         """
-        axes = self.layer_axes
-        return tuple(top_of_layers(list(arrays), self.split(counts), axes, score))
+        if not isinstance(counts, jax.Array):
+            counts = self.split(counts)
+        return tuple(top_of_layers(list(arrays), counts, self.layer_axes, score))
 
     def count(self, masks: Sequence[jax.Array]) -> jax.Array:
         """Number of True entries in each layer, an int32 vector."""
@@ -115,8 +116,7 @@ class Evidence(NamedTuple):
         """Uniform uint32 bits for every leaf, from its own key."""
         key = self.need("key", rule)
         names = self.names or tuple(str(i) for i in range(len(self.masks)))
-        pairs = zip(names, self.masks, strict=True)
-        return [random_scores(key, name, mask) for name, mask in pairs]
+        return random_scores(key, names, self.masks)
 
 
 class Rule(NamedTuple):

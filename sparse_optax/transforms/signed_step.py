@@ -10,7 +10,7 @@ import optax
 
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import Leaf, PyTree, check_real, is_hole, leaf_names
-from sparse_optax.masks.make import Key, as_key, draw, random_scores
+from sparse_optax.masks.make import Key, as_key, draw, leaf_keys, random_scores
 from sparse_optax.masks.tree import flatten, unpack
 
 # Differs from the keys of first masks and cycles, which fold in small numbers.
@@ -49,10 +49,11 @@ def signed_step(
         seed = as_key(key)
         seed = jax.random.fold_in(seed, _OWN)
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-        signs = [
-            x if is_hole(x) else random_scores(seed, name, x) >> 31 == 1
-            for name, x in zip(leaf_names(params), flat, strict=True)
-        ]
+        there = [i for i, x in enumerate(flat) if not is_hole(x)]
+        names, signs = leaf_names(params), list(flat)
+        bits = random_scores(seed, [names[i] for i in there], [flat[i] for i in there])
+        for i, x in zip(there, bits, strict=True):
+            signs[i] = x >> 31 == 1
         return SignedStepState(
             count=jnp.zeros([], jnp.int32),
             key=jnp.array(jax.random.key_data(seed), copy=True),
@@ -78,17 +79,18 @@ def signed_step(
         weights, signs = (
             jax.tree.leaves(tree, is_leaf=is_hole) for tree in (params, state.positive)
         )
-        for i, name in enumerate(leaf_names(params)):
-            if is_hole(moves[i]):
-                continue
+        index = [i for i, move in enumerate(moves) if not is_hole(move)]
+        names = leaf_names(params)
+        keys = leaf_keys(seed, [names[i] for i in index])
+        for i, own in zip(index, keys, strict=True):
             w, move = weights[i], unpack(moves[i])
-            check_real([Leaf(name, w.shape, w.dtype)], "a sign")
+            check_real([Leaf(names[i], w.shape, w.dtype)], "a sign")
             decided = jnp.logical_and(first, jnp.logical_and(move, w != 0))
             signs[i] = positive = jnp.where(decided, w > 0, signs[i])
             step = flat[i].astype(jnp.promote_types(flat[i].dtype, jnp.float32))
             step = step - eta * strength * jnp.where(positive, 1.0, -1.0)
             if not (isinstance(heat, int | float) and heat == 0):
-                noise = draw(jax.random.normal, seed, name, w, jnp.float32)
+                noise = draw(jax.random.normal, own, w, jnp.float32)
                 step += jnp.sqrt(2.0 * eta * heat) * noise
             # In the parameter's dtype, so that the sum equals that of apply_updates.
             step = step.astype(w.dtype)
