@@ -1,7 +1,11 @@
-"""Shapes of ResNet-50, for benchmarks that need the tree and not the network."""
+"""Shapes of networks, for benchmarks that need the tree and not the network."""
 
 import jax
 import jax.numpy as jnp
+
+
+def _array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def resnet50_kernels():
@@ -21,14 +25,30 @@ def resnet50():
 
     Each convolution has batch norm with a scale and a shift, the last layer a bias.
     """
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
     *convs, dense = resnet50_kernels()
-    params = {"fc": {"kernel": array(*dense), "bias": array(dense[-1])}}
+    params = {"fc": {"kernel": _array(*dense), "bias": _array(dense[-1])}}
     for number, shape in enumerate(convs, 1):
-        params[f"conv{number:02}"] = {"kernel": array(*shape)}
-        scale_and_shift = {"scale": array(shape[-1]), "bias": array(shape[-1])}
+        params[f"conv{number:02}"] = {"kernel": _array(*shape)}
+        scale_and_shift = {"scale": _array(shape[-1]), "bias": _array(shape[-1])}
         params[f"norm{number:02}"] = scale_and_shift
+    return params
+
+
+def transformer(layers=12, width=128, tokens=64):
+    """All parameters of a small transformer as abstract float32 arrays: with 12 layers
+    193 leaves, 2.4 million weights.
+    """
+
+    def dense(inputs, outputs):
+        return {"kernel": _array(inputs, outputs), "bias": _array(outputs)}
+
+    def norm():
+        return {"scale": _array(width), "bias": _array(width)}
+
+    params = {"embed": {"embedding": _array(tokens, width)}}
+    for number in range(layers):
+        block = {name: dense(width, width) for name in ("query", "key", "value", "out")}
+        block |= {"up": dense(width, 4 * width), "down": dense(4 * width, width)}
+        block |= {"norm1": norm(), "norm2": norm()}
+        params[f"block{number:02}"] = block
     return params
