@@ -32,8 +32,11 @@ def once(values: Any) -> Any:
     """The same small arrays, computed once however many kernels read them.
 
     A call that XLA does not inline: an ``optimization_barrier`` is gone before fusion.
-    On other platforms than CPU, which may not support such calls, it does nothing.
+    Where such a call may not be supported, on other platforms than CPU and on meshes,
+    nothing is done.
     """
+    if jax.device_count() > 1:
+        return values
     return lax.platform_dependent(values, cpu=_call, default=lambda x: x)
 
 
