@@ -511,6 +511,18 @@ def test_a_leafs_mask_depends_on_its_name_alone():
     assert (two["a"]["kernel"] != two["b"]["kernel"]).any()
 
 
+@pytest.mark.parametrize("shape", [(9, 9), (40,), (20, 1)])
+def test_leaves_of_one_shape_are_drawn_as_if_alone(shape):
+    """They are drawn and searched as slices of one array."""
+    tree = {name: jnp.zeros(shape) for name in "abc"} | {"d": jnp.zeros((5, 8))}
+    draw = jax.jit(lambda tree: masks.random_masks(3, tree, 0.3, where=lambda *_: True))
+    together = draw(tree)
+    for name, leaf in tree.items():
+        (alone,) = draw({name: leaf}).values()
+        np.testing.assert_array_equal(together[name], alone)
+    assert not np.array_equal(together["a"], together["b"])
+
+
 def test_seed_raw_key_and_typed_key_agree():
     params = network(SHAPES)
     typed = jax.random.key(7)
