@@ -27,7 +27,6 @@ from sparse_optax.layers import (
     Layers,
     PyTree,
     Where,
-    is_hole,
     layers_of,
     leaf_names,
     split_layers,
