@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -883,3 +884,25 @@ def test_records_have_one_line_a_field(tmp_path):
     records.write(path, record(error=float("nan")))
     assert json.loads(path.read_text())["results"]["test_error"] is None
     assert len(path.read_text().splitlines()) == 2 + 16 + 3
+
+
+def test_command_without_the_packages_of_its_extra():
+    """One line that says what to install, and no traceback."""
+    code = (
+        "import sys; sys.modules['tyro'] = None; sys.argv[1:] = ['--help']; "
+        "from sparse_optax.experiments.command import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "'tyro'" in done.stderr
+    assert 'pip install "sparse_optax[experiments]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_command_is_the_entry_point():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    scripts = tomllib.loads(text)["project"]["scripts"]
+    assert scripts == {"sparse-optax": "sparse_optax.experiments.command:main"}
