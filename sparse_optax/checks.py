@@ -7,9 +7,11 @@ function for its own caller calls it ``unnamed``.
 """
 
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -17,6 +19,10 @@ import numpy as np
 import optax
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Finished updates are counted in int32.
+MOST_UPDATES = 2**31 - 1
 
 
 class ArgumentError(ValueError):
@@ -29,14 +35,28 @@ class ArgumentError(ValueError):
         return message if self.caller is None else f"{self.caller}: {message}"
 
 
+class UnknownArgument(ArgumentError, TypeError):
+    """An argument that a function does not have."""
+
+
+_OTHER_NAMES = {
+    "sparsity": "Give `density`, the fraction of weights to keep: 0.05 for a sparsity "
+    "of 0.95."
+}
+
+
 def boundary(name: str) -> Callable[[F], F]:
     """Decorates a public function: its errors, also later ones, start with ``name``."""
 
     def decorate(function: F) -> F:
         guarded = _naming(name, function)
+        parameters = inspect.signature(function).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         @functools.wraps(function)
         def call(*args, **kwargs):
+            if not open_ended and (unknown := kwargs.keys() - parameters.keys()):
+                _refuse_unknown(name, sorted(unknown), list(parameters))
             made = guarded(*args, **kwargs)
             if isinstance(made, optax.GradientTransformation):
                 init, update = (_naming(name, part) for part in made)
@@ -46,6 +66,17 @@ def boundary(name: str) -> Callable[[F], F]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _refuse_unknown(name: str, unknown: list[str], known: list[str]) -> NoReturn:
+    listed = ", ".join(map(repr, known))
+    cures = [_OTHER_NAMES[x] for x in unknown if x in _OTHER_NAMES]
+    error = UnknownArgument(
+        f"there is no argument {', '.join(f'`{x}`' for x in unknown)}; it must be one "
+        f"of {listed}. {' '.join(cures) or 'Correct the name, or leave it out.'}"
+    )
+    error.caller = name
+    raise error
 
 
 def _naming(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,6 +159,74 @@ def whole(
         fail(argument, value, f"an integer {among}", cure)
 
 
+def updates(
+    argument: str,
+    value: Any,
+    least: int,
+    *,
+    optional: bool = False,
+    cure: str = "Give a number of updates.",
+) -> None:
+    """Raises unless a value is a number of updates, traced, or ``optional`` and None:
+    for the end of something, where None is never.
+    """
+    if optional and value is None:
+        return
+    plain = _plain(value)
+    is_whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    if is_whole and int(plain) > MOST_UPDATES:
+        never = " None is never." if optional else ""
+        cure = f"Updates are counted in 32 bits: give fewer.{never}"
+    elif optional:
+        cure = f"{cure} None is never."
+    whole(argument, value, least, MOST_UPDATES, cure=cure)
+
+
+def flag(argument: str, value: Any) -> None:
+    """Raises unless a value is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        fail(argument, value, "True or False", "Give one of the two.")
+
+
+def names_axes(argument: str, value: Any) -> None:
+    """Raises unless a value is None or a mapping of names of leaves to axes."""
+    if value is None:
+        return
+    right = isinstance(value, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(axis, numbers.Integral)
+        and not isinstance(axis, bool)
+        for name, axis in value.items()
+    )
+    if not right:
+        cure = 'Give {"layers/kernel": 0}, for instance.'
+        fail(argument, value, "a dict of names of leaves and integer axes", cure)
+
+
+def two_axes(argument: str, value: Any) -> tuple[int, int]:
+    """Two axes as Python integers; raises unless they differ."""
+    try:
+        first, second = (operator.index(axis) for axis in value)
+    except (TypeError, ValueError):
+        first = second = 0
+    if first == second:
+        cure = (
+            "Give the axes of inputs and outputs, (-2, -1) in flax and haiku and "
+            "(0, 1) in equinox."
+        )
+        fail(argument, value, "two different integers", cure)
+    return first, second
+
+
+def scalar(argument: str, value: Any) -> Any:
+    """A value that a schedule gave; raises unless it is one number."""
+    shape = getattr(value, "shape", ())
+    if shape != () or (not hasattr(value, "dtype") and not known(value)):
+        cure = "Give a function that returns a scalar, such as jnp.float32(0.5)."
+        fail(argument, value, "a schedule that gives a number for each count", cure)
+    return value
+
+
 def _plain(value: Any) -> Any:
     """The number in a NumPy array without axes."""
     if isinstance(value, np.ndarray) and not value.ndim:
@@ -144,7 +243,9 @@ def choice(argument: str, value: Any, options: Iterable[str], *, cure: str) -> N
 
 def transformation(argument: str, value: Any) -> None:
     """Raises unless a value is an Optax transformation."""
-    if not hasattr(value, "update"):
+    parts = (getattr(value, name, None) for name in ("init", "update"))
+    # A class has functions of these names too, and a dict has an ``update``.
+    if isinstance(value, type) or not all(map(callable, parts)):
         cure = "Pass optax.sgd(0.1), for instance."
         fail(argument, value, "an optax.GradientTransformation", cure)
 

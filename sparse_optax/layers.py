@@ -6,6 +6,7 @@ one slice of a leaf that stacks several layers (``nn.scan``). ``Layers`` is made
 from the user's arguments or from the masks of a state.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.checks import ArgumentError, boundary, fail, flag, names_axes
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.roles import layout, roles
 from sparse_optax.selection.compilation import as_data, entries
@@ -44,9 +45,29 @@ class PackedMask(NamedTuple):
     spare: jax.Array
 
 
+def is_packed(node: Any) -> bool:
+    """Whether a node is a packed mask. ``flax.nnx`` stores a tuple with named fields as
+    a mapping of these names.
+    """
+    if isinstance(node, PackedMask):
+        return True
+    if not isinstance(node, Mapping) or set(node) != set(PackedMask._fields):
+        return False
+    return all(
+        jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) for x in node.values()
+    )
+
+
+def as_packed(node: Any) -> Any:
+    """A packed mask as a ``PackedMask``; every other node as it is."""
+    if is_packed(node) and not isinstance(node, PackedMask):
+        return PackedMask(**{name: node[name] for name in PackedMask._fields})
+    return node
+
+
 def is_mask(node: Any) -> bool:
     """Whether a node of a mask tree is one leaf: a hole or a packed mask."""
-    return is_hole(node) or isinstance(node, PackedMask)
+    return is_hole(node) or is_packed(node)
 
 
 def key_name(key: Any) -> str:
@@ -101,6 +122,7 @@ def choices(
     params: PyTree, where: Where | None = None, *, embeddings: bool = False
 ) -> list[Choice]:
     """What is decided of each leaf, and why; see ``eligible`` for the arguments."""
+    check_where(where)
     leaves, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
     given = None if where is None else _given_choices(params, where, leaves, names)
     found = roles(names, [_shape_of(x) for x in leaves])
@@ -123,6 +145,7 @@ def choose(
     params: PyTree, where: Where | None = None, *, embeddings: bool = False
 ) -> list[bool]:
     """Whether each leaf takes part, a list of bools; see ``eligible``."""
+    flag("embeddings", embeddings)
     return [x.sparse for x in choices(params, where, embeddings=embeddings)]
 
 
@@ -149,6 +172,29 @@ def _is_function(where: Any) -> bool:
     return callable(where) and all(callable(x) for x in jax.tree.leaves(where))
 
 
+def check_where(where: Any) -> None:
+    """Raises unless a value is None, a tree of bools or a function of name and leaf."""
+    if where is None:
+        return
+    cure = "Pass a tree of bools, or where=lambda name, leaf: ... that gives a bool."
+    if _is_function(where):
+        try:
+            inspect.signature(where).bind("name", None)
+        except TypeError:
+            fail("where", where, "a function of two arguments, name and leaf", cure)
+        except ValueError:  # a builtin, which has no signature
+            pass
+        return
+    flat = jax.tree.leaves(where, is_leaf=is_hole)
+    for name, x in zip(leaf_names(where), flat, strict=True):
+        if not isinstance(x, bool | np.bool_) and not is_hole(x):
+            at = f" for {name!r}" if name else ""
+            raise ArgumentError(
+                "`where` must be None, a tree of bools or a callable (name, leaf) -> "
+                f"bool; got {x!r}{at}. {cure}"
+            )
+
+
 def _given_choices(
     params: PyTree, where: Where, leaves: Sequence[Any], names: Sequence[str]
 ) -> list[bool]:
@@ -163,18 +209,21 @@ def _given_choices(
             spread = jax.tree.broadcast(where, params, is_leaf=is_hole)
             chosen = jax.tree.leaves(spread, is_leaf=is_hole)
         except ValueError as error:
-            raise ArgumentError(
-                "`where` must have the structure of params, or of a prefix of it; got "
-                f"{jax.tree.structure(where)}. Pass a tree of bools or a callable "
-                "(name, leaf) -> bool."
-            ) from error
+            found = _by_prefix(where, names)
+            if found is None:
+                raise ArgumentError(
+                    "`where` must have the structure of params, or of a prefix of it; "
+                    f"got {jax.tree.structure(where)}. Pass a tree of bools or a "
+                    "callable (name, leaf) -> bool."
+                ) from error
+            chosen = found
     # Holes, which `optax.partition` puts into the tree of each group, stay holes.
     chosen = [
         False if is_hole(x) else choice
         for x, choice in zip(leaves, chosen, strict=True)
     ]
     for name, x, choice in zip(names, leaves, chosen, strict=True):
-        if not isinstance(choice, bool):
+        if not isinstance(choice, bool | np.bool_):
             raise ArgumentError(
                 f"`where` must give True or False for each leaf; got {choice!r} for "
                 f"{name!r}. Pass a tree of bools or a callable (name, leaf) -> bool."
@@ -185,7 +234,27 @@ def _given_choices(
                 f"{getattr(x, 'dtype', type(x).__name__)}; only floating and complex "
                 "leaves can be made sparse. Leave it out of `where`."
             )
-    return chosen
+    return list(map(bool, chosen))
+
+
+def _by_prefix(tree: PyTree, names: Sequence[str]) -> list[Any] | None:
+    """The values of a tree of other containers, whose leaves have the names of leaves
+    or of their parents; None if a name is missing or unknown.
+    """
+    flat = jax.tree.leaves(tree, is_leaf=is_hole)
+    given = dict(zip(leaf_names(tree), flat, strict=True))
+    parents = [
+        next((part for part in _parents(name) if part in given), None) for name in names
+    ]
+    if None in parents or set(parents) != set(given) or len(given) != len(flat):
+        return None
+    return [given[part] for part in parents if part is not None]
+
+
+def _parents(name: str) -> Iterable[str]:
+    """A name and the names of the nodes above it."""
+    keys = name.split("/")
+    return ("/".join(keys[:n]) for n in range(len(keys), 0, -1))
 
 
 def _tree_like(params: PyTree, values: Sequence[Any]) -> PyTree:
@@ -391,8 +460,10 @@ class Layers(NamedTuple):
 
     def at(self, density: Any) -> "Layers":
         """The same leaves under a pattern for another density than its own."""
-        leaves = tuple(x._replace(pattern=x.pattern.at(density)) for x in self.leaves)
-        return self._replace(leaves=leaves, pattern=self.pattern.at(density))
+        leaves = tuple(
+            x._replace(pattern=x.pattern.with_density(density)) for x in self.leaves
+        )
+        return self._replace(leaves=leaves, pattern=self.pattern.with_density(density))
 
 
 def layers_of(
@@ -446,6 +517,7 @@ def chosen_layers(
     tree to rebuild, if it differs from that of params.
     """
     flat, own = jax.tree.flatten(params, is_leaf=is_hole)
+    names_axes("stacked", stacked)
     names, axes = leaf_names(params), dict(stacked or {})
     index = tuple(i for i, choice in enumerate(chosen) if choice)
     shapes = shapes_by_name(params) if pattern.asks else {}

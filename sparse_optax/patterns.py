@@ -35,6 +35,7 @@ from sparse_optax import checks
 from sparse_optax.contraction import contraction_axes as contraction_axes
 from sparse_optax.roles import Layout
 from sparse_optax.selection.leaf import scores
+from sparse_optax.selection.leaf import wide as as_wide
 from sparse_optax.selection.topk import LONGEST
 
 __all__ = [
@@ -84,7 +85,7 @@ class Pattern(Protocol):
         """Raises if the leaf ``name`` of this shape cannot be cut into units."""
         ...
 
-    def at(self, density: Any) -> "Pattern":
+    def with_density(self, density: Any) -> "Pattern":
         """The pattern for another density than its own."""
         ...
 
@@ -152,7 +153,7 @@ class SingleWeights(NamedTuple):
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         pass
 
-    def at(self, density: Any) -> Pattern:
+    def with_density(self, density: Any) -> Pattern:
         return self
 
     def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
@@ -234,7 +235,7 @@ class Blocks(NamedTuple):
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         _check_axes(self.name, self.sizes, name, shape, stacked)
 
-    def at(self, density: Any) -> Pattern:
+    def with_density(self, density: Any) -> Pattern:
         return self
 
     def _unit(self, shape: Shape, stacked: int | None) -> list[int]:
@@ -263,7 +264,7 @@ class Blocks(NamedTuple):
         within = tuple(range(1, 2 * x.ndim, 2))
         if x.dtype == bool:
             return jnp.any(parts, axis=within)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = as_wide(x.dtype)
         return jnp.sum(jnp.abs(parts.astype(wide)), axis=within)
 
     def operands(
@@ -329,7 +330,7 @@ class GroupsNM(NamedTuple):
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         _check_axes(self.name, ((self.axis, self.m),), name, shape, stacked)
 
-    def at(self, density: Any) -> Pattern:
+    def with_density(self, density: Any) -> Pattern:
         n = math.floor(min(density, 1) * self.m)
         return self._replace(name=f"n_m({n}, {self.m})", n=n)
 
@@ -493,7 +494,10 @@ def _axes_of(axes: Any, usual: tuple[int, ...]) -> tuple[tuple[int, ...], Any]:
     if axes is None or isinstance(axes, Mapping):
         argument = "axes" if len(usual) > 1 else "axis"
         return usual, _by_name(argument, axes, len(usual))
-    return tuple(axes) if isinstance(axes, Sequence) else (axes,), None
+    if len(usual) > 1:
+        return checks.two_axes("axes", axes), None
+    checks.whole("axis", axes, -LONGEST, static=True, cure="Give -1 for flax, or 0.")
+    return (int(axes),), None
 
 
 @checks.boundary("output_units")

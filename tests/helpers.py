@@ -123,7 +123,7 @@ def refuses(function, argument, value="", allowed=""):
     ``value`` and ``allowed`` are regular expressions.
     """
     with pytest.raises(ValueError, match=r".") as caught:
-        yield
+        yield caught
     text = str(caught.value)
     assert text.startswith(function), f"names another function: {text}"
     for what, pattern in (

@@ -1004,3 +1004,58 @@ def test_pool_of_costs():
 def test_pool_refuses(density, message):
     with pytest.raises(ValueError, match=f"^test: .*{message}"):
         pool_size(density, PARAMS)
+
+
+# --- densities near other fractions ---------------------------------------------------
+@pytest.mark.parametrize(
+    ("density", "n", "kept"),
+    [
+        (0.29, 100, 29),
+        (1 / 3, 3, 1),
+        (1 / 60, 60, 1),
+        (0.7 * 0.05, 200, 7),
+        (1e-10, 10**10, 1),
+        (math.nextafter(1.0, 0.0), 10**16, 10**16),
+        (np.float32(0.29), 100, 29),
+        (1.0, 10**12, 10**12),
+    ],
+)
+def test_a_density_is_a_fraction_only_where_it_is_one(density, n, kept):
+    """Within two units in the last place; else the float itself counts."""
+    assert budgets.count(density, n) == kept
+
+
+@pytest.mark.parametrize("gap", [5e-10, 1e-10, 1e-12])
+def test_a_density_near_one_is_not_one(gap):
+    density, n = 1 - gap, 10**13
+    exact = math.floor(Fraction(density) * n)
+    assert budgets.count(density, n) == exact
+    assert n - exact == pytest.approx(gap * n, rel=0.2)
+
+
+def test_a_ramp_ends_at_the_density_near_one():
+    """A schedule in float32 cannot tell it from 1, the count can."""
+    density = 1 - 1e-7
+    tx = sparse_optax.gradual_magnitude(
+        optax.sgd(0.1), density=density, update_period=1, update_stop=3
+    )
+    params = {"w": jnp.ones((40, 50))}
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    kept = sparse_optax.masks.count(sparse_optax.get_masks(state))
+    assert kept == budgets.count(density, 2000) == 1999
+
+
+def test_counts_by_name_beside_another_group():
+    """`optax.partition` puts a hole in place of a branch of another group."""
+    params = {"a": {"w": jnp.ones((4, 5))}, "b": {"w": jnp.ones((3, 4))}}
+    counts = budgets.uniform(0.5).counts(nnx.State(jax.tree.map(nnx.Param, params)))
+    assert budgets.resolve(counts, params) == {"a": {"w": 10}, "b": {"w": 6}}
+    for hole in (HOLE, {"w": HOLE}):
+        group = params | {"b": hole}
+        assert budgets.resolve(counts, group) == {"a": {"w": 10}, "b": hole}
+    for other in ({"a": {"w": 10}}, {"a": {"w": 10}, "c": {"w": 6}}):
+        with pytest.raises(ValueError, match="structure of params"):
+            budgets.resolve(nnx.State(jax.tree.map(nnx.Param, other)), params)

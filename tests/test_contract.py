@@ -4,6 +4,7 @@ Each test is a property and runs once for each row of ``contract.ROWS``.
 """
 
 import functools
+import inspect
 import pathlib
 import pickle
 import re
@@ -11,6 +12,8 @@ import sys
 from typing import Any, NamedTuple
 
 import contract
+import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +30,11 @@ from contract import (
     last,
     train,
 )
+from flax import nnx
 from helpers import at_step, network, random_gradients, refuses
 
 import sparse_optax
-from sparse_optax import layers
+from sparse_optax import budgets, layers
 
 P = jax.sharding.PartitionSpec
 REPLICATED = P()
@@ -1035,6 +1039,117 @@ def test_sam_in_two_calls(row):
             plain_params, plain_state = step.after, step.new_state
             for a, b in zip(*map(jax.tree.leaves, (params, plain_params)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- derivatives, losses, trees of other libraries ------------------------------------
+
+
+@contract.contract
+def test_derivative_of_an_update(row):
+    """In float64: that of finite differences, since masks are constants."""
+    with jax.enable_x64(True):
+        wide = functools.partial(jax.tree.map, lambda x: x.astype(np.float64))
+        params = wide(network(ONE))
+        grads = wide(random_gradients(2, params, STEPS))
+        tx = build(row)
+        update = jax.jit(tx.update)
+
+        def size(scale):
+            now, state = params, tx.init(params)
+            for t in range(STEPS):
+                # Not all of them: Adam would divide by the scale.
+                factor = scale if t % 2 else 1.0
+                moved = jax.tree.map(lambda g: g[t] * factor, grads)  # noqa: B023
+                updates, state = update(moved, state, now)
+                now = optax.apply_updates(now, updates)
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(now))
+
+        one, small = np.float64(1.0), np.float64(1e-6)
+        wanted = (size(one + small) - size(one - small)) / (2 * small)
+        _, forward = jax.jvp(size, (one,), (one,))
+        assert abs(wanted) > 1e-3
+        np.testing.assert_allclose(forward, wanted, rtol=1e-4)
+        np.testing.assert_allclose(jax.grad(size)(one), forward, rtol=1e-6)
+
+
+@contract.contract
+def test_value_fn(row):
+    """A loss for a line search passes every method, and changes nothing without one."""
+    first = alone(row)[0]
+
+    def loss(params, batch=2.0):
+        return batch * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    tx = build(row)
+    given = dict(value=jnp.ones([]), grad=first.grads, value_fn=loss, batch=1.0)
+    update = functools.partial(tx.update, **given)
+    close(advance(update, *first[1:4]).updates, first.updates)
+
+
+class Kernels(NamedTuple):
+    """A layer in a tuple whose fields are not in alphabetical order."""
+
+    kernel: Any
+    bias: Any
+
+
+class Net(eqx.Module):
+    """A module, which is callable."""
+
+    Dense_1: Any
+    Dense_0: Any
+
+    def __call__(self, x):
+        return x
+
+
+def _variables(params):
+    return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+def _module(params):
+    layers = {name: Kernels(**layer) for name, layer in params.items()}
+    return Net(**layers)
+
+
+@contract.contract
+def test_counts_of_every_tree_type(row):
+    """A tree of counts fits by the names of its leaves, whatever holds them."""
+    params = network(SHAPES)
+    fixed = {"initial_density": 1.0} if "initial_density" in arguments(row) else {}
+    found = []
+    for box in (dict, flax.core.freeze, _variables, _module):
+        counts = budgets.erdos_renyi(DENSITY).counts(box(params))
+        tx = build(row, density=counts, **fixed)
+        state = tx.init(params)
+        jax.eval_shape(tx.update, params, state, params)
+        found.append(state)
+    for state in found[1:]:
+        close(state, found[0])
+
+
+@contract.contract
+def test_nnx_optimizer(row):
+    """The same steps as on a tree of arrays, with packed masks where there are any."""
+    params = network(ONE)
+    packed = "packed" in inspect.signature(row.factory).parameters
+    tx = build(row, **({"packed": True} if packed else {}))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.Dense_0 = nnx.Linear(*ONE[0], rngs=nnx.Rngs(0))
+
+    model = Model()
+    nnx.update(model, _variables(params))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
+    for t, wanted in enumerate(alone(row)[:PERIOD]):
+        now = nnx.as_pure(nnx.state(model, nnx.Param))
+        close(dict(now["Dense_0"]), wanted.params["Dense_0"])
+        step(model, optimizer, _variables(wanted.grads))
+        if packed and not t:
+            masks = sparse_optax.get_masks(optimizer.opt_state)
+            assert sparse_optax.masks.count(masks) > 0
 
 
 # --- the suite itself -----------------------------------------------------------------

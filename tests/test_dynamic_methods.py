@@ -1118,3 +1118,90 @@ def test_a_method_that_never_acts_is_refused(name):
 
 def test_masks_that_stay_are_no_fault():
     sparse_optax.static_sparse(optax.sgd(0.1), density=0.3, key=0)
+
+
+# --- leaves of unusual types and shapes -----------------------------------------------
+def few_steps(tx, params, steps=4):
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_deep_rewiring_with_a_number_beside_the_kernels():
+    params = {"scale": 1.0, "w": jnp.ones((4, 5))}
+    tx = sparse_optax.deep_rewiring(
+        optax.sgd(0.1), learning_rate=0.1, density=0.25, key=0
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert int((params["w"] + updates["w"] != 0).sum()) == 5
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_packed_masks_of_leaves_without_weights(shape):
+    params = {"none": jnp.ones(shape), "w": jnp.ones((4, 5))}
+    tx = sparse_optax.static_sparse(optax.sgd(0.1), density=0.5, key=0, packed=True)
+    after, state = few_steps(tx, params, 2)
+    masks = sparse_optax.get_masks(state)
+    assert masks["none"].shape == shape
+    assert int((after["w"] != 0).sum()) == 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sparse_optax.sparse_momentum_regrow(
+            optax.adam(0.5), density=0.5, update_period=2, update_stop=9, key=0
+        ),
+        lambda: sparse_optax.deep_rewiring(
+            optax.sgd(0.5), learning_rate=0.5, density=0.5, key=0
+        ),
+        lambda: sparse_optax.rigl(
+            optax.sgd(0.5), density=0.5, update_period=2, update_stop=9, key=0
+        ),
+    ],
+    ids=["sparse_momentum", "deep_rewiring", "rigl"],
+)
+def test_floats_of_eight_bits(make, dtype):
+    """Sums and scores are in float32; JAX promotes no 8-bit float by itself."""
+    params = {"w": jnp.linspace(1, 2, 24).reshape(4, 6).astype(dtype)}
+    after, state = few_steps(make(), params)
+    mask = np.asarray(sparse_optax.get_masks(state)["w"])
+    assert after["w"].dtype == dtype
+    assert mask.sum() == 12
+    assert not np.asarray(after["w"].astype(jnp.float32))[~mask].any()
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_in_a_chain_there_are_no_moments_to_reset(method):
+    settings = dict(density=0.25, update_period=2, update_stop=8, key=0)
+    tx = optax.chain(optax.sgd(0.1), getattr(sparse_optax, method)(**settings))
+    _, state = few_steps(tx, {"w": jnp.ones((4, 5))}, 9)
+    assert sparse_optax.masks.count(sparse_optax.get_masks(state)) == 5
+    with refuses(method, "reset_moments", "'grown'", "inner"):
+        getattr(sparse_optax, method)(**settings, reset_moments="grown")
+
+
+def test_infinite_weight_outside_the_masks():
+    """No update can take it away, since inf + x is never 0. ``sparsify`` can, and
+    training goes on as if it had never been there.
+    """
+    tx = sparse_optax.static_sparse(optax.adam(0.1), density=0.5, key=0)
+    clean = {"w": jnp.ones((4, 6))}
+    mask = sparse_optax.get_masks(tx.init(clean))["w"]
+    place = tuple(int(i) for i in np.argwhere(~np.asarray(mask))[0])
+    params = {"w": clean["w"].at[place].set(jnp.inf)}
+    state = tx.init(params)
+    updates, state = tx.update(clean, state, params)
+    params = optax.apply_updates(params, updates)
+    assert not np.isfinite(params["w"][place])
+    params = sparse_optax.sparsify(params, state)
+    assert float(params["w"][place]) == 0.0
+    wanted, _ = few_steps(tx, clean, 1)
+    np.testing.assert_array_equal(params["w"], wanted["w"])
+    updates, state = tx.update(clean, state, params)
+    after = np.asarray(optax.apply_updates(params, updates)["w"])
+    assert np.isfinite(after).all()
+    assert not after[~np.asarray(mask)].any()

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from typing import Any
 
+import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -11,10 +13,11 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from helpers import at_step, kernels, network, random_gradients, stepper
+from flax import nnx
+from helpers import at_step, kernels, network, random_gradients, refuses, stepper
 
 import sparse_optax
-from sparse_optax import gsm, gsm_gap, gsm_log_decay, gsm_mask
+from sparse_optax import budgets, gsm, gsm_gap, gsm_log_decay, gsm_mask
 
 pytestmark = pytest.mark.core
 
@@ -500,3 +503,70 @@ def test_gap_of_an_empty_network():
     gap = gsm_gap(network(SHAPES, [np.zeros(s) for s in SHAPES]), 0.25)
     assert (gap.alive, gap.kept) == (0, 19)
     assert not math.isnan(gap.ratio)
+
+
+# --- counts that are callable, or in variables ----------------------------------------
+class Callable(eqx.Module):
+    """A module: a tree of counts in it is callable too."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x):
+        raise AssertionError("a tree of counts is no schedule")
+
+
+@pytest.mark.parametrize("make", [gsm_mask, functools.partial(gsm, 0.1)])
+def test_counts_in_a_module_are_no_schedule(make):
+    params = Callable(kernel=jnp.ones((6, 5)), bias=jnp.ones(5))
+    counts = budgets.uniform(0.3).counts(params)
+    assert callable(counts)
+    tx = make(counts)
+    _, state = tx.update(params, tx.init(params), params)
+    assert int(optax.tree.get(state, "gsm_passed").kernel) == 9
+
+
+class Schedule(eqx.Module):
+    """A module that is a schedule, with a number of its own."""
+
+    start: float
+
+    def __call__(self, count):
+        return self.start / (1.0 + count)
+
+
+def test_a_module_may_be_a_schedule():
+    params = {"kernel": jnp.ones((6, 5))}
+    tx = gsm_mask(Schedule(0.3))
+    _, state = tx.update(params, tx.init(params), params)
+    assert int(state.gsm_passed["kernel"]) == 9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda where: gsm(0.1, 0.5, where=where),
+        lambda where: sparse_optax.ham(optax.sgd(0.1), 0.1, where=where),
+    ],
+)
+def test_where_in_variables(make):
+    """`flax.nnx` gives variables to ``init`` and plain arrays to ``update``."""
+    plain = {"a": {"kernel": jnp.ones((4, 3))}, "b": {"kernel": jnp.ones((3, 2))}}
+    chosen = {"a": {"kernel": True}, "b": {"kernel": False}}
+    boxed = nnx.State(jax.tree.map(nnx.Param, chosen))
+    wanted, _ = make(chosen).update(plain, make(chosen).init(plain), plain)
+    tx = make(boxed)
+    updates, _ = tx.update(plain, tx.init(plain), plain)
+    for a, b in zip(*map(jax.tree.leaves, (updates, wanted)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_where_by_prefix_in_another_container():
+    params = {"a": {"kernel": jnp.ones((4, 3))}, "b": {"kernel": jnp.ones((3, 2))}}
+    where = nnx.State({"a": nnx.Param(True), "b": nnx.Param(False)})
+    assert sparse_optax.eligible(params, where) == {
+        "a": {"kernel": True},
+        "b": {"kernel": False},
+    }
+    with refuses("eligible", "where", "", "structure"):
+        sparse_optax.eligible(params, nnx.State({"a": nnx.Param(True)}))

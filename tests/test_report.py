@@ -798,3 +798,23 @@ def test_same_masks_refuses():
         report.same_masks(optax.sgd(0.1).init(PARAMS))
     with refuses("same_masks", "`opt_state`", "traced", "concrete"):
         jax.jit(report.same_masks)(_members(0))
+
+
+# --- members of a batch ---------------------------------------------------------------
+def test_one_summary_for_each_member():
+    params = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS)
+
+    def make(key):
+        return sparse_optax.rigl(
+            optax.sgd(0.1), density=0.5, update_period=2, update_stop=9, key=key
+        )
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    state = jax.vmap(lambda key, p: make(key).init(p))(keys, params)
+    found = report.summary(params, state)
+    assert len(found) == 3
+    for i, summary in enumerate(found):
+        member = jax.tree.map(lambda x: x[i], (params, state))  # noqa: B023
+        assert summary == report.summary(*member)
+    with refuses("summary", "opt_state", "3 members", "leading axis"):
+        report.summary(PARAMS, state)

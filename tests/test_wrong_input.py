@@ -4,6 +4,8 @@ Every row of the tables is a call and the parts that its message must hold. The 
 of the parts is ``helpers.refuses``; the cure is an order to the caller.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -542,3 +544,240 @@ def test_rates_of_gsm_are_numbers():
         sparse_optax.gsm_log_decay(-1.0, 0.9, 5e-4, 10)
     with refuses("gsm_gap", "alive_above", "x"):
         sparse_optax.gsm_gap({"w": jnp.ones((2, 2))}, 0.5, alive_above="x")
+
+
+# --- every argument of every public function ------------------------------------------
+# Values that no argument of a kind takes. Each call but for one argument is right.
+OBJECT = object()
+COUNTS = ("1", np.float32(0.5), 2.5, NAN, -1, True, 2**31, 10**10, [1], OBJECT)
+RATES = ("1", NAN, float("inf"), -1.0, None, [1.0], OBJECT, 1j)
+FLAGS = ("yes", 1, None, OBJECT)
+CHOSEN = ("nope", 1, None, OBJECT)
+SHARES = (
+    "a",
+    b"a",
+    True,
+    0,
+    0.0,
+    2,
+    -0.5,
+    NAN,
+    np.float32(1.5),
+    np.int64(3),
+    OBJECT,
+    1j,
+)
+DENSITIES = (*SHARES, {"w": 0.5}, [0.5])
+SPREADS = ("x", NAN, -1.0, None, OBJECT)
+TWO_AXES = ((0, 0), 5, "x", (0,), OBJECT, (0, 0.5))
+MASKS = ("x", 1, OBJECT, {"w": 0.5})
+BAD = {
+    **dict.fromkeys(("density", "backward_density", "gate"), DENSITIES),
+    **dict.fromkeys(("d", "final", "initial_density"), SHARES),
+    **dict.fromkeys(("update_period", "at", "prunes", "phase"), (*COUNTS, None, 0)),
+    **dict.fromkeys(("update_start", "density_start"), (*COUNTS, None)),
+    **dict.fromkeys(("steps", "start", "stop"), (*COUNTS, None)),
+    **dict.fromkeys(("update_stop", "density_stop", "settle_start"), COUNTS),
+    "prune_rate": ("x", "1", NAN, 1.5, -0.1, [0.5], OBJECT, True),
+    "key": (None, "x", 0.5, True, -1, 2**32, OBJECT, [0]),
+    "where": (0.95, "x", 3, lambda name: True, OBJECT, {"w": "yes"}),
+    "stacked": (1, "w", {"w": "a"}, {1: 0}, [0], OBJECT, {"w": 0.5}, {"w": True}),
+    "pattern": ("x", 3, OBJECT, sparse_optax.patterns.blocks),
+    "inner": ("x", 0.1, OBJECT, optax.sgd, {}),
+    **dict.fromkeys(("prune", "grow", "redistribute", "rule"), ("x", 3, OBJECT)),
+    **dict.fromkeys(("packed", "hidden", "reselect", "track_reactivated"), FLAGS),
+    **dict.fromkeys(("nesterov", "decoupled", "prefer_unexplored"), FLAGS),
+    **dict.fromkeys(("embeddings", "exact_threshold", "skip_zeros"), FLAGS),
+    **dict.fromkeys(("ties", "scope", "regrown", "within"), CHOSEN),
+    "reset_moments": ("nope", 1, OBJECT),
+    "momentum": ("x", NAN, 1.0, -0.5, None, [0.9], OBJECT),
+    **dict.fromkeys(("learning_rate", "weight_decay", "penalty", "alpha"), RATES),
+    **dict.fromkeys(("beta", "l1", "temperature", "strength"), RATES),
+    **dict.fromkeys(("max_norm", "alive_above", "threshold", "tolerance"), SPREADS),
+    "prune_number": ("x", 0, 2.5, 2**31, OBJECT),
+    "ramp": ("x", 0.5, OBJECT),
+    "overrides": ("x", 5, OBJECT, {"w": 2.0}, {"w": "x"}),
+    "dense": (5, OBJECT, [5]),
+    "axes": TWO_AXES,
+    **dict.fromkeys(("masks", "keep", "previous_masks", "explored"), MASKS),
+    "masks_or_state": (*MASKS, 0.1, None),
+    "n": (-1, "x", NAN, None, OBJECT, True),
+    "m": (*COUNTS, 33),
+    **dict.fromkeys(("rows", "columns"), COUNTS[:6]),
+    "k": ("x", -1, 99, 0.5, NAN, OBJECT, None),
+    "guess": ("x", OBJECT, {"a": 1}),
+    "costs": ("x", -1.0, OBJECT),
+    "score": ("x", 3),
+}
+CYCLES = dict(density=0.5, update_period=4, update_stop=20)
+KEYED = dict(inner=SGD, key=0, **CYCLES)
+LEAVES = [jnp.arange(6.0), jnp.arange(4.0)]
+SMALL = {"b": jnp.ones(3), "w": jnp.ones((4, 6))}
+KEPT = {"b": optax.MaskedNode(), "w": jnp.ones((4, 6), bool)}
+CALLS = {
+    sparse_optax.rigl: KEYED,
+    sparse_optax.sparse_momentum_regrow: KEYED,
+    sparse_optax.sparse_evolutionary: KEYED,
+    sparse_optax.dynamic_sparse: KEYED,
+    sparse_optax.in_time_over_parameterization: KEYED,
+    sparse_optax.granet: KEYED,
+    sparse_optax.deep_rewiring: dict(inner=SGD, key=0, density=0.5, learning_rate=0.1),
+    sparse_optax.static_sparse: dict(inner=SGD, density=0.5, key=0),
+    sparse_optax.gradual_magnitude: dict(inner=SGD, **CYCLES),
+    sparse_optax.iterative_magnitude: dict(
+        inner=SGD, density=0.5, prunes=2, update_period=4
+    ),
+    sparse_optax.one_shot_magnitude: dict(inner=SGD, density=0.5, at=3),
+    sparse_optax.ac_dc: dict(inner=SGD, **CYCLES),
+    sparse_optax.network_surgery: dict(inner=SGD, density=0.5),
+    sparse_optax.straight_through_magnitude: dict(inner=SGD, density=0.5),
+    sparse_optax.top_kast: dict(inner=SGD, density=0.5, backward_density=0.75),
+    regrowth.regrow: dict(
+        prune=regrowth.prune.magnitude,
+        redistribute=regrowth.redistribute.none,
+        grow=regrowth.grow.random,
+        **KEYED,
+    ),
+    gsm_mask: dict(density=0.5),
+    gsm: dict(learning_rate=0.1, density=0.5),
+    gsm_log_decay: dict(learning_rate=0.1, momentum=0.9, weight_decay=0.1, steps=3),
+    gsm_gap: dict(params=SMALL, density=0.5),
+    sparse_optax.ham: dict(inner=SGD, learning_rate=0.1),
+    sparse_optax.add_l1_decay: dict(strength=0.1),
+    sparse_optax.clip_by_active_norm: dict(max_norm=1.0),
+    budgets.uniform: dict(density=0.5),
+    budgets.erdos_renyi: dict(density=0.5),
+    budgets.erdos_renyi_kernel: dict(density=0.5),
+    budgets.linear: dict(density=0.5),
+    budgets.nonzeros: dict(n=5),
+    budgets.num_bytes: dict(n=500),
+    budgets.count: dict(d=0.5, n=5),
+    budgets.resolve: dict(density=0.5, params=SMALL),
+    sparse_optax.schedules.cubic_density: dict(initial=1.0, final=0.5, start=0, stop=5),
+    sparse_optax.schedules.geometric_density: dict(
+        initial=1.0, final=0.5, start=0, stop=5
+    ),
+    sparse_optax.schedules.alternating_density: dict(final=0.5, phase=2, stop=8),
+    sparse_optax.schedules.cosine_prune_rate: dict(stop=5),
+    sparse_optax.schedules.linear_prune_rate: dict(stop=5),
+    sparse_optax.schedules.is_due: dict(count=3, update_period=4),
+    sparse_optax.schedules.first_due: dict(update_period=4),
+    sparse_optax.schedules.last_due: dict(update_period=4, update_stop=20),
+    masks.random_masks: dict(key=0, params=SMALL, density=0.5),
+    masks.magnitude_masks: dict(params=SMALL, density=0.5),
+    masks.shuffle_masks: dict(key=0, masks=KEPT),
+    masks.random_masks_like: dict(key=0, masks=KEPT),
+    sparse_optax.sparsify: dict(params=SMALL, masks_or_state=KEPT),
+    sparse_optax.eligible: dict(params=SMALL),
+    sparse_optax.report.summary: dict(params=SMALL, masks=KEPT),
+    sparse_optax.patterns.blocks: dict(rows=2, columns=2),
+    sparse_optax.patterns.n_m: dict(n=2, m=4),
+    sparse_optax.patterns.slices: {},
+    selection.top_k_mask: dict(leaves=LEAVES, k=2),
+    selection.kth_largest: dict(leaves=LEAVES, k=2),
+    selection.select: dict(leaves=LEAVES, k=2),
+}
+
+
+def is_named(value, text):
+    """Whether a message shows a value, or the entry of a container that is wrong."""
+    parts = value.values() if isinstance(value, dict) else [value]
+    return any(str(x) in text for x in (value, *parts)) or repr(value) in text
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_every_bad_value_is_named(function):
+    """At construction: function, argument, value and a cure, whatever the value is."""
+    accepted = CALLS[function]
+    names = inspect.signature(function).parameters
+    swept = [name for name in names if name in BAD]
+    assert swept
+    for name in swept:
+        for value in BAD[name]:
+            with refuses(function.__name__, name) as caught:
+                function(**{**accepted, name: value})
+            assert is_named(value, str(caught.value)), (name, value, caught.value)
+
+
+def test_every_count_may_be_a_numpy_scalar():
+    for one in (np.int32(4), np.int64(4), np.array(4)):
+        sparse_optax.rigl(**KEYED | dict(update_period=one, key=one))
+    for share in (np.float32(0.25), np.float64(0.25), np.array(0.25)):
+        for function in (gsm_mask, budgets.uniform):
+            function(share)
+        tx = sparse_optax.gradual_magnitude(
+            SGD, density=share, update_period=1, update_stop=3
+        )
+        tx.init(SMALL)
+        top = sparse_optax.top_kast(
+            SGD,
+            backward_density=np.float32(0.5),
+            pattern=sparse_optax.patterns.n_m(1, 4),
+        )
+        top.init({"w": jnp.ones((4, 4))})
+    tree = {"a": jnp.arange(4.0), "b": jnp.arange(4.0)}
+    costs = {"a": np.float32(2), "b": 1}
+    kept = selection.top_k_mask(tree, 5, costs=costs)
+    assert [int(m.sum()) for m in kept.values()] == [2, 1]
+
+
+def test_never_is_none():
+    with refuses("rigl", "update_stop", str(10**10), "2147483647") as caught:
+        sparse_optax.rigl(**KEYED | dict(update_stop=10**10))
+    assert "None is never" in str(caught.value)
+    with refuses("iterative_magnitude", "prunes", "2000", "before"):
+        sparse_optax.iterative_magnitude(
+            SGD, density=0.5, prunes=2000, update_period=2**22
+        )
+
+
+def test_seeds_past_32_bits_are_no_other_seeds():
+    for seed in (2**32, 2**40, -1, np.int64(2**32)):
+        with refuses("random_masks", "key", str(seed), r"2\*\*32"):
+            masks.random_masks(seed, SMALL, 0.5)
+    masks.random_masks(2**32 - 1, SMALL, 0.5)
+
+
+def test_unknown_argument():
+    for call in (
+        lambda: sparse_optax.rigl(SGD, sparsity=0.95, update_period=4, key=0),
+        lambda: gsm_mask(sparsity=0.95),
+    ):
+        with pytest.raises(TypeError, match=r"`sparsity`.*Give `density`"):
+            call()
+    with refuses("uniform", "`densty`", "", "'density'"):
+        budgets.uniform(0.5, densty=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("prune_rate", lambda f: sparse_optax.rigl(**KEYED | dict(prune_rate=f))),
+        (
+            "ramp",
+            lambda f: sparse_optax.straight_through_magnitude(SGD, density=0.5, ramp=f),
+        ),
+    ],
+)
+def test_schedule_that_is_no_number(name, make):
+    with refuses("", name, "", "schedule"):
+        make(lambda count: jnp.full(1, 0.5)).init(SMALL)
+
+
+def test_numbers_for_masks():
+    with refuses("sparsify", "masks_or_state", "0.1", "magnitude_masks"):
+        sparse_optax.sparsify(SMALL, 0.1)
+
+
+def test_summary_under_jit():
+    state = sparse_optax.static_sparse(SGD, density=0.5, key=0).init(SMALL)
+    with refuses("summary", "opt_state", "traced", "outside jit"):
+        jax.jit(lambda s: sparse_optax.report.summary(SMALL, s) and 0)(state)
+
+
+def test_axes_that_are_one():
+    """-2 of a matrix is 0; of a convolution it is not."""
+    made = budgets.erdos_renyi(0.5, axes=(0, -2))
+    with refuses("erdos_renyi", "axes", r"\(0, -2\)", "two axes"):
+        made.counts(SMALL)
+    made.counts({"conv": jnp.ones((3, 3, 4, 5))})

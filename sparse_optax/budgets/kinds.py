@@ -1,7 +1,6 @@
 """The budgets and the counts that they give."""
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sparse_optax.budgets.water_filling import Number, Share, least, level, most, whole
-from sparse_optax.checks import ArgumentError, boundary, fail
+from sparse_optax.checks import ArgumentError, boundary, fail, two_axes
 from sparse_optax.encoding import (
     SPARSE,
     Row,
@@ -63,12 +62,16 @@ def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction
 
 
 def check_density(density: Any, argument: str = "density") -> Fraction:
-    """The density as the closest fraction of denominator at most 10**9."""
+    """The density as the closest fraction of denominator at most 10**9, if it is
+    within two units in the last place; else exactly. 0.29 is 29/100, and 1 - 1e-10 is
+    not 1.
+    """
     value = as_fraction(density, argument)
     if not 0 < value <= 1:
         cure = "A density is the fraction of weights to keep: 0.05 keeps 5%."
         fail(argument, density, "a number in (0, 1]", cure)
-    return value.limit_denominator(10**9)
+    near = value.limit_denominator(10**9)
+    return near if abs(near - value) <= 2 * Fraction(math.ulp(value)) else value
 
 
 def check_whole(n: Any, least: int = 1) -> int:
@@ -295,14 +298,15 @@ def _around(
 # --- counts ---------------------------------------------------------------------------
 def _neurons(leaf: Leaf, budget: Shares) -> tuple[int, int]:
     shape = (1,) * (2 - len(leaf.layer_shape)) + leaf.layer_shape  # a vector is one row
-    try:
-        return shape[budget.axes[0]], shape[budget.axes[1]]
-    except IndexError:
+    rank = len(shape)
+    there = all(-rank <= axis < rank for axis in budget.axes)
+    if not there or len({axis % rank for axis in budget.axes}) < 2:
         raise ArgumentError(
             f"`axes`={budget.axes} does not fit {leaf.name!r}, a layer of shape "
-            f"{leaf.layer_shape}; both must be in [{-len(shape)}, {len(shape) - 1}]. "
+            f"{leaf.layer_shape}; they must be two axes in [{-rank}, {rank - 1}]. "
             "Give the axes of inputs and outputs, (-2, -1) in flax and haiku."
-        ) from None
+        )
+    return shape[budget.axes[0]], shape[budget.axes[1]]
 
 
 def _erdos_renyi(leaf: Leaf, budget: Shares) -> Fraction:
@@ -419,8 +423,15 @@ def _show(number: Number) -> str:
 # --- options of the functions below ---------------------------------------------------
 def _options(overrides: Any, dense: Any) -> tuple[Fixed, tuple[str, ...]]:
     """The options, checked and made hashable."""
-    dense = (dense,) if isinstance(dense, str) else tuple(dense)
-    pairs = tuple(dict(overrides or {}).items())
+    if overrides is not None and not isinstance(overrides, Mapping):
+        cure = 'Give {"Dense_0/kernel": 0.5}, for instance.'
+        fail("overrides", overrides, "a dict of names of leaves and densities", cure)
+    listed = (dense,) if isinstance(dense, str) else dense
+    listed = tuple(listed) if isinstance(listed, Iterable) else (listed,)
+    if not all(isinstance(name, str) for name in listed):
+        cure = 'Give ["Dense_0/kernel"], for instance.'
+        fail("dense", dense, "the name of a leaf, or several", cure)
+    dense, pairs = listed, tuple(dict(overrides or {}).items())
     for name, density in pairs:
         check_density(density, f"overrides[{name!r}]")
     both = sorted({name for name, _ in pairs} & set(dense))
@@ -432,21 +443,6 @@ def _options(overrides: Any, dense: Any) -> tuple[Fixed, tuple[str, ...]]:
     return pairs, dense
 
 
-def _checked_axes(axes: Any) -> Axes:
-    """Two axes as Python integers."""
-    try:
-        n_in, n_out = (operator.index(axis) for axis in axes)
-    except (TypeError, ValueError):
-        n_in = n_out = 0
-    if n_in == n_out:
-        cure = (
-            "Give the axes of inputs and outputs, (-2, -1) in flax and haiku and "
-            "(0, 1) in equinox."
-        )
-        fail("axes", axes, "two different integers", cure)
-    return n_in, n_out
-
-
 # --- the kinds ------------------------------------------------------------------------
 @boundary("count")
 def count(d: float, n: int) -> int:
@@ -454,8 +450,9 @@ def count(d: float, n: int) -> int:
 
     .. math:: \lfloor \mathrm{frac}(d) \cdot n \rfloor
 
-    with frac(d) the closest fraction to d with a denominator of at most 10**9: 0.29
-    means 29/100, although the float is below it. The result is exact for any n.
+    with frac(d) the closest fraction to d with a denominator of at most 10**9, if it is
+    within two units in the last place of the float, else d itself: 0.29 means 29/100,
+    although the float is below it. The result is exact for any n.
 
     Args:
       d: Density, the fraction of weights to keep, in (0, 1].
@@ -558,7 +555,7 @@ def erdos_renyi(
     """
     check_density(density)
     fixed = _options(overrides, dense)
-    return Shares("erdos_renyi", density, *fixed, _checked_axes(axes))
+    return Shares("erdos_renyi", density, *fixed, two_axes("axes", axes))
 
 
 @boundary("erdos_renyi_kernel")
@@ -651,7 +648,7 @@ def linear(
     """
     check_density(density)
     fixed = _options(overrides, dense)
-    return Shares("linear", density, *fixed, _checked_axes(axes))
+    return Shares("linear", density, *fixed, two_axes("axes", axes))
 
 
 @boundary("nonzeros")

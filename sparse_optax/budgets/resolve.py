@@ -1,6 +1,7 @@
 """Turns a density into counts for each layer, or into the size of one pool."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeGuard
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from sparse_optax.budgets.kinds import (
@@ -56,20 +58,47 @@ def check_static(
     say whether it may be a schedule or be left out.
     """
     if pattern.density is not None:
-        if density is not None and density != pattern.density:
+        agrees = is_number(density) and density == pattern.density
+        if density is not None and not agrees:
             allowed = f"{pattern.density:g}, or left out, with {pattern.name}"
             fail(argument, density, allowed, "Leave it out: the pattern says it.")
         return
     if density is None and may_miss:
         return
-    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    number: Any = density if is_number else 1
-    wrong_type = density is None or isinstance(density, (bool, str))
-    if wrong_type or not 0 < number <= 1:
+    right = is_budget(density) or (schedule and callable(density))
+    number: Any = density
+    if is_number(density):
+        right = bool(0 < number <= 1)
+    elif not right:
+        # A tracer is a density under `optax.inject_hyperparams`.
+        right = isinstance(density, jax.Array) or _are_counts(density)
+    if not right:
         allowed = "in (0, 1]" + (
             ", a budget or a schedule" if schedule else " or a budget"
         )
         fail(argument, density, allowed, "Pass 0.05 to keep 5% of the weights.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of Python or NumPy."""
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value = value.item()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _are_counts(tree: Any) -> bool:
+    """Whether a value is a tree of whole numbers."""
+    if tree is None or isinstance(tree, str):
+        return False
+    flat = jax.tree.leaves(tree, is_leaf=is_hole)
+    return all(is_hole(x) or _is_whole(x) for x in flat)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is an integer or an array of integers."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return jnp.issubdtype(getattr(value, "dtype", bool), jnp.integer)
 
 
 # --- counts of layers -----------------------------------------------------------------
@@ -128,14 +157,39 @@ def counts_of(density: Any, layers: Layers, params: PyTree) -> list[Any]:
 
 def _given_counts(density: Any, layers: Layers, params: PyTree) -> list[Any]:
     """A tree of counts, checked."""
+    there = jax.tree.leaves(params, is_leaf=is_hole)
+    given = _paired(density, params)
+    for i, (name, node) in enumerate(zip(leaf_names(params), given, strict=True)):
+        # A count without a leaf belongs to another group of `optax.partition`.
+        if i not in layers.index and not is_hole(node) and not is_hole(there[i]):
+            raise ArgumentError(
+                f"`density` has {node!r} for {name!r}, which does not take part and "
+                "must be optax.MaskedNode(). Choose the same leaves with `where` as "
+                "for the counts."
+            )
+    pairs = zip(layers.index, layers.leaves, strict=True)
+    return [_check_count(given[i], leaf) for i, leaf in pairs]
+
+
+def _paired(density: Any, params: PyTree) -> list[Any]:
+    """The counts of a tree, one per leaf of the parameters. Trees of equal structure
+    are paired leaf by leaf, others by name: ``flax.nnx`` gives variables to ``init``
+    and plain arrays to ``update``.
+    """
     # An integer is a tree of counts only where the parameters are one bare array.
     single = jax.tree.structure(params) == jax.tree.structure(0)
+    there, structure = jax.tree.flatten(params, is_leaf=is_hole)
     try:
         if isinstance(density, int) and not single:
             raise ValueError
-        structure = jax.tree.structure(params, is_leaf=is_hole)
         given = structure.flatten_up_to(density)
+        pairs = zip(given, there, strict=True)
+        if not any(_is_box(node) and not is_hole(leaf) for node, leaf in pairs):
+            return given
     except ValueError:
+        pass
+    found = None if single else _by_name(density, leaf_names(params), there)
+    if found is None:
         cure = "Write 1.0 to keep every weight, budgets.nonzeros(n) to keep n."
         fail(
             "density",
@@ -144,17 +198,43 @@ def _given_counts(density: Any, layers: Layers, params: PyTree) -> list[Any]:
             "of counts with the structure of params",
             cure,
         )
-    there = jax.tree.leaves(params, is_leaf=is_hole)
-    for i, node in enumerate(given):
-        # A count without a leaf belongs to another group of `optax.partition`.
-        if i not in layers.index and not is_hole(node) and not is_hole(there[i]):
-            raise ArgumentError(
-                f"`density` has {node!r} for {leaf_names(params)[i]!r}, which does not "
-                "take part and must be optax.MaskedNode(). Choose the same leaves with "
-                "`where` as for the counts."
-            )
-    pairs = zip(layers.index, layers.leaves, strict=True)
-    return [_check_count(given[i], leaf) for i, leaf in pairs]
+    return found
+
+
+def _by_name(
+    density: Any, names: Sequence[str], there: Sequence[Any]
+) -> list[Any] | None:
+    """The counts with the names of the leaves; None if one is missing or unknown. A
+    hole in the parameters stands for a leaf, or for a whole branch.
+    """
+    flat = jax.tree.leaves(density, is_leaf=is_hole)
+    given = dict(zip(leaf_names(density), flat, strict=True))
+    holes = [n for n, leaf in zip(names, there, strict=True) if is_hole(leaf)]
+    missing = set(names) - set(given) - set(holes)
+    unknown = set(given) - set(names)
+    unknown -= {n for n in unknown if any(n.startswith(f"{h}/") for h in holes)}
+    if missing or unknown or len(given) < len(flat):
+        return None
+    return [given.get(name, optax.MaskedNode()) for name in names]
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node holds a count or a hole, as a variable of ``flax.nnx`` does."""
+    flat = jax.tree.leaves(node, is_leaf=is_hole)
+    return len(flat) == 1 and flat[0] is not node and not isinstance(node, list | tuple)
+
+
+def is_schedule(density: Any, params: PyTree = None) -> bool:
+    """Whether a density is a schedule. A tree of counts may be callable too, as a
+    module of equinox is: it has a leaf for each leaf of the parameters.
+    """
+    if not callable(density) or is_budget(density):
+        return False
+    flat = jax.tree.leaves(density, is_leaf=is_hole)
+    counts = [x for x in flat if not is_hole(x) and not callable(x)]
+    if not counts or not all(map(_is_whole, counts)):
+        return True
+    return params is not None and set(leaf_names(density)) != set(leaf_names(params))
 
 
 def _check_count(value: Any, leaf: Leaf) -> Any:

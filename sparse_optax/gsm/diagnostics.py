@@ -231,7 +231,9 @@ def gsm_log_decay(
     checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
-    checks.whole("steps", steps, 0, cure=cure)
+    checks.updates("steps", steps, 0, cure=cure)
+    checks.flag("decoupled", decoupled)
+    checks.flag("nesterov", nesterov)
     if callable(learning_rate):
         rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)), np.float64)
     else:

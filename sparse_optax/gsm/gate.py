@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax import selection
-from sparse_optax.budgets.resolve import pool_of, unit_counts
+from sparse_optax import checks, selection
+from sparse_optax.budgets.resolve import (
+    is_number,
+    is_schedule,
+    pool_of,
+    unit_counts,
+)
 from sparse_optax.layers import Layers, PyTree
 from sparse_optax.masks.make import top_of_layers
 from sparse_optax.selection import uint64
@@ -49,8 +54,10 @@ def quota_of(density: Any, count: jax.Array, layers: Layers, params: PyTree) -> 
     if layers.pattern.density is not None:
         return Quota(None)
     size = int(layers.sizes.sum())
-    if callable(density):
-        density = density(count)
+    if is_schedule(density, params):
+        density = checks.scalar("density", density(count))
+    elif is_number(density):
+        return Quota(*pool_of(density, layers, params))
     if isinstance(density, (jax.Array, np.ndarray, np.generic)):
         density = jnp.asarray(density)
         if jnp.issubdtype(density.dtype, jnp.integer):

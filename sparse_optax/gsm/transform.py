@@ -23,6 +23,7 @@ from sparse_optax.layers import (
     Layers,
     PyTree,
     Where,
+    check_where,
     chosen_layers,
     eligible,
     is_hole,
@@ -134,6 +135,10 @@ def gsm_mask(
     pattern = pattern_of(pattern)
     check_static(density, pattern=pattern, schedule=True)
     checks.choice("ties", ties, ("exact", "paper"), cure="Use 'exact' for at most Q.")
+    checks.flag("reselect", reselect)
+    checks.flag("track_reactivated", track_reactivated)
+    check_where(where)
+    checks.names_axes("stacked", stacked)
     if ties == "paper" and pattern != SINGLE:
         checks.fail("ties", ties, '"exact" with `pattern`', "Leave it out.")
     return _gate(
@@ -335,8 +340,9 @@ def gsm(
     checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
-    if settle_start is not None:
-        checks.whole("settle_start", settle_start, 0, cure="Give a number of updates.")
+    checks.updates("settle_start", settle_start, 0, optional=True)
+    checks.flag("nesterov", nesterov)
+    check_where(where)
     pattern = pattern_of(pattern)
     check_static(density, pattern=pattern, schedule=True)
     if gate is not None:

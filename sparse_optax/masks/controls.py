@@ -19,6 +19,7 @@ from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole, unit_axe
 from sparse_optax.masks.make import Key, as_key, place, random_scores
 from sparse_optax.masks.tree import (
     check_dtype,
+    check_masks,
     flatten,
     mask_shape,
     slice_counts,
@@ -75,6 +76,7 @@ def shuffle_masks(
         "random_masks_like to keep only the total."
     )
     checks.choice("within", within, ("layer", "unit"), cure=cure)
+    checks.whole("unit_axis", unit_axis, -32, 31, static=True, cure="Give -1 or 0.")
     seed = as_key(key)
     layers, given = _plain_masks(masks, stacked)
     units: Sequence[Any] = [()] * len(given)
@@ -124,6 +126,7 @@ def random_masks_like(key: Key, masks: PyTree) -> PyTree:
 
 def _plain_masks(masks: PyTree, stacked) -> tuple[Layers, list[jax.Array]]:
     """The layers that take part, and their masks unpacked."""
+    check_masks("masks", masks)
     flat, structure = flatten(masks)
     plain = [m if is_hole(m) else jnp.asarray(unpack(m)) for m in flat]
     chosen = [not is_hole(m) for m in plain]

@@ -50,10 +50,27 @@ Operands = tuple[jax.Array, ...]
 
 
 # --- keys -----------------------------------------------------------------------------
+def check_key(key: Any) -> None:
+    """Raises unless a value is an integer seed or a random key."""
+    plain = key.item() if isinstance(key, np.ndarray) and not key.ndim else key
+    if isinstance(plain, (int, np.integer)) and not isinstance(plain, bool):
+        # JAX uses 32 bits of a seed: 2**32 would be another name of 0.
+        if 0 <= plain < 2**32:
+            return
+    elif isinstance(key, (jax.Array, np.ndarray)):
+        is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        is_data = key.dtype == jnp.uint32 and key.ndim >= 1
+        # An injected hyper-parameter, or a seed under vmap.
+        is_seed = jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0
+        if is_key or is_data or is_seed:
+            return
+    allowed = "an integer seed in [0, 2**32) or a key from jax.random.key"
+    checks.fail("key", key, allowed, "Pass, for instance, key=0.")
+
+
 def as_key(key: Key) -> jax.Array:
     """A typed key, from a seed, raw key data (uint32) or a typed key."""
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        return jax.random.key(int(key))
+    check_key(key)
     if isinstance(key, (jax.Array, np.ndarray)):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             default = jax.random.key_impl(jax.random.key(0))
@@ -63,11 +80,8 @@ def as_key(key: Key) -> jax.Array:
             return jax.random.key(jax.random.bits(key, dtype=jnp.uint32))
         if key.dtype == jnp.uint32 and key.ndim >= 1:
             return jax.random.wrap_key_data(key)
-        # An injected hyper-parameter, or a seed under vmap.
-        if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
-            return jax.random.key(key)
-    allowed = "an integer seed or a key from jax.random.key"
-    checks.fail("key", key, allowed, "Pass, for instance, key=0.")
+        return jax.random.key(key)
+    return jax.random.key(int(key))
 
 
 def _folded(key: jax.Array, names: Sequence[str]) -> jax.Array:
@@ -302,18 +316,18 @@ def _first_kept(chance: jax.Array, mask: jax.Array) -> jax.Array:
 def random_masks(
     key: Key,
     params: PyTree,
-    budget: Any,
+    density: Any,
     *,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     keep: PyTree | None = None,
 ) -> PyTree:
-    """Masks of exactly the budget's counts, uniformly at random within each layer.
+    """Masks of exactly the counts of a density, uniformly at random within each layer.
 
     Args:
       key: Integer seed or random key.
       params: The parameters, concrete or abstract; only shapes are used.
-      budget: A density in (0, 1] for every layer, or a budget.
+      density: A density in (0, 1] for every layer, or a budget.
       where: Which leaves take part, see ``eligible``: by default kernels, and tables of
         embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
@@ -343,7 +357,7 @@ def random_masks(
       (23, 10)
     """
     layers = layers_of(params, where, stacked)
-    counts, like = counts_of(budget, layers, params), layers.pick(params)
+    counts, like = counts_of(density, layers, params), layers.pick(params)
     first = None
     if keep is not None:
         first = _kept_first(keep, layers, like)
@@ -353,7 +367,7 @@ def random_masks(
 
 def _kept_first(keep: PyTree, layers: Layers, like: Sequence[Any]) -> list[jax.Array]:
     """For each leaf the mask in `keep` that fits it, or an empty one."""
-    named = named_masks(keep)
+    named = named_masks(keep, "keep")
     fits = {
         leaf.name: unpack(named[leaf.name])
         for leaf in layers.leaves

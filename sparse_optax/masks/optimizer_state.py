@@ -1,6 +1,7 @@
 """Masks in optimizer states: reads, replaces and applies them."""
 
 import functools
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,15 +13,15 @@ from jax.core import Tracer
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import (
-    PackedMask,
     PyTree,
     is_hole,
     is_mask,
+    is_packed,
     leaf_names,
     path_name,
 )
 from sparse_optax.masks.tree import (
-    check_dtype,
+    check_masks,
     check_shapes,
     flatten,
     mask_shape,
@@ -46,21 +47,13 @@ def states_with(opt_state: PyTree, *fields: str) -> Iterator[Any]:
             yield from states_with(getattr(node, "inner_state", ()), *fields)
 
 
-def named_masks(masks_or_state: PyTree) -> dict[str, Any]:
+def named_masks(masks_or_state: PyTree, argument: str = "masks") -> dict[str, Any]:
     """Masks by the normalised name of their leaf, plain or packed, without holes."""
     if any(True for _ in states_with(masks_or_state, "regrow_masks")):
         masks_or_state = get_masks(masks_or_state)
     flat, structure = flatten(masks_or_state)
+    check_masks(argument, masks_or_state)
     named = dict(zip(names_of(structure), flat, strict=True))
-    for name, mask in named.items():
-        if not is_mask(mask):  # neither a hole nor packed
-            if not hasattr(mask, "dtype"):
-                raise ArgumentError(
-                    f"in `masks`, {name!r} is a {type(mask).__name__}; it must be a "
-                    "boolean array. Pass a mask tree, such as "
-                    "sparse_optax.get_masks(opt_state)."
-                )
-            check_dtype(mask, name)
     return {name: mask for name, mask in named.items() if not is_hole(mask)}
 
 
@@ -121,9 +114,9 @@ def get_masks(opt_state: PyTree) -> PyTree:
     found = [s.regrow_masks for s in states_with(opt_state, "regrow_masks")]
     if not found:
         raise ArgumentError(
-            "`opt_state` holds no masks; it must come from an optimizer "
-            "with a sparse training method of this package, such as "
-            "sparse_momentum_regrow. Pass that optimizer's state."
+            f"`opt_state` holds no masks; got {type(opt_state).__name__}, and it must "
+            "come from an optimizer with a sparse training method of this package, "
+            "such as sparse_momentum_regrow. Pass that optimizer's state."
         )
     merged, structure = flatten(functools.reduce(_merge, found))
     return jax.tree.unflatten(
@@ -139,11 +132,11 @@ def freezes(opt_state: PyTree) -> bool:
     return any(jax.tree.leaves(getattr(s, "frozen", ())) for s in states)
 
 
-def kept_masks(masks_or_state: PyTree) -> dict[str, Any]:
+def kept_masks(masks_or_state: PyTree, argument: str = "masks") -> dict[str, Any]:
     """Masks by name of the weights that are not held at zero: the active ones, and
     those that a state freezes. A mask tree freezes none.
     """
-    named = named_masks(masks_or_state)
+    named = named_masks(masks_or_state, argument)
     for state in states_with(masks_or_state, "regrow_masks"):
         for name, frozen in _named_frozen(state).items():
             if name in named:
@@ -295,9 +288,7 @@ def set_masks(
             # Copied: the state may be donated, the caller's masks may not.
             plain = jnp.array(unpack(mask), bool, copy=True)
             _check_not_frozen(name, plain, frozen.get(name))
-            new.append(
-                unnamed(pack)(plain) if isinstance(previous, PackedMask) else plain
-            )
+            new.append(unnamed(pack)(plain) if is_packed(previous) else plain)
         if count is None:
             _check_start(node, old, new)
         else:
@@ -365,7 +356,13 @@ def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
       >>> sparse_optax.sparsify(params, mask)["w"].tolist()
       [[1.0, 0.0]]
     """
-    by_name = kept_masks(masks_or_state)
+    if masks_or_state is None or isinstance(masks_or_state, str | numbers.Number):
+        raise ArgumentError(
+            "`masks_or_state` must be a mask tree or an optimizer state; got "
+            f"{masks_or_state!r}. Make masks, such as "
+            "masks.magnitude_masks(params, 0.1), and pass them."
+        )
+    by_name = kept_masks(masks_or_state, "masks_or_state")
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     result = []
     for name, x in zip(leaf_names(params), flat, strict=True):

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import (
     Layers,
     PackedMask,
     PyTree,
+    as_packed,
     chosen_layers,
     is_hole,
     is_mask,
@@ -23,7 +24,8 @@ from sparse_optax.patterns import SINGLE, Pattern
 
 def flatten(masks: PyTree) -> tuple[list[Any], Any]:
     """Leaves and structure of a mask tree; holes and packed masks count as leaves."""
-    return jax.tree.flatten(masks, is_leaf=is_mask)
+    flat, structure = jax.tree.flatten(masks, is_leaf=is_mask)
+    return [as_packed(mask) for mask in flat], structure
 
 
 def names_of(structure: Any) -> list[str]:
@@ -33,6 +35,7 @@ def names_of(structure: Any) -> list[str]:
 
 def mask_shape(mask: Any) -> tuple[int, ...]:
     """Shape of the weights of a plain or packed mask."""
+    mask = as_packed(mask)
     if not isinstance(mask, PackedMask):
         return mask.shape
     *rows, last = mask.bits.shape
@@ -75,7 +78,13 @@ def pack(mask: jax.Array) -> PackedMask:
                 f"{parts} parts that are not whole bytes; its length must be a "
                 f"multiple of {8 * parts}. Shard another axis, or use packed=False."
             )
-    bits = jnp.packbits(mask, axis=-1)
+    # NumPy's packing has no rule for arrays without entries.
+    rows, last = mask.shape[:-1], mask.shape[-1]
+    bits = (
+        jnp.packbits(mask, axis=-1)
+        if mask.size
+        else jnp.zeros((*rows, -(-last // 8)), jnp.uint8)
+    )
     unused = 8 * bits.shape[-1] - mask.shape[-1]
     return PackedMask(bits, jnp.zeros((unused + 1,), jnp.uint8))
 
@@ -98,9 +107,12 @@ def unpack(mask: jax.Array | PackedMask) -> jax.Array:
       >>> masks.unpack(masks.pack(jnp.array([True, False, True]))).tolist()
       [True, False, True]
     """
+    mask = as_packed(mask)
     if not isinstance(mask, PackedMask):
         integer = jnp.issubdtype(getattr(mask, "dtype", bool), jnp.integer)
         return mask.astype(bool) if integer else mask
+    if not mask.bits.size:
+        return jnp.zeros(mask_shape(mask), bool)
     bits = mask.bits.astype(jnp.uint8)
     return jnp.unpackbits(bits, axis=-1, count=mask_shape(mask)[-1]).astype(bool)
 
@@ -129,6 +141,7 @@ def whole_count(mask: jax.Array) -> int:
     return int(np.asarray(slice_counts(mask)).sum(dtype=np.int64))
 
 
+@boundary("masks.count")
 def count(masks: PyTree) -> int:
     """Number of kept weights.
 
@@ -143,12 +156,14 @@ def count(masks: PyTree) -> int:
       >>> sparse_optax.masks.count({"w": jnp.array([True, False, True])})
       2
     """
+    _check_arrays(masks)
     kept = [m for m in flatten(masks)[0] if not is_hole(m)]
     # Under a trace, concrete masks are constants and are counted at trace time.
     with jax.ensure_compile_time_eval():
         return sum(whole_count(unpack(m)) for m in kept)
 
 
+@boundary("masks.density")
 def density(masks: PyTree) -> float:
     """Fraction of kept weights among all weights that take part.
 
@@ -163,9 +178,20 @@ def density(masks: PyTree) -> float:
       >>> sparse_optax.masks.density({"w": jnp.array([True, False])})
       0.5
     """
+    _check_arrays(masks)
     shapes = [mask_shape(m) for m in flatten(masks)[0] if not is_hole(m)]
     size = sum(int(np.prod(shape)) for shape in shapes)
-    return count(masks) / size if size else 1.0
+    return unnamed(count)(masks) / size if size else 1.0
+
+
+def _check_arrays(masks: PyTree) -> None:
+    """Raises unless all masks are arrays; those of `optax.contrib.sam` are integers."""
+    for mask in flatten(masks)[0]:
+        if not is_mask(mask) and not hasattr(mask, "ndim"):
+            raise ArgumentError(
+                f"`masks` must be a tree of boolean arrays; got {mask!r}. Pass a mask "
+                "tree, such as sparse_optax.get_masks(opt_state)."
+            )
 
 
 # --- masks and parameters -----------------------------------------------------------
@@ -205,6 +231,21 @@ def check_dtype(mask: Any, name: str) -> None:
             f"in `masks`, {name!r} has dtype {dtype}; it must be bool. Pass "
             "mask.astype(bool)."
         )
+
+
+def check_masks(argument: str, masks: Any) -> None:
+    """Raises unless every leaf of a tree is a boolean array, a hole or packed."""
+    flat, structure = flatten(masks)
+    for name, mask in zip(names_of(structure), flat, strict=True):
+        if is_mask(mask):
+            continue
+        if not hasattr(mask, "dtype") or not hasattr(mask, "ndim"):
+            at = f" for {name!r}" if name else ""
+            raise ArgumentError(
+                f"`{argument}` must be a tree of boolean arrays; got {mask!r}{at}. "
+                "Pass a mask tree, such as sparse_optax.get_masks(opt_state)."
+            )
+        check_dtype(mask, name)
 
 
 def layers_of_masks(

@@ -110,6 +110,8 @@ def deep_rewiring(
     given = {"learning_rate": learning_rate, "l1": l1, "temperature": temperature}
     for name, value in given.items():
         checks.number(name, value, 0, schedule=True, cure="Use 0 to leave it out.")
+    if inner is not None:
+        checks.transformation("inner", inner)
     cure = 'Use "layer" to keep the number of every layer.'
     checks.choice("scope", scope, ("layer", "global"), cure=cure)
     signed = signed_step(learning_rate, l1=l1, temperature=temperature, key=key)

@@ -107,6 +107,9 @@ def dynamic_sparse(
     constant. The wrapped optimizer sees the dense gradient: any momentum also collects
     at missing weights and acts when they grow, unless ``reset_moments="grown"``.
     """
+    prune.check_adaptive(
+        threshold=threshold, tolerance=tolerance, prune_number=prune_number
+    )
     return unnamed(regrow)(
         inner,
         density=density,

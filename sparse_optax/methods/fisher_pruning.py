@@ -12,6 +12,7 @@ from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
 from sparse_optax.scoring.curvature import quadratic_saliency
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 @boundary("fisher_masks")
@@ -105,4 +106,4 @@ def fisher_masks(
 
 def _wide(x: jax.Array) -> Any:
     # The square of a half precision number underflows early.
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return as_wide(x.dtype)

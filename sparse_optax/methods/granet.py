@@ -13,6 +13,7 @@ from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.start import resets_of
 
 
 @boundary("granet")
@@ -31,7 +32,7 @@ def granet(
     masks: PyTree | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    reset_moments: str = "grown",
+    reset_moments: str | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
     within: PyTree | None = None,
@@ -56,7 +57,7 @@ def granet(
 
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
-        incoming update and needs ``reset_moments="none"``.
+        incoming update.
       density: d_f, the fraction of weights per layer at the end, in (0, 1], or a
         budget; the paper's is ``budgets.erdos_renyi_kernel(d_f)``.
       initial_density: d_i, in (0, 1]: 1 (a dense network) or 0.5 in the paper.
@@ -74,7 +75,7 @@ def granet(
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      reset_moments: See ``regrow``.
+      reset_moments: See ``regrow``; None is ``"grown"`` if there is an ``inner``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; with N:M leave out ``density``.
       within: Masks of the weights that it may use; the others stay as they are, bit
@@ -108,13 +109,14 @@ def granet(
     """
     cure = 'Use "layer" as in the paper.'
     checks.choice("scope", scope, ("layer", "global"), cure=cure)
+    checks.updates("density_start", density_start, 0)
     last = unnamed(schedules.last_due)(
         update_period, density_start, update_stop=update_stop
     )
     end = last if density_stop is None else density_stop
     cure = "Use 1.0 to start dense."
     checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
-    checks.whole("density_stop", end, 1, cure="Give a number of updates.")
+    checks.updates("density_stop", end, 1)
     if end > last:
         cure = f"No cycle comes after {last}: lower it or raise update_stop."
         checks.fail("density_stop", density_stop, f"at most {last}", cure)
@@ -143,7 +145,7 @@ def granet(
         masks=masks,
         where=where,
         stacked=stacked,
-        reset_moments=reset_moments,
+        reset_moments=resets_of(reset_moments, inner),
         packed=packed,
         pattern=pattern,
         within=within,

@@ -7,7 +7,7 @@ import optax
 
 from sparse_optax import checks
 from sparse_optax.checks import boundary
-from sparse_optax.layers import Where
+from sparse_optax.layers import Where, check_where
 from sparse_optax.transforms.follow import follow
 
 
@@ -76,9 +76,12 @@ def ham(
     checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("alpha", alpha, 0, cure=cure)
     checks.number("beta", beta, 0, cure=cure)
+    check_where(where)
 
     def step(count, weight, gradient, update):
-        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate
+        if callable(learning_rate):
+            rate = checks.scalar("learning_rate", learning_rate(count))
         exponent = -rate * (alpha * jnp.sign(weight) * gradient + beta)
         # (w + u) exp(x) - w, without the cancellation where x is small.
         return update + (weight + update) * jnp.expm1(exponent)

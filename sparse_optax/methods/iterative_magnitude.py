@@ -92,9 +92,13 @@ def iterative_magnitude(
     standard deviation, and lower learning rate and dropout by hand; here the number is
     given, and the optimizer is the caller's.
     """
-    checks.whole("prunes", prunes, 1, cure="Give 20, for instance.")
+    checks.whole("prunes", prunes, 1, static=True, cure="Give 20, for instance.")
     first = unnamed(schedules.first_due)(update_period, update_start)
     last = first + (prunes - 1) * update_period
+    if last >= checks.MOST_UPDATES:
+        allowed = f"a number whose last prune comes before {checks.MOST_UPDATES}"
+        cure = f"Prunes end at {last}: give fewer, or shorten `update_period`."
+        checks.fail("prunes", prunes, allowed, cure)
     return unnamed(regrow)(
         inner,
         density=density,
@@ -176,7 +180,7 @@ def one_shot_magnitude(
       >>> counts
       [20, 20, 5, 5]
     """
-    checks.whole("at", at, 1, cure="Give a number of updates.")
+    checks.updates("at", at, 1)
     return unnamed(iterative_magnitude)(
         inner,
         density=density,

@@ -13,6 +13,7 @@ from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import layers_of
 from sparse_optax.masks.make import Ranking, highest
 from sparse_optax.patterns import Pattern, pattern_of
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 @boundary("layerwise_obs")
@@ -130,7 +131,7 @@ def layerwise_obs(
 
 @functools.partial(jax.jit, static_argnames="layers")
 def _prune(kernel, inputs, keep, damping, layers):
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = as_wide(kernel.dtype)
     weights = kernel.astype(dtype)
     x = inputs.astype(dtype).reshape(-1, kernel.shape[0])
     identity = jnp.eye(kernel.shape[0], dtype=dtype)

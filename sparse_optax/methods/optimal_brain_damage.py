@@ -12,6 +12,7 @@ from sparse_optax.masks.make import highest, ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
 from sparse_optax.scoring.curvature import gauss_newton_diagonal, quadratic_saliency
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 @boundary("optimal_brain_damage_masks")
@@ -116,7 +117,7 @@ def optimal_brain_damage_masks(
                     "one example; it must be (1, C), a row for each example. Pass "
                     "a function that flattens other outputs."
                 )
-            return z[0].astype(jnp.promote_types(z.dtype, jnp.float32))
+            return z[0].astype(as_wide(z.dtype))
 
         return gauss_newton_diagonal(outputs, chosen, criterion, target)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from sparse_optax import checks
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
@@ -111,6 +112,8 @@ def in_time_over_parameterization(
     dense gradient: any momentum also collects at missing weights and acts when they
     grow, unless ``reset_moments="grown"``.
     """
+    checks.flag("prefer_unexplored", prefer_unexplored)
+    growth.check_exact("grow", grow)
     return unnamed(regrow)(
         inner,
         density=density,

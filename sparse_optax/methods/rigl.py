@@ -11,6 +11,7 @@ from sparse_optax.masks.make import Key
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.start import resets_of
 from sparse_optax.schedules.prune_rate import cosine_unless
 
 
@@ -26,7 +27,7 @@ def rigl(
     masks: PyTree | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    reset_moments: str = "grown",
+    reset_moments: str | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
     dense_until: int | None = None,
@@ -54,7 +55,7 @@ def rigl(
 
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
-        incoming update and needs ``reset_moments="none"``.
+        incoming update.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; the paper's
         best is ``budgets.erdos_renyi_kernel(density)``.
       update_period: Delta T, updates between two cycles; 100 in the paper.
@@ -67,7 +68,7 @@ def rigl(
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      reset_moments: See ``regrow``.
+      reset_moments: See ``regrow``; None is ``"grown"`` if there is an ``inner``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
       dense_until: Trains all weights for this many updates, then cuts to ``density``
@@ -114,7 +115,7 @@ def rigl(
         masks=masks,
         where=where,
         stacked=stacked,
-        reset_moments=reset_moments,
+        reset_moments=resets_of(reset_moments, inner),
         packed=packed,
         pattern=pattern,
         dense_until=dense_until,

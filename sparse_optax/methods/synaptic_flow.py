@@ -15,6 +15,7 @@ from sparse_optax.masks.make import ranking
 from sparse_optax.patterns import Pattern
 from sparse_optax.scoring import batches as over
 from sparse_optax.scoring.rounds import in_rounds
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 @boundary("synflow_masks")
@@ -128,7 +129,7 @@ def _strength(x: Any) -> Any:
     """|x| in float32 or wider; integers as they are."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.abs(x.astype(as_wide(x.dtype)))
 
 
 def _check_flow(total: jax.Array, r: int) -> None:

@@ -11,6 +11,7 @@ README.md in this folder explains the algebra and how to write a rule.
 - ``under_pattern``: the rules that keep the number of weights under a pattern.
 - ``allocate``: whole counts for each layer, in integer arithmetic.
 - ``restart``: the moments of weights that have just grown, as ``init`` gives them.
+- ``inner``: the update of the wrapped optimizer, and what a line search in it sees.
 - ``momentum``: finds the momentum that an optimizer keeps already.
 - ``guard``: runs a cycle only where it is due, also under ``vmap``.
 """

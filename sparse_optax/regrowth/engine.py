@@ -18,6 +18,7 @@ from sparse_optax.layers import (
     PackedMask,
     PyTree,
     Where,
+    as_packed,
     flat_counts,
     is_hole,
     is_mask,
@@ -27,6 +28,7 @@ from sparse_optax.masks.make import Key, as_key
 from sparse_optax.masks.tree import check_shapes, layers_of_masks, pack, unpack
 from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
+from sparse_optax.regrowth import inner as inner_update
 from sparse_optax.regrowth import momentum as momenta
 from sparse_optax.regrowth.cycle import cycle, init_rules
 from sparse_optax.regrowth.dense_first import cut, cut_rules, is_dense
@@ -43,8 +45,8 @@ from sparse_optax.regrowth.start import (
     Method,
     check,
     check_acts,
+    check_inner,
     first_masks,
-    refuse_multi_steps,
 )
 from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
@@ -139,6 +141,11 @@ def regrow(
       Without ``inner`` it stands behind an optimizer in a chain; the rules then see the
       incoming update, one step newer than a stored momentum, and no cycle runs if that
       is all zero. Accumulate gradients outside, ``optax.MultiSteps(regrow(...), k)``.
+
+      A loss ``value_fn`` that is handed to ``update`` reaches the inner optimizer as
+      the loss of the masked weights. A line search, as in ``optax.lbfgs``, also gets
+      the masked gradient; the rules see the dense one. The derivative of an update
+      takes the masks as constants.
 
       Between cycles a step costs one pass over weights, updates and masks. A cycle
       reads weights and momentum a few dozen times; on a mesh it needs small
@@ -290,11 +297,12 @@ def _average_of(x: Any) -> Any:
 
 def _init(method: Method, params: PyTree) -> RegrowState:
     seed = as_key(method.key)
+    jax.eval_shape(method.rate_at, jax.ShapeDtypeStruct((), jnp.int32))
     layers, kept = first_masks(method, params, seed)
     leaves = layers.pick(params)
     rules = rules_under(layers, method.rules, method.ramp is not None)
     inner_state = method.inner_tx.init(params)
-    refuse_multi_steps(inner_state)
+    check_inner(method, inner_state)
     if _restart(method, layers, inner_state, params) and method.inner is not None:
         check_alone(method.inner)
     own: Any = ()
@@ -345,7 +353,8 @@ def _copied(leaf: Any) -> jax.Array:
 
 def _found_momentum(method: Method, inner_state: Any, layers: Layers):
     """The momentum that the inner optimizer keeps, one entry per leaf, or None."""
-    if method.momentum != "auto":
+    # A line search sees the masked gradient, which has no momentum to grow by.
+    if method.momentum != "auto" or inner_update.has_line_search(inner_state):
         return None
     shapes = tuple(leaf.shape for leaf in layers.leaves)
     return momenta.find(inner_state, layers.names, shapes)
@@ -384,6 +393,8 @@ def _update(
     lean = state._replace(inner_state=(), momentum=(), hidden=(), frozen=())
     after, moves, inner_state = lean, layers.pick(lean.regrow_masks), state.inner_state
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    moments: tuple[jax.Array, ...] = ()
+    restart = None
     if not never_due(*method.timing):
         restart = _restart(method, layers, inner_state, params)
         how = _How(
@@ -395,23 +406,32 @@ def _update(
             hidden=method.hidden,
             restart=restart,
         )
-        moments, others = (), ()
+        others = ()
         if restart is not None:
             moments, others = restart.pick(inner_state), tuple(flat)
         after, moves, moments = _cycle_if(
             due, _Operands(lean, seen, moments, others), how=how
         )
-        if restart is not None:
-            inner_state = restart.put(inner_state, moments)
     moves = tuple(map(unpack, moves))
 
     # The inner update, on the newly masked weights.
     masked = _masked(layers, flat, seen, moves, method.hidden)
-    new_updates, inner_state = method.inner_tx.update(
+    if restart is not None:
+        masks = layers.pick(lean.regrow_masks), layers.pick(after.regrow_masks), moves
+        entries = restart.pick(inner_state)
+        moments = _differentiable(restart, moments, entries, masked, masks)
+        inner_state = restart.put(inner_state, moments)
+    new_updates, inner_state = inner_update.update(
+        method.inner_tx,
         silence(updates, frozen, layers),
         inner_state,
         jax.tree.unflatten(structure, masked),
-        **{**extra, "regrow_masks": layers.rebuild(moves)},
+        layers,
+        moves,
+        _there(seen, moves),
+        # The first weights may be dense.
+        lambda: jnp.logical_or(due, state.count == 0),
+        extra,
     )
 
     emitted, hidden = _emit(
@@ -493,6 +513,47 @@ def _restart(
     return restart_of(method.inner, inner_state, layers, params)
 
 
+def _restarting(
+    before: Sequence[jax.Array],
+    after: Sequence[jax.Array],
+    moves: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:
+    """Which weights restart. What stayed goes on: it was active before and moves."""
+    return tuple(
+        jnp.logical_and(new, jnp.logical_not(jnp.logical_and(move, was)))
+        for was, new, move in zip(before, after, moves, strict=True)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(
+    restart: Restart, moments: Any, entries: Any, params: Any, masks: Any
+) -> Any:
+    """The moments behind the guard, with the derivative of ``restart.apply``: the guard
+    has none. Nothing is computed where no derivative is asked for.
+    """
+    return moments
+
+
+@_differentiable.defjvp
+def _derivative_of_moments(restart: Restart, primals: Any, tangents: Any) -> Any:
+    moments, entries, params, (before, after, moves) = primals
+    grown = _restarting(tuple(map(unpack, before)), tuple(map(unpack, after)), moves)
+
+    def apply(entries: Any, params: Any) -> Any:
+        return restart.apply(entries, params, grown)
+
+    _, moved = jax.jvp(apply, (entries, params), tangents[1:3])
+    return moments, moved
+
+
+def _there(seen: "_Seen", moves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Which weights the loss sees: those that move, and those that are frozen."""
+    if seen.frozen is None:
+        return moves
+    return tuple(map(jnp.logical_or, moves, seen.frozen))
+
+
 def _masked(
     layers: Layers,
     flat: Sequence[Any],
@@ -501,9 +562,7 @@ def _masked(
     hidden: bool,
 ) -> list[Any]:
     """All leaves as the inner optimizer sees them: zero where a weight is missing."""
-    masked, there = list(flat), moves
-    if seen.frozen is not None:
-        there = tuple(map(jnp.logical_or, moves, seen.frozen))
+    masked, there = list(flat), _there(seen, moves)
     for i, w, m in zip(layers.index, seen.params, there, strict=True):
         masked[i] = w if hidden else jnp.where(m, w, jnp.zeros((), w.dtype))
     return masked
@@ -513,6 +572,7 @@ def _as_stored(state: RegrowState) -> RegrowState:
     """The state in its own dtypes, after any arithmetic of a wrapper on states."""
 
     def mask(x):
+        x = as_packed(x)
         if isinstance(x, PackedMask):
             return PackedMask(*(part.astype(jnp.uint8) for part in x))
         return x if is_hole(x) else unpack(x)
@@ -633,7 +693,9 @@ def _no_cycle(operands: _Operands, layers: Layers):
 def _cycle_if(due: jax.Array, operands: _Operands, *, how: _How):
     """``_open_cycle`` if due, else ``_no_cycle``. Jitted at module level, so that a
     training step that is not jitted compiles the cycle once and not at each step.
+    Masks are piecewise constant: nothing in here has a derivative.
     """
+    operands = lax.stop_gradient(operands)
     opened = functools.partial(_open_cycle, how=how)
     ordinary = functools.partial(_no_cycle, layers=how.layers)
     return guard.run_if(due, opened, ordinary, operands)
@@ -693,11 +755,7 @@ def _open_cycle(operands: _Operands, how: _How):
         )
 
     if how.restart is not None:
-        grown = tuple(
-            # What stayed goes on: it was active before and moves at this update.
-            jnp.logical_and(new, jnp.logical_not(jnp.logical_and(move, was)))
-            for new, move, was in zip(new_masks, moves, old, strict=True)
-        )
+        grown = _restarting(old, new_masks, moves)
         masked = _masked(layers, params, seen, moves, how.hidden)
         moments = how.restart.apply(moments, masked, grown)
 

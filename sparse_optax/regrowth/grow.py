@@ -24,6 +24,7 @@ from sparse_optax.regrowth.rules import (
     layer_counts,
     stateless,
 )
+from sparse_optax.selection.leaf import wide as as_wide
 
 __all__ = [
     "Explored",
@@ -219,7 +220,7 @@ def _split_counts(
         return []
     scaled, folded, shapes = [], [], []
     for v, m, axis in zip(values, masks, axes, strict=True):
-        v = jnp.abs(v.astype(jnp.promote_types(v.dtype, jnp.float32)))
+        v = jnp.abs(v.astype(as_wide(v.dtype)))
         others = tuple(i for i in range(v.ndim) if i != axis)
         top = jnp.max(v, axis=others, keepdims=True, initial=0)
         scaled.append(_fold(v / jnp.where(top > 0, top, 1), axis))
@@ -285,6 +286,13 @@ class Explored(NamedTuple):
     rule: Any
 
 
+def check_exact(argument: str, rule: Any) -> None:
+    """Raises unless a value is a growth rule that keeps to its counts."""
+    if not isinstance(rule, Rule) or not rule.exact:
+        cure = "Use grow.random, grow.gradient or grow.momentum."
+        checks.fail(argument, rule, "a growth rule that keeps to its counts", cure)
+
+
 @boundary("unexplored")
 def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
     """Records which weights were ever active, and grows other weights first.
@@ -319,9 +327,8 @@ def unexplored(rule: Rule, *, prefer: bool = True) -> Rule:
       Liu et al, `Do We Actually Need Dense Over-Parameterization?
       <https://arxiv.org/abs/2102.02887>`_, 2021, who count such weights.
     """
-    if not isinstance(rule, Rule) or not rule.exact:
-        cure = "Use grow.random, grow.gradient or grow.momentum."
-        checks.fail("rule", rule, "a growth rule that keeps to its counts", cure)
+    check_exact("rule", rule)
+    checks.flag("prefer", prefer)
     return _unexplored(rule, bool(prefer))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import key_name, path_name
+from sparse_optax.selection.leaf import wide as as_wide
 
 FIELDS = ("trace", "mu")
 EPSILON = 1e-8
@@ -93,7 +94,7 @@ def value(first: jax.Array, second: jax.Array | None) -> jax.Array:
     if second is None:
         return first
     # In float32: 1e-8 is zero in float16, and 0 / 0 would prevent every cycle.
-    wide = jnp.promote_types(first.dtype, jnp.float32)
+    wide = as_wide(first.dtype)
     return first.astype(wide) / (jnp.sqrt(second.astype(wide)) + EPSILON)
 
 

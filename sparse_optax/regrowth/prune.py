@@ -21,6 +21,7 @@ from sparse_optax.regrowth.rules import (
     tally_layers,
 )
 from sparse_optax.selection import uint64
+from sparse_optax.selection.leaf import wide as as_wide
 
 __all__ = [
     "adaptive_threshold",
@@ -192,6 +193,20 @@ global_zeros = stateless(functools.partial(_zeros, pool=True), pooled=True)
 
 
 # --- by one threshold -----------------------------------------------------------------
+def check_adaptive(**given: Any) -> None:
+    """Raises unless the threshold, the tolerance and the number of an adaptive
+    threshold, in this order and under the caller's names, are in their ranges.
+    """
+    (initial, first), (tolerance, width), (number, wanted) = given.items()
+    cure = "Use 1e-3 as in the paper."
+    checks.number(initial, first, _LOWEST, _HIGHEST, cure=cure)
+    cure = "Use 0.1 as in the paper."
+    checks.number(tolerance, width, 0, 1, ends="[)", cure=cure)
+    if wanted is not None:
+        cure = "Leave it out to follow prune_rate."
+        checks.whole(number, wanted, 1, 2**31 - 1, cure=cure)
+
+
 @boundary("adaptive_threshold")
 def adaptive_threshold(
     initial: float = 1e-3, *, tolerance: float = 0.1, number: int | None = None
@@ -230,13 +245,7 @@ def adaptive_threshold(
     References:
       Mostafa and Wang, 2019, see ``dynamic_sparse``.
     """
-    cure = "Use 1e-3 as in the paper."
-    checks.number("initial", initial, _LOWEST, _HIGHEST, cure=cure)
-    cure = "Use 0.1 as in the paper."
-    checks.number("tolerance", tolerance, 0, 1, ends="[)", cure=cure)
-    if number is not None:
-        cure = "Leave it out to follow prune_rate."
-        checks.whole("number", number, 1, 2**31 - 1, cure=cure)
+    check_adaptive(initial=initial, tolerance=tolerance, number=number)
     make = _adaptive_threshold
     if any(isinstance(x, jax.Array) for x in (initial, tolerance, number)):
         make = make.__wrapped__  # traced values cannot be cache keys
@@ -278,7 +287,7 @@ def _adaptive_threshold(initial: Any, tolerance: Any, number: Any) -> Rule:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(as_wide(x.dtype))
 
 
 # --- against weights that are hidden --------------------------------------------------

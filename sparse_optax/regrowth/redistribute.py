@@ -14,6 +14,7 @@ from sparse_optax.layers import layer_sizes
 from sparse_optax.regrowth.rules import Evidence, stateless, tally_layers
 from sparse_optax.selection import uint64
 from sparse_optax.selection.compilation import once
+from sparse_optax.selection.leaf import wide as as_wide
 
 __all__ = [
     "magnitude",
@@ -65,7 +66,7 @@ def _quantised(
     largest: jax.Array, value: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """|x| in units of the largest / 2^24, of active weights and of all."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value = value.astype(as_wide(value.dtype))
     share = jnp.minimum(jnp.abs(value) / largest, 1.0) * 2**_VALUE_BITS
     q = share.astype(jnp.uint32)
     return jnp.where(mask, q, jnp.uint32(0)), q

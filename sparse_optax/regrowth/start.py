@@ -16,13 +16,27 @@ from sparse_optax.layers import (
     PyTree,
     Where,
     check_some,
+    check_where,
     is_hole,
     layers_of,
 )
-from sparse_optax.masks.make import Key, place, random_of_layers, top_of_layers
-from sparse_optax.masks.tree import check_dtype, layers_of_masks, unpack, whole_count
+from sparse_optax.masks.make import (
+    Key,
+    check_key,
+    place,
+    random_of_layers,
+    top_of_layers,
+)
+from sparse_optax.masks.tree import (
+    check_dtype,
+    check_masks,
+    layers_of_masks,
+    unpack,
+    whole_count,
+)
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.regrowth.frozen import at_most, check_room, check_within, usable_of
+from sparse_optax.regrowth.inner import has_line_search
 from sparse_optax.regrowth.rules import Rule
 from sparse_optax.regrowth.targets import first_counts
 from sparse_optax.schedules.prune_rate import cosine_unless
@@ -84,7 +98,15 @@ class Method(NamedTuple):
     def rate_at(self, count: jax.Array) -> jax.Array:
         """The prune rate after ``count`` finished updates."""
         rate = cosine_unless(self.prune_rate, 0.5, self.update_stop)
-        return jnp.asarray(rate(count) if callable(rate) else rate, jnp.float32)
+        rate = rate(count) if callable(rate) else rate
+        return jnp.asarray(checks.scalar("prune_rate", rate), jnp.float32)
+
+
+def resets_of(reset_moments: str | None, inner: Any) -> str:
+    """What is reset by default: moments of grown weights, where there are moments."""
+    if reset_moments is not None:
+        return reset_moments
+    return "none" if inner is None else "grown"
 
 
 # --- arguments ------------------------------------------------------------------------
@@ -107,8 +129,13 @@ def check(method: Method) -> None:
     checks.choice("reset_moments", method.reset_moments, ("none", "grown"), cure=cure)
     cure = 'Use "zero", as most papers do.'
     checks.choice("regrown", method.regrown, ("zero", "value"), cure=cure)
-    if not isinstance(method.hidden, bool):
-        fail("hidden", method.hidden, "True or False", "Leave it out for False.")
+    checks.flag("hidden", method.hidden)
+    checks.flag("packed", method.packed)
+    check_key(method.key)
+    check_where(method.where)
+    checks.names_axes("stacked", method.stacked)
+    if method.masks is not None:
+        check_masks("masks", method.masks)
     if method.inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), ...)."
         for name, plain in (
@@ -138,11 +165,9 @@ def _check_parts(method: Method) -> None:
 
 def _check_timing(method: Method) -> None:
     cure = "Pass the steps of an epoch."
-    checks.whole("update_period", method.update_period, 1, cure=cure)
-    cure = "Give a number of updates."
-    checks.whole("update_start", method.update_start, 0, cure=cure)
-    if method.update_stop is not None:
-        checks.whole("update_stop", method.update_stop, 1, cure=cure)
+    checks.updates("update_period", method.update_period, 1, cure=cure)
+    checks.updates("update_start", method.update_start, 0)
+    checks.updates("update_stop", method.update_stop, 1, optional=True)
     if method.prune_rate is None:
         if method.update_stop is None:
             cure = "The default prune rate falls to 0 at update_stop; or pass a rate."
@@ -167,7 +192,7 @@ def _check_dense_until(method: Method) -> None:
     if until is None:
         return
     cure = "Leave it out to start sparse."
-    checks.whole("dense_until", until, 1, cure=cure)
+    checks.updates("dense_until", until, 1, optional=True, cure=cure)
     if method.ramp is not None:
         cure = "A `ramp` says itself when the network is dense: leave one of them out."
         fail("dense_until", until, "None beside `ramp`", cure)
@@ -182,8 +207,7 @@ def _check_dense_until(method: Method) -> None:
 
 
 def _check_frozen(method: Method) -> None:
-    if not isinstance(method.freeze, bool):
-        fail("freeze", method.freeze, "True or False", "Leave it out for False.")
+    checks.flag("freeze", method.freeze)
     if method.freeze and method.hidden:
         cure = "Hidden weights train: leave out one of the two."
         fail("freeze", True, "False with `hidden`", cure)
@@ -199,8 +223,8 @@ def _check_frozen(method: Method) -> None:
         fail("pattern", method.pattern.name, allowed, cure)
 
 
-def refuse_multi_steps(inner_state: Any) -> None:
-    """Raises if gradients are accumulated inside the engine."""
+def check_inner(method: Method, inner_state: Any) -> None:
+    """Raises if the wrapped optimizer cannot work inside the engine."""
 
     def is_accumulator(node):
         return isinstance(node, optax.MultiStepsState)
@@ -210,6 +234,13 @@ def refuse_multi_steps(inner_state: Any) -> None:
         raise ArgumentError(
             "optax.MultiSteps stands inside; masks would move on steps that only "
             "accumulate. Put it outside: optax.MultiSteps(method(...), k)."
+        )
+    if method.hidden and has_line_search(inner_state):
+        raise ArgumentError(
+            "a line search stands in `inner`, and hidden weights do not change the "
+            "loss that it lowers; `inner` must have a learning rate of its own. Use "
+            "optax.sgd(0.1), for instance, or static_sparse or rigl around the line "
+            "search."
         )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from sparse_optax import schedules
-from sparse_optax.budgets.resolve import unit_counts_of
+from sparse_optax import checks, schedules
+from sparse_optax.budgets.kinds import check_density
+from sparse_optax.budgets.resolve import is_number, unit_counts_of
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import Layers, PyTree, flat_counts
 
@@ -44,10 +45,10 @@ def goal_at(
     """
     final = flat_counts(unit_counts_of(density, layers, params))
     size, total = int(layers.units.sizes.sum()), int(final.sum())
-    is_float = isinstance(density, float | np.floating)
+    is_float = is_number(density)
     if is_float:
         # The end of the schedule, not the sum of the floors of the layers.
-        end = Fraction(float(density)).limit_denominator(10**9)
+        end = check_density(density)
         met = Fraction(float(np.float32(density)))
     else:
         # A schedule may end at the density that was rounded down to this total.
@@ -57,7 +58,7 @@ def goal_at(
     if isinstance(ramp, schedules.Towards):
         exact = density if is_float else total / max(size, 1)
         ramp = ramp.make(float(np.float32(exact)))
-    now = jnp.asarray(ramp(step), jnp.float32)
+    now = jnp.asarray(checks.scalar("ramp", ramp(step)), jnp.float32)
     steps = (jnp.clip(now, 0.0, 1.0) * DENSE).astype(jnp.uint32)  # exact: a shift
     above = jnp.minimum(steps + SLACK, np.uint32(DENSE)) - np.uint32(end)
     excess = jnp.where(steps > met, above, jnp.uint32(0))

@@ -53,12 +53,15 @@ def summary(
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     unit_axis: int | Mapping[str, Any] | None = None,
-) -> Summary:
+) -> Any:
     """Counts the weights kept, moved and let pass, per layer and in total.
 
     The layers are the leaves with a mask (given, or in the state) and those that GSM
     gates; without any, those that ``where`` chooses. Without a mask, nonzero weights
     are the kept ones. All trees are paired by normalised name.
+
+    A state of ``jax.vmap(tx.init)`` holds the members of an ensemble, in the leading
+    axis of all its arrays and of the parameters: then each member has a summary.
 
     Args:
       params: Concrete parameters, of any tree type.
@@ -77,10 +80,11 @@ def summary(
         cannot be told have no ``units``, and the table names them.
 
     Returns:
-      A ``Summary``.
+      A ``Summary``, or a tuple of them, one for each member of a batch.
 
     Raises:
-      ValueError: If an argument does not fit or the state has no sparse method.
+      ValueError: If an argument does not fit, the state has no sparse method, or a
+        number is traced.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -92,13 +96,39 @@ def summary(
       >>> made.file_bytes  # a byte of mask, two weights, three biases
       21
     """
+    trees = params, opt_state, previous_masks, masks, explored
+    _refuse_tracers(trees)
+    members = _members(opt_state)
+    if members is not None:
+        settings = dict(costs=costs, where=where, stacked=stacked, unit_axis=unit_axis)
+        return tuple(
+            _summary(*_member(trees, i, members), **settings) for i in range(members)
+        )
+    return _summary(
+        *trees, costs=costs, where=where, stacked=stacked, unit_axis=unit_axis
+    )
+
+
+def _summary(
+    params: PyTree,
+    opt_state: PyTree,
+    previous_masks: PyTree,
+    masks: PyTree,
+    explored: PyTree,
+    *,
+    costs: Any,
+    where: Where | None,
+    stacked: Mapping[str, int] | None,
+    unit_axis: int | Mapping[str, Any] | None,
+) -> Summary:
+    """The summary of one network."""
     seen = _read_state(opt_state)
     kept = seen.masks if masks is None else named_masks(masks)
     layers = _counted_layers(params, opt_state, masks, where, stacked, kept, seen)
     given = {"masks": kept, "previous_masks": {}, "explored": {}}
     for argument, tree in (("previous_masks", previous_masks), ("explored", explored)):
         if tree is not None:
-            given[argument] = named_masks(tree)
+            given[argument] = named_masks(tree, argument)
             _check_names(argument, given[argument], kept or layers.names)
     arrays, costs_of = layers.pick(params), _costs(costs, layers.names)
     operands = []
@@ -172,6 +202,48 @@ def explore(explored: PyTree, masks: PyTree) -> PyTree:
             f"`explored` does not have the structure of `masks` ({error}); "
             "they must be equal. Start with None, on these masks."
         ) from error
+
+
+# --- members of a batch ---------------------------------------------------------------
+def _refuse_tracers(trees: Any) -> None:
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
+        raise ArgumentError(
+            "`params` or `opt_state` is traced; counts come back to the host, so that "
+            "all arrays must be concrete. Call it outside jit, after the step."
+        )
+
+
+def _members(opt_state: PyTree) -> int | None:
+    """How many members a state has that was made under ``jax.vmap``; None without."""
+    counts = [
+        _numbers(state.count)
+        for state in states_with(opt_state, "regrow_masks", "gsm_passed")
+    ]
+    shapes = {count.shape for count in counts}
+    if shapes <= {()}:
+        return None
+    if len(shapes) > 1 or len(next(iter(shapes))) > 1:
+        raise ArgumentError(
+            f"the states in `opt_state` have counts of shapes {sorted(shapes)}; all "
+            "must have one axis of members, or none. Take a member out of the trees: "
+            "jax.tree.map(lambda x: x[0], tree)."
+        )
+    return next(iter(shapes))[0]
+
+
+def _member(trees: Any, i: int, members: int) -> Any:
+    """Entry i of every array."""
+
+    def take(x: Any) -> Any:
+        if np.shape(x)[:1] != (members,):
+            raise ArgumentError(
+                f"`opt_state` has {members} members, and an array has shape "
+                f"{np.shape(x)}; all arrays must have this leading axis. Pass "
+                "parameters and masks of all members."
+            )
+        return x[i]
+
+    return jax.tree.map(take, trees)
 
 
 # --- what there is to count -----------------------------------------------------------

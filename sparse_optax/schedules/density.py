@@ -135,9 +135,9 @@ def alternating_density(
       Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, 2021.
     """
     _check_fall("dense", dense, final)
-    checks.whole("phase", phase, 1, cure=_COUNT)
-    checks.whole("start", start, 0, cure=_COUNT)
-    checks.whole("stop", stop, 0, cure=_COUNT)
+    checks.updates("phase", phase, 1)
+    checks.updates("start", start, 0)
+    checks.updates("stop", stop, 0)
     if checks.known(start, stop) and stop < start:
         raise ArgumentError(
             f"`stop`={stop} must be at least `start`={start}. Give the count "
@@ -167,9 +167,6 @@ class Towards(NamedTuple):
     make: Callable[[float], optax.Schedule]
 
 
-_COUNT = "Give a number of updates."
-
-
 def _check_fall(argument: str, initial: Any, final: Any) -> None:
     cure = (
         "Both are densities, the fraction of weights kept; for sparsities give 1 - s."
@@ -184,8 +181,8 @@ def _check_fall(argument: str, initial: Any, final: Any) -> None:
 
 def _check_ramp(initial: Any, final: Any, start: Any, stop: Any) -> None:
     _check_fall("initial", initial, final)
-    checks.whole("start", start, 0, cure=_COUNT)
-    checks.whole("stop", stop, 1, cure=_COUNT)
+    checks.updates("start", start, 0)
+    checks.updates("stop", stop, 1)
     if checks.known(start, stop) and stop <= start:
         raise ArgumentError(
             f"`stop`={stop} must be above `start`={start}. Give the count of updates "

@@ -16,7 +16,8 @@ def _check(initial: Any, floor: Any, stop: Any) -> None:
     checks.number("initial", initial, 0, 1, cure=_CURE)
     most = initial if checks.known(initial) else 1
     checks.number("floor", floor, 0, most, cure=_CURE)
-    checks.whole("stop", stop, 1, cure="Give the number of updates of the training.")
+    cure = "Give the number of updates of the training."
+    checks.updates("stop", stop, 1, cure=cure)
 
 
 @boundary("cosine_prune_rate")

@@ -10,11 +10,9 @@ from sparse_optax.checks import ArgumentError, boundary
 
 
 def _check(update_period: Any, update_start: Any, update_stop: Any) -> None:
-    cure = "Give a number of updates."
-    checks.whole("update_period", update_period, 1, cure=cure)
-    checks.whole("update_start", update_start, 0, cure=cure)
-    if update_stop is not None:
-        checks.whole("update_stop", update_stop, 0, cure=cure)
+    checks.updates("update_period", update_period, 1)
+    checks.updates("update_start", update_start, 0)
+    checks.updates("update_stop", update_stop, 0, optional=True)
 
 
 @boundary("is_due")
@@ -122,6 +120,6 @@ def last_due(update_period: int, update_start: int = 0, *, update_stop: int) -> 
       (30, 0.1)
     """
     _check(update_period, update_start, None)
-    checks.whole("update_stop", update_stop, 0, cure="Give a number of updates.")
+    checks.updates("update_stop", update_stop, 0)
     check_some_due(update_period, update_start, update_stop)
     return (update_stop - 1) // update_period * update_period

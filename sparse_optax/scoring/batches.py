@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import PyTree, is_hole
+from sparse_optax.selection.leaf import wide as as_wide
 
 Leaves = list[jax.Array]
 
@@ -95,7 +96,7 @@ def mean_over_examples(
 
 
 def _widened(values: Leaves) -> Leaves:
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in values]
+    return [x.astype(as_wide(x.dtype)) for x in values]
 
 
 def ones(inputs: Any) -> Any:

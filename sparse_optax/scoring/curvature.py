@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparse_optax.selection.leaf import wide as as_wide
+
 Leaves = list[jax.Array]
 
 
@@ -41,9 +43,7 @@ def gauss_newton_diagonal(
         pairs = zip(sums, gradient, strict=True)
         return [s + size * jnp.square(g.astype(s.dtype)) for s, g in pairs], None
 
-    zeros = [
-        jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)) for w in chosen
-    ]
+    zeros = [jnp.zeros(w.shape, as_wide(w.dtype)) for w in chosen]
     return lax.scan(add, zeros, factors)[0]
 
 

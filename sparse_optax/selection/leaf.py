@@ -53,12 +53,25 @@ def mark_of(vector: jax.Array) -> Mark:
 
 
 # --- scores and keys ------------------------------------------------------------------
+def wide(dtype: Any) -> Any:
+    """The dtype of sums and products of narrow floats: float32 or wider."""
+    # There is no promotion of 8-bit floats.
+    if _bits(dtype) < 16:
+        return jnp.dtype(jnp.float32)
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The scores of one leaf; a score function gets 16-bit floats as float32."""
+    """The scores of one leaf; a score function gets narrow floats as float32."""
     if score is None:
-        return arrays[0]
-    half = (jnp.float16, jnp.bfloat16)
-    return score(*(x.astype(jnp.float32) if x.dtype in half else x for x in arrays))
+        x = arrays[0]
+        return x.astype(jnp.float32) if _bits(x.dtype) < 16 else x
+    return score(*(x.astype(jnp.float32) if _bits(x.dtype) < 32 else x for x in arrays))
+
+
+def _bits(dtype: Any) -> int:
+    """Width of a float; 32 for all other dtypes."""
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 32
 
 
 def keys_of(kind: Kind | Plan, arrays: Sequence[jax.Array]) -> jax.Array:

@@ -32,6 +32,11 @@ def prepare(
     leaves: PyTree, k: Any, score, costs: PyTree, axis_name, guess: PyTree
 ) -> Problem:
     """Checks the arguments of a selection and lays it out."""
+    if score is not None and not callable(score):
+        raise ArgumentError(
+            f"`score` must be an element-wise function, or None; got {score!r}. Pass "
+            "jnp.abs, for instance."
+        )
     is_leaf = None if score is None else _is_arguments
     found, treedef = jax.tree_util.tree_flatten_with_path(leaves, is_leaf=is_leaf)
     if not found:
@@ -225,7 +230,7 @@ def _integer_costs(costs, counts, treedef, names):
     given = _per_leaf(costs, treedef, "costs")
     for cost, name in zip(given, names, strict=True):
         try:
-            price = Fraction(cost)
+            price = Fraction(cost.item() if isinstance(cost, np.generic) else cost)
         except (TypeError, ValueError, OverflowError):
             price = Fraction(-1)
         if price < 0:
@@ -258,7 +263,13 @@ def _integer_costs(costs, counts, treedef, names):
 
 def _guess_keys(guess, single, static: plan.Plan, treedef) -> jax.Array:
     given = [guess] if single else _per_leaf(guess, treedef, "guess")
-    flat = [jnp.reshape(jnp.asarray(x, static.order.name), -1) for x in given]
+    try:
+        flat = [jnp.reshape(jnp.asarray(x, static.order.name), -1) for x in given]
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"`guess` must be a score near the threshold; got {guess!r}. Leave it out, "
+            "or give the threshold of an earlier step."
+        ) from None
     found = keys.to_key(lax.stop_gradient(jnp.concatenate(flat)), static.order)
     if found.shape != (static.pools,):
         raise ArgumentError(

@@ -53,6 +53,8 @@ def all_true(*masks: jax.Array) -> tuple[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _tally(args, given, *, plan):
+    # Integers have no derivative, and the operation on a mesh has no rule for one.
+    args, given = lax.stop_gradient((args, given))
     return mesh.run(_on_each_device, plan, args, given)
 
 

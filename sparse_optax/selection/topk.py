@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.checks import ArgumentError, boundary, flag
 from sparse_optax.selection import keys as key_order
 from sparse_optax.selection import leaf as one
 from sparse_optax.selection import mesh, passes
@@ -184,6 +184,8 @@ def select(
       >>> masks.tolist(), float(threshold), int(count)
       ([True, False, True], 2.0, 2)
     """
+    flag("exact_threshold", exact_threshold)
+    flag("skip_zeros", skip_zeros)
     problem = prepare(leaves, k, score, costs, axis_name, guess)
     plan = problem.plan._replace(
         least=exact_threshold, counts=True, skip_zeros=skip_zeros

@@ -12,6 +12,7 @@ from sparse_optax import checks
 from sparse_optax.budgets.resolve import (
     check_static,
     counts_of,
+    is_number,
     total,
     unit_counts,
 )
@@ -44,14 +45,15 @@ def backward_set(
     """
     inner = optax.with_extra_args_support(inner)
     check_static(backward_density, "backward_density")
-    is_number = isinstance(backward_density, int | float)
 
     def too_small(least):
         allowed = f"at least `density`={least!r} in every layer"
         checks.fail("backward_density", backward_density, allowed, "Give 0.5.")
 
     fixed = pattern.density
-    if fixed is not None and not (is_number and backward_density >= fixed):
+    if fixed is not None and not (
+        is_number(backward_density) and backward_density >= fixed
+    ):
         too_small(fixed)
     forward = density if fixed is None else fixed
 

@@ -10,6 +10,7 @@ from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import is_hole
 from sparse_optax.masks.tree import flatten
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 @boundary("clip_by_active_norm")
@@ -63,7 +64,7 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
             if is_hole(u):
                 continue
             # In float32, since squares overflow float16 early.
-            u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+            u = u.astype(as_wide(u.dtype))
             active = u if is_hole(mask) else jnp.where(mask, u, 0)
             squares.append(jnp.sum(jnp.square(_modulus(active))))
         norm = jnp.sqrt(sum(squares, jnp.zeros([])))

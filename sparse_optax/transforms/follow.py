@@ -17,6 +17,7 @@ from sparse_optax.layers import (
     layers_of,
     leaf_names,
 )
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 class FollowState(NamedTuple):
@@ -78,7 +79,7 @@ def follow(
         for i, leaf in enumerate(touched):
             if is_hole(leaf):
                 continue
-            wide = jnp.promote_types(weights[i].dtype, jnp.float32)
+            wide = as_wide(weights[i].dtype)
             w, g, u = (x[i].astype(wide) for x in (weights, gradient, emitted))
             new = step(state.count, w, g, u).astype(weights[i].dtype)
             emitted[i] = jnp.where(w + u == 0, -weights[i], new)

@@ -76,7 +76,7 @@ def add_l1_decay(
         checks.needs_params(params, "the penalty is on the weights")
         new_state, size = state, cast(Any, strength)
         if callable(strength):
-            size = strength(state.count)
+            size = checks.scalar("strength", strength(state.count))
             count = jnp.asarray(optax.safe_increment(state.count))
             new_state = L1DecayState(count)
 

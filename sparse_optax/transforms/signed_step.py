@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import Leaf, PyTree, check_real, is_hole, leaf_names
 from sparse_optax.masks.make import Key, as_key, draw, leaf_keys, random_scores
 from sparse_optax.masks.tree import flatten, unpack
+from sparse_optax.selection.leaf import wide as as_wide
 
 # Differs from the keys of first masks and cycles, which fold in small numbers.
 _OWN = np.uint32(zlib.crc32(b"signed_step"))
@@ -49,8 +51,10 @@ def signed_step(
         seed = as_key(key)
         seed = jax.random.fold_in(seed, _OWN)
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-        there = [i for i, x in enumerate(flat) if not is_hole(x)]
-        names, signs = leaf_names(params), list(flat)
+        names = leaf_names(params)
+        # A number of Python has no missing weights, and no sign of its own.
+        signs = [x if is_hole(x) else jnp.zeros([], bool) for x in flat]
+        there = [i for i, x in enumerate(flat) if hasattr(x, "shape")]
         bits = random_scores(seed, [names[i] for i in there], [flat[i] for i in there])
         for i, x in zip(there, bits, strict=True):
             signs[i] = x >> 31 == 1
@@ -68,10 +72,11 @@ def signed_step(
                 "weights exist. Put it inside regrow, as deep_rewiring does."
             )
 
-        def at(value):
-            return value(state.count) if callable(value) else value
+        def at(name, value):
+            return checks.scalar(name, value(state.count)) if callable(value) else value
 
-        eta, strength, heat = at(learning_rate), at(l1), at(temperature)
+        eta = at("learning_rate", learning_rate)
+        strength, heat = at("l1", l1), at("temperature", temperature)
         seed = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         first = state.count == 0
         moves = flatten(exist)[0]
@@ -87,7 +92,7 @@ def signed_step(
             check_real([Leaf(names[i], w.shape, w.dtype)], "a sign")
             decided = jnp.logical_and(first, jnp.logical_and(move, w != 0))
             signs[i] = positive = jnp.where(decided, w > 0, signs[i])
-            step = flat[i].astype(jnp.promote_types(flat[i].dtype, jnp.float32))
+            step = flat[i].astype(as_wide(flat[i].dtype))
             step = step - eta * strength * jnp.where(positive, 1.0, -1.0)
             if not (isinstance(heat, int | float) and heat == 0):
                 noise = draw(jax.random.normal, own, w, jnp.float32)
