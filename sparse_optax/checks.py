@@ -174,12 +174,11 @@ def updates(
         return
     plain = _plain(value)
     is_whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    never = " None is never." if optional else ""
     if is_whole and int(plain) > MOST_UPDATES:
-        never = " None is never." if optional else ""
-        cure = f"Updates are counted in 32 bits: give fewer.{never}"
-    elif optional:
-        cure = f"{cure} None is never."
-    whole(argument, value, least, MOST_UPDATES, cure=cure)
+        cure = "Updates are counted in 32 bits: give fewer."
+        whole(argument, value, least, MOST_UPDATES, cure=cure + never)
+    whole(argument, value, least, cure=cure + never)
 
 
 def flag(argument: str, value: Any) -> None:

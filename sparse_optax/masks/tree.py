@@ -242,8 +242,9 @@ def check_masks(argument: str, masks: Any) -> None:
         if not hasattr(mask, "dtype") or not hasattr(mask, "ndim"):
             at = f" for {name!r}" if name else ""
             raise ArgumentError(
-                f"`{argument}` must be a tree of boolean arrays; got {mask!r}{at}. "
-                "Pass a mask tree, such as sparse_optax.get_masks(opt_state)."
+                f"`{argument}` must be a tree of boolean arrays; got {mask!r}{at}, of "
+                f"type {type(mask).__name__}. Pass a mask tree, such as "
+                "sparse_optax.get_masks(opt_state)."
             )
         check_dtype(mask, name)
 
