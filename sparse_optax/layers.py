@@ -545,6 +545,18 @@ def shapes_by_name(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in pairs if hasattr(x, "shape")}
 
 
+def check_unit_axis(given: Any) -> None:
+    """Raises unless a value is None, an axis or several, or a mapping to such."""
+    values = given.values() if isinstance(given, Mapping) else (given,)
+    for value in values if given is not None else ():
+        axes = value if isinstance(value, tuple) else (value,)
+        if not axes or any(
+            isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes
+        ):
+            cure = "Give -1, (-2, -1) or {'query/kernel': (1, 2)}, or leave it out."
+            fail("unit_axis", given, "axes of output units, or a dict of them", cure)
+
+
 def unit_axes(
     layers: Layers, tree: PyTree, given: int | Mapping[str, Any] | None
 ) -> list[tuple[int, ...] | None]:
@@ -552,6 +564,7 @@ def unit_axes(
     be told. ``given`` is that axis for all leaves, or ``{name: axis or axes}``. The
     tree has the shapes of all leaves, also of those that do not take part.
     """
+    check_unit_axis(given)
     named: Any = given if isinstance(given, Mapping) else {}
     if unknown := sorted(set(named) - set(layers.names)):
         raise ArgumentError(

@@ -441,6 +441,7 @@ def _check_axes(pattern, sizes, name, shape, stacked) -> None:
 
 # --- the patterns ---------------------------------------------------------------------
 _CURE = "Give a number of weights, such as blocks(4, 4) or n_m(2, 4)."
+_AXIS = "Give an axis such as -1, {'query/kernel': 0}, or leave it out."
 
 
 def single_weights() -> SingleWeights:
@@ -496,7 +497,7 @@ def _axes_of(axes: Any, usual: tuple[int, ...]) -> tuple[tuple[int, ...], Any]:
         return usual, _by_name(argument, axes, len(usual))
     if len(usual) > 1:
         return checks.two_axes("axes", axes), None
-    checks.whole("axis", axes, -LONGEST, static=True, cure="Give -1 for flax, or 0.")
+    checks.whole("axis", axes, -LONGEST, static=True, cure=_AXIS)
     return (int(axes),), None
 
 
@@ -572,4 +573,5 @@ def n_m(n: int, m: int, *, axis: int | Mapping[str, int] | None = None) -> Group
     given = None
     if axis is None or isinstance(axis, Mapping):
         axis, given = -2, _by_name("axis", axis, 0)
-    return GroupsNM(f"n_m({n}, {m})", n, m, axis, given)
+    checks.whole("axis", axis, -LONGEST, static=True, cure=_AXIS)
+    return GroupsNM(f"n_m({n}, {m})", n, m, int(axis), given)

@@ -15,7 +15,14 @@ import numpy as np
 
 from sparse_optax import checks, selection
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import Layers, PyTree, chosen_layers, is_hole, unit_axes
+from sparse_optax.layers import (
+    Layers,
+    PyTree,
+    check_unit_axis,
+    chosen_layers,
+    is_hole,
+    unit_axes,
+)
 from sparse_optax.masks.make import Key, as_key, place, random_scores
 from sparse_optax.masks.tree import (
     check_dtype,
@@ -76,7 +83,7 @@ def shuffle_masks(
         "random_masks_like to keep only the total."
     )
     checks.choice("within", within, ("layer", "unit"), cure=cure)
-    checks.whole("unit_axis", unit_axis, -32, 31, static=True, cure="Give -1 or 0.")
+    check_unit_axis(unit_axis)
     seed = as_key(key)
     layers, given = _plain_masks(masks, stacked)
     units: Sequence[Any] = [()] * len(given)
