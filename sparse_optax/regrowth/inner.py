@@ -41,7 +41,8 @@ def update(
     extra: dict[str, Any],
 ) -> tuple[PyTree, Any]:
     """The inner update on masked weights. ``moves`` are the masks of the weights that
-    move, ``there`` those of all that the loss sees, and ``changed()`` says whether the loss ``value`` may be of other masks.
+    move, ``there`` those of all that the loss sees, and ``changed()`` says whether the
+    loss ``value`` may be of other masks.
 
     A loss ``value_fn`` becomes that of the masked weights. Around a line search the
     gradient is masked too, so that its direction is one along which this loss falls.

@@ -136,6 +136,8 @@ def check(method: Method) -> None:
     checks.names_axes("stacked", method.stacked)
     if method.masks is not None:
         check_masks("masks", method.masks)
+    if method.within is not None:
+        check_masks("within", method.within)
     if method.inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), ...)."
         for name, plain in (
