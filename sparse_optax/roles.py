@@ -107,7 +107,7 @@ def _role(name: str, shape: Shape, known: Mapping[str, Shape]) -> Role:
         found = rule(name, shape, known)
         if found is not None:
             return found
-    if len(shape) > 2 and sum(n > 1 for n in shape) < 2 and not _may_be_kernel(name):
+    if len(shape) > 2 and sum(n > 1 for n in shape) == 1 and not _may_be_kernel(name):
         return Role("vector", f"of shape {shape}, a vector shaped to broadcast")
     return Role("kernel", "two or more dimensions, and nothing says otherwise")
 
