@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the tests' time is compilation, which this halves; 0 keeps it.
@@ -40,6 +41,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparse_optax"))
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal has it; it is ignored in jobs that a shell put aside."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

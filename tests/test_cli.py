@@ -286,6 +286,7 @@ def test_killed_process_goes_on_and_ends_the_same(tmp_path):
     assert both[0].history["test_error"] == both[1].history["test_error"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_of_a_process(tmp_path):
     """Status 130, one line that says how to go on, and the same command does."""
     command = [

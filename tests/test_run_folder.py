@@ -394,6 +394,7 @@ def test_older_checkpoints_make_room(tmp_path, monkeypatch):
 
 # --- Ctrl-C ---------------------------------------------------------------------------
 @pytest.mark.parametrize(("presses", "done"), [(1, 2), (2, 1)])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, presses, done):
     """Once: the epoch is ended and saved. Twice: it ends at once."""
     make = train._Run._epoch_function
@@ -424,6 +425,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, presses, done):
     jax.tree.map(np.testing.assert_array_equal, trained.params, unbroken.params)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_names_the_stage_and_what_is_kept(tmp_path, monkeypatch):
     def press(progress):
         signal.raise_signal(signal.SIGINT)
@@ -435,6 +437,7 @@ def test_ctrl_c_names_the_stage_and_what_is_kept(tmp_path, monkeypatch):
         train.train(TWO, runs=tmp_path, fresh=True, on_epoch=press)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_an_epoch_that_has_no_checkpoint_makes_one(tmp_path):
     def press(progress):
         if progress.epoch == 3:

@@ -1079,13 +1079,21 @@ def test_a_line_search_behind_an_optimizer_can_restart():
     assert [n.split("/")[-3] for n in names] == ["mu", "nu", "grad"]
 
 
+def _is_identity(equation):
+    """Whether it gives the moments their derivative, and computes nothing."""
+    body = equation.params.get("call_jaxpr")
+    return equation.primitive.name == "custom_jvp_call" and not body.eqns
+
+
 def test_moments_restart_in_the_branch_of_a_cycle_alone():
     """The operations of the other steps are those of `reset_moments="none"`."""
     params, made = network(SMALL), {}
     for reset in ("none", "grown"):
         tx = _transformation(optax.adam(0.1), reset_moments=reset)
         traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-        made[reset] = [str(equation.primitive) for equation in traced.eqns]
+        made[reset] = [
+            each.primitive.name for each in traced.eqns if not _is_identity(each)
+        ]
     assert made["grown"] == made["none"]
 
 
