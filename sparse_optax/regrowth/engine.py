@@ -52,6 +52,7 @@ from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
 from sparse_optax.schedules.timing import never_due
 from sparse_optax.selection.compilation import once
+from sparse_optax.selection.tally import tally
 
 OWN_DECAY = 0.9
 
@@ -493,15 +494,27 @@ def _any_over_if(look: jax.Array, arrays: tuple[Any, Any, Any]) -> jax.Array:
     """Whether a missing weight is not zero; False if it is not looked at."""
 
     def any_over(arrays):
-        over = jnp.zeros([], bool)
-        for mask, weight, frozen in zip(*arrays, strict=True):
-            # NaN and inf stay, whatever is subtracted.
-            there = jnp.logical_and(weight != 0, jnp.isfinite(weight))
-            missing = jnp.logical_not(jnp.logical_or(unpack(mask), frozen))
-            over = jnp.logical_or(over, jnp.any(jnp.logical_and(missing, there)))
-        return over
+        masks, weights, frozen = arrays
+        rows = [
+            (unpack(mask), weight, jnp.broadcast_to(still, weight.shape))
+            for mask, weight, still in zip(masks, weights, frozen, strict=True)
+        ]
+        if not rows:
+            return jnp.zeros([], bool)
+        # Counted, not asked leaf by leaf: one sum over the devices of a mesh.
+        (counts,) = tally(rows, _left_over, split=[False] * len(rows))
+        return jnp.any(counts > 0)
 
     return guard.run_if(look, any_over, lambda _: jnp.zeros([], bool), arrays)
+
+
+def _left_over(
+    mask: jax.Array, weight: jax.Array, frozen: jax.Array
+) -> tuple[jax.Array]:
+    """Missing weights that are not zero. NaN and inf stay, whatever is subtracted."""
+    there = jnp.logical_and(weight != 0, jnp.isfinite(weight))
+    missing = jnp.logical_not(jnp.logical_or(mask, frozen))
+    return (jnp.logical_and(missing, there),)
 
 
 def _restart(
