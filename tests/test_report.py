@@ -816,5 +816,11 @@ def test_one_summary_for_each_member():
     for i, summary in enumerate(found):
         member = jax.tree.map(lambda x: x[i], (params, state))  # noqa: B023
         assert summary == report.summary(*member)
+        assert "same masks" not in report.table(summary)
+    # One key for all of them.
+    state = jax.vmap(lambda p: make(0).init(p))(params)
+    for summary in report.summary(params, state):
+        assert summary.shared_masks
+        assert report.table(summary).count("hold the same masks") == 1
     with refuses("summary", "opt_state", "3 members", "leading axis"):
         report.summary(PARAMS, state)

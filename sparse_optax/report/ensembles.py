@@ -47,10 +47,10 @@ def same_masks(opt_state: PyTree) -> bool:
             "`opt_state` holds no masks; it must come from a method of this package. "
             "Pass the state of jax.vmap(tx.init)."
         )
-    return all(_same(state) for state in states)
+    return all(map(members_agree, states))
 
 
-def _same(state) -> bool:
+def members_agree(state) -> bool:
     (count,) = jax.tree.leaves(state.count)  # flax.nnx wraps the leaves of a state
     if not np.ndim(count):
         raise ArgumentError(

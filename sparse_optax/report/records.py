@@ -81,6 +81,8 @@ class Summary(NamedTuple):
         output units; ``total`` then has no units.
       misplaced: How often the method saw that missing weights did not become zero, or
         None. Above 0, something behind it in the chain changes its updates.
+      shared_masks: Whether all members of an ensemble, of which this is one, hold the
+        same masks.
     """
 
     layers: tuple[Layer, ...]
@@ -90,6 +92,7 @@ class Summary(NamedTuple):
     skipped: int | None = None
     unknown_units: tuple[str, ...] = ()
     misplaced: int | None = None
+    shared_masks: bool = False
 
     @property
     def file_bytes(self) -> int:
@@ -201,6 +204,11 @@ def table(summary: Summary) -> str:
         )
     if summary.skipped:
         lines.append(f"{summary.skipped:,} cycles skipped: numbers not finite.")
+    if summary.shared_masks:
+        lines.append(
+            "All members of this ensemble hold the same masks. Give each its own key, "
+            "by `in_axes`, if they should differ."
+        )
     if summary.unknown_units:
         first, number = summary.unknown_units[0], len(summary.unknown_units)
         lines.append(

@@ -38,6 +38,7 @@ from sparse_optax.masks.tree import (
     slice_counts,
     unpack,
 )
+from sparse_optax.report.ensembles import members_agree
 from sparse_optax.report.records import Layer, Summary
 
 
@@ -101,8 +102,13 @@ def summary(
     members = _members(opt_state)
     if members is not None:
         settings = dict(costs=costs, where=where, stacked=stacked, unit_axis=unit_axis)
+        states = list(states_with(opt_state, "regrow_masks"))
+        shared = members > 1 and bool(states) and all(map(members_agree, states))
         return tuple(
-            _summary(*_member(trees, i, members), **settings) for i in range(members)
+            _summary(*_member(trees, i, members), **settings)._replace(
+                shared_masks=shared
+            )
+            for i in range(members)
         )
     return _summary(
         *trees, costs=costs, where=where, stacked=stacked, unit_axis=unit_axis
