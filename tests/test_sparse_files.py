@@ -378,7 +378,7 @@ def test_every_dtype_round_trips(dtype, order, path):
         np.zeros(1, "f4,i4"),
         np.zeros(1, "V3"),
         np.zeros(1, np.longdouble),
-        np.timedelta64(3),
+        np.timedelta64(3, "s"),
     ],
 )
 def test_dtypes_that_no_file_holds(leaf, tmp_path):
