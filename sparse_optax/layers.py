@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from sparse_optax.checks import ArgumentError, boundary, fail, flag, names_axes
 from sparse_optax.patterns import SINGLE, Pattern
@@ -29,6 +30,11 @@ Where = PyTree | Callable[[str, Any], bool]
 def is_hole(node: Any) -> bool:
     """Whether a node stands for a leaf that does not take part."""
     return isinstance(node, optax.MaskedNode)
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether an array has a shape and no values yet."""
+    return isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 class PackedMask(NamedTuple):

@@ -24,7 +24,7 @@ import optax
 
 import sparse_optax
 from sparse_optax import budgets
-from sparse_optax.checks import ArgumentError
+from sparse_optax.checks import MOST_UPDATES, ArgumentError
 from sparse_optax.experiments import (
     checkpoints,
     data,
@@ -41,8 +41,6 @@ from sparse_optax.experiments.setup import Build, Setup
 SMALL = (1e-3, 1e-4, 1e-6)
 # Images a call when a network with convolutions is evaluated.
 _CHUNK = 1000
-# Steps are counted in 32 bits, by Optax and by the methods.
-_MOST_STEPS = 2**31 - 1
 # Images of the rehearsal of a method: errors do not depend on how many there are.
 _REHEARSED = 8
 # Columns of the layers that are summed, and what the sums are called.
@@ -173,11 +171,11 @@ def _check_steps(config: configs.Resolved, images: int) -> None:
         steps = images // stage.batch_size
         for field in ("epochs", "drop_epochs"):
             value = getattr(stage, field)
-            most = _MOST_STEPS // steps
+            most = MOST_UPDATES // steps
             if max(value if isinstance(value, tuple) else (value,), default=0) > most:
                 raise ValueError(
                     f"TrainConfig: {name}{field}={value} must be at most {most}: an "
-                    f"epoch has {steps} steps, and no more than {_MOST_STEPS} are "
+                    f"epoch has {steps} steps, and no more than {MOST_UPDATES} are "
                     "counted. Give fewer epochs."
                 )
 

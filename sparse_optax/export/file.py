@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
@@ -44,7 +42,7 @@ from sparse_optax.encoding import (
     rows_of,
 )
 from sparse_optax.export.model import SparseLeaf, SparseModel, encode_leaves
-from sparse_optax.layers import PyTree
+from sparse_optax.layers import PyTree, is_abstract
 
 # Without `max_bytes` a model may be so many times as large as its file, or 1 GiB.
 _GROWTH, _ALWAYS = 1024, 2**30
@@ -103,7 +101,7 @@ def save_sparse(
     if not isinstance(force, bool):
         checks.fail("force", force, "True or False", "Leave it out.")
     for name, x in named_leaves(params):
-        if isinstance(x, jax.ShapeDtypeStruct | Tracer):
+        if is_abstract(x):
             raise ArgumentError(
                 f"the leaf {name!r} of `params` is abstract; a file needs "
                 "its values. Call it outside jit, with concrete arrays."

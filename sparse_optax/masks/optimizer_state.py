@@ -14,6 +14,7 @@ from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import (
     PyTree,
+    is_abstract,
     is_hole,
     is_mask,
     is_packed,
@@ -249,7 +250,7 @@ def set_masks(
     """
     unnamed(get_masks)(opt_state)  # raises where there is none
     if count is not None:
-        checks.whole("count", count, 0, most=2**31 - 1, cure=_COUNT)
+        checks.whole("count", count, 0, most=checks.MOST_UPDATES, cure=_COUNT)
     given = named_masks(masks)
     if not given:
         raise ArgumentError(
@@ -313,10 +314,7 @@ _COUNT = "Give the number of updates after which the masks were read."
 def _check_start(state: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
     """Raises if a ramp would begin at masks of another number of weights."""
     counts, masks = jax.tree.leaves(state.count), jax.tree.leaves((old, new))
-    abstract = Tracer, jax.ShapeDtypeStruct
-    if not jax.tree.leaves(state.ramp) or any(
-        isinstance(x, abstract) for x in (*counts, *masks)
-    ):
+    if not jax.tree.leaves(state.ramp) or any(map(is_abstract, (*counts, *masks))):
         return
     before, after = (
         sum(whole_count(unpack(m)) for m in group if not is_hole(m))

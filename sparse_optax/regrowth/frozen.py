@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from sparse_optax.checks import ArgumentError, unnamed
 from sparse_optax.layers import (
     Layers,
     PyTree,
     flat_counts,
+    is_abstract,
     is_hole,
     is_mask,
     leaf_names,
@@ -92,7 +92,7 @@ def check_room(
     layers: Layers, counts: Sequence[Any], usable: Sequence[jax.Array]
 ) -> None:
     """Raises if a layer must keep more weights than it may have."""
-    if any(isinstance(m, Tracer | jax.ShapeDtypeStruct) for m in usable):
+    if any(map(is_abstract, usable)):
         return
     with jax.ensure_compile_time_eval():
         most = layers.split(np.asarray(layer_counts(usable, layers.axes), np.int64))
@@ -114,8 +114,7 @@ def check_within(
 ) -> None:
     """Raises if given masks keep a weight that may not be active."""
     given = [*masks, *(usable or ())]
-    abstract = any(isinstance(m, Tracer | jax.ShapeDtypeStruct) for m in given)
-    if usable is None or abstract:
+    if usable is None or any(map(is_abstract, given)):
         return
     for name, mask, may in zip(layers.names, masks, usable, strict=True):
         outside = int(np.sum(np.asarray(mask) & ~np.asarray(may)))

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from sparse_optax import checks, schedules
 from sparse_optax.budgets.resolve import check_static, total, unit_counts_of
@@ -17,6 +16,7 @@ from sparse_optax.layers import (
     Where,
     check_some,
     check_where,
+    is_abstract,
     is_hole,
     layers_of,
 )
@@ -346,7 +346,7 @@ def _check_given(
     method: Method, layers: Layers, params: PyTree, kept: Sequence[jax.Array]
 ) -> None:
     """Raises unless given masks follow the pattern and keep what the density asks."""
-    if any(isinstance(m, (Tracer, jax.ShapeDtypeStruct)) for m in kept):
+    if any(map(is_abstract, kept)):
         return
     pattern, moving = layers.pattern, method.ramp is not None
     # Under a ramp, groups of N:M may start with any number.

@@ -1,7 +1,7 @@
 """What every table is made of: rows to run, a paper's numbers, a comparison."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,6 +202,27 @@ def _nulls(results: dict[str, Any]) -> list[str]:
 def group(rows: Sequence[Row], records: dict[str, Record], name: str) -> list[Record]:
     """The finished records of one line of a table, in the order of its rows."""
     return [records[r.name] for r in rows if r.group == name and r.name in records]
+
+
+def sparse_momentum_rows(
+    seeds: Iterable[int], groups: Iterable[str], **network: Any
+) -> tuple[Row, ...]:
+    """MNIST, dense and by sparse momentum; groups are ``"dense"`` and densities. Seed
+    by seed, so that a table half done has every line.
+    """
+
+    def row(group: str, seed: int) -> Row:
+        dense = group == "dense"
+        config = TrainConfig(
+            dataset="mnist",
+            method="dense" if dense else "sparse_momentum",
+            density=1.0 if dense else float(group),
+            seed=seed,
+            **network,
+        )
+        return Row(f"{group if dense else 'd' + group}_s{seed}", config, group)
+
+    return tuple(row(group, seed) for seed in seeds for group in groups)
 
 
 def against_paper(

@@ -10,7 +10,6 @@ References:
   performance <https://arxiv.org/abs/1907.04840>`_, 2019.
 """
 
-from sparse_optax.experiments.config import TrainConfig
 from sparse_optax.experiments.tables import common
 
 SEEDS = range(10)
@@ -24,24 +23,7 @@ PAPER = {
 }
 
 
-def _config(group: str, seed: int) -> TrainConfig:
-    if group == "dense":
-        return TrainConfig(dataset="mnist", method="dense", density=1.0, seed=seed)
-    return TrainConfig(
-        dataset="mnist", method="sparse_momentum", density=float(group), seed=seed
-    )
-
-
-# Seed by seed, so that a table half done has every line.
-ROWS = tuple(
-    common.Row(
-        f"{'dense' if group == 'dense' else 'd' + group}_s{seed}",
-        _config(group, seed),
-        group,
-    )
-    for seed in SEEDS
-    for group in PAPER
-)
+ROWS = common.sparse_momentum_rows(SEEDS, PAPER)
 
 
 def render(records):

@@ -8,7 +8,6 @@ References:
   performance <https://arxiv.org/abs/1907.04840>`_, 2019.
 """
 
-from sparse_optax.experiments.config import TrainConfig
 from sparse_optax.experiments.tables import common
 
 SEEDS = range(5)
@@ -22,27 +21,7 @@ PAPER = {
 }
 
 
-def _config(group: str, seed: int) -> TrainConfig:
-    dense = group == "dense"
-    return TrainConfig(
-        dataset="mnist",
-        model="lenet-5-caffe",
-        method="dense" if dense else "sparse_momentum",
-        density=1.0 if dense else float(group),
-        seed=seed,
-    )
-
-
-# Seed by seed, so that a table half done has every line.
-ROWS = tuple(
-    common.Row(
-        f"{'dense' if group == 'dense' else 'd' + group}_s{seed}",
-        _config(group, seed),
-        group,
-    )
-    for seed in SEEDS
-    for group in PAPER
-)
+ROWS = common.sparse_momentum_rows(SEEDS, PAPER, model="lenet-5-caffe")
 
 
 def render(records):
