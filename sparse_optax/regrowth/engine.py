@@ -389,14 +389,75 @@ def _update(
     frozen = leaves_of(state.frozen, layers.structure.num_leaves)
     seen = _look(method, layers, updates, state, params, frozen)
 
-    # Perhaps a cycle. Only the masks and counts go through the guard.
+    # Whether the last updates left zeros where weights are missing; then perhaps a
+    # cycle; then the inner update, on the newly masked weights; then exact zeros.
+    suspected, misplaced = _look_back(method, layers, state, params, seen.frozen)
     due = _is_due(method, state.count)
+    looked = suspected < 2
+    opened = _perhaps_cycle(method, layers, state, seen, params, due, looked)
+    moves = opened.moves
+    inner_updates = updates
+    if seen.moments is not None:
+        inner_updates = _after_cycle(updates, opened.state, layers)
+    new_updates, inner_state = inner_update.update(
+        method.inner_tx,
+        silence(inner_updates, frozen, layers),
+        opened.inner_state,
+        opened.masked,
+        layers,
+        moves,
+        _there(seen, moves),
+        # The first weights may be dense.
+        lambda: jnp.logical_or(due, state.count == 0),
+        extra,
+    )
+    emitted, hidden = _emit(
+        method, layers, new_updates, params, seen.params, moves, frozen
+    )
+    return emitted, opened.state._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        suspected=suspected,
+        misplaced=misplaced,
+        inner_state=inner_state,
+        momentum=_own_momentum(method, layers, state, updates),
+        hidden=hidden,
+        frozen=state.frozen,
+    )
+
+
+class _Opened(NamedTuple):
+    """The state of an update after its cycle, if one was due."""
+
+    state: RegrowState  # without what no cycle changes
+    moves: tuple[jax.Array, ...]  # which weights move at this update
+    masked: PyTree  # the parameters as the inner optimizer sees them
+    inner_state: Any
+
+
+def _perhaps_cycle(
+    method: Method,
+    layers: Layers,
+    state: RegrowState,
+    seen: _Seen,
+    params: PyTree,
+    due: jax.Array,
+    looked: jax.Array,
+) -> _Opened:
+    """A cycle if it is due. Only what it changes or reads goes through the guard.
+
+    ``looked`` is always true, which XLA cannot know. What follows depends on it, and so
+    on the look at weights and masks, which then needs no copies of them.
+    """
+    inner_state = state.inner_state
     lean = state._replace(inner_state=(), momentum=(), hidden=(), frozen=())
-    after, moves, inner_state = lean, layers.pick(lean.regrow_masks), state.inner_state
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    after, moves = lean, layers.pick(lean.regrow_masks)
     moments: tuple[jax.Array, ...] = ()
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     restart = None
-    if not never_due(*method.timing):
+    if never_due(*method.timing):
+        moves = tuple(jnp.logical_and(unpack(m), looked) for m in moves)
+    else:
+        due = jnp.logical_and(due, looked)
         restart = _restart(method, layers, inner_state, params)
         how = _How(
             layers,
@@ -414,45 +475,36 @@ def _update(
             due, _Operands(lean, seen, moments, others), how=how
         )
     moves = tuple(map(unpack, moves))
-
-    # The inner update, on the newly masked weights.
     masked = _masked(layers, flat, seen, moves, method.hidden)
     if restart is not None:
         masks = layers.pick(lean.regrow_masks), layers.pick(after.regrow_masks), moves
         entries = restart.pick(inner_state)
         moments = _differentiable(restart, moments, entries, masked, masks)
         inner_state = restart.put(inner_state, moments)
-    new_updates, inner_state = inner_update.update(
-        method.inner_tx,
-        silence(updates, frozen, layers),
-        inner_state,
-        jax.tree.unflatten(structure, masked),
-        layers,
-        moves,
-        _there(seen, moves),
-        # The first weights may be dense.
-        lambda: jnp.logical_or(due, state.count == 0),
-        extra,
-    )
+    return _Opened(after, moves, jax.tree.unflatten(structure, masked), inner_state)
 
-    emitted, hidden = _emit(
-        method, layers, new_updates, params, seen.params, moves, frozen
-    )
+
+def _after_cycle(updates: PyTree, state: RegrowState, layers: Layers) -> PyTree:
+    """The same updates, computed from what went through the guard: a cycle that reads
+    moments then needs no copies of those that this update overwrites.
+    """
+    flat, structure = jax.tree.flatten(updates, is_leaf=is_hole)
+    passed = state.skipped >= 0  # always true, which XLA cannot know
+    for i in layers.index:
+        flat[i] = jnp.where(passed, flat[i], jnp.zeros((), flat[i].dtype))
+    return jax.tree.unflatten(structure, flat)
+
+
+def _own_momentum(
+    method: Method, layers: Layers, state: RegrowState, updates: PyTree
+) -> PyTree:
+    """The engine's own average of the gradient, where it keeps one."""
     own = state.momentum
-    if jax.tree.leaves(own):
-        decay = OWN_DECAY if isinstance(method.momentum, str) else method.momentum
-        averaged = momenta.average(layers.pick(own), layers.pick(updates), decay)
-        own = layers.rebuild(averaged)
-    suspected, misplaced = _look_back(method, layers, state, params, seen.frozen)
-    return emitted, after._replace(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        suspected=suspected,
-        misplaced=misplaced,
-        inner_state=inner_state,
-        momentum=own,
-        hidden=hidden,
-        frozen=state.frozen,
-    )
+    if not jax.tree.leaves(own):
+        return own
+    decay = OWN_DECAY if isinstance(method.momentum, str) else method.momentum
+    averaged = momenta.average(layers.pick(own), layers.pick(updates), decay)
+    return layers.rebuild(averaged)
 
 
 def _is_due(method: Method, count: jax.Array) -> jax.Array:
