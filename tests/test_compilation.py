@@ -82,3 +82,52 @@ def test_twelve_blocks_have_the_kernels_of_three(method, what):
         assert many.total() > 2 * few.total() > 0
     # A few more may see the number of leaves, as those that put counts together.
     assert len(many) <= len(few) + 6, len(few)
+
+
+def kept(**more):
+    return {"density": 0.3, "key": 0, **more}
+
+
+def periodic(**more):
+    return kept(update_period=3, update_stop=30, **more)
+
+
+def momentum():
+    return optax.sgd(0.1, momentum=0.9)
+
+
+OVERWRITING = {
+    "sgd": momentum,
+    "static": lambda: sparse_optax.static_sparse(momentum(), **kept()),
+    "sparse_evolutionary": lambda: sparse_optax.sparse_evolutionary(
+        momentum(), **periodic()
+    ),
+    "sparse_momentum": lambda: sparse_optax.sparse_momentum_regrow(
+        momentum(), **periodic()
+    ),
+    "sparse_momentum_adam": lambda: sparse_optax.sparse_momentum_regrow(
+        optax.adam(0.1), **periodic()
+    ),
+}
+
+
+@pytest.mark.parametrize("method", OVERWRITING)
+def test_a_scan_over_updates_overwrites_weights_and_moments(method):
+    """A step that reads weights or moments beside the update, without an order between
+    the two, makes XLA copy them at each step.
+    """
+    tx, params = OVERWRITING[method](), {"w": jnp.ones((40, 24))}
+
+    def epoch(params, state, gradients):
+        def step(carry, gradient):
+            params, state = carry
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), gradients)[0]
+
+    gradients = {"w": jnp.ones((5, 40, 24))}
+    state = jax.eval_shape(tx.init, params)
+    program = jax.jit(epoch).lower(params, state, gradients).compile().as_text()
+    inside = program[: program.index("ENTRY ")]
+    assert not re.findall(r"= f32\[40,24\]\S* copy\(", inside)
