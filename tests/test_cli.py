@@ -20,9 +20,17 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("flax")
 
-from sparse_optax.experiments import cli, plots, readme, records, reproduce, train
+from sparse_optax.experiments import (
+    checkpoints,
+    cli,
+    plots,
+    readme,
+    records,
+    reproduce,
+    train,
+)
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments.tables import TABLES, common, methods_lenet300
+from sparse_optax.experiments.tables import QUEUE, TABLES, common, methods_lenet300
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -159,6 +167,14 @@ def test_help_reads_well(command, words, capsys):
         ),
         (["reproduce", "mnist_lenet300", "--rows", "["], "rows='[' must be a regular"),
         (["tables", "--readme", "."], ". does not exist"),
+        (["reproduce"], "hours=None must be given where all tables are run"),
+        (["reproduce", "--hours", "0"], "hours=0.0 must be a finite number above 0"),
+        (
+            ["reproduce", "digits_lenet300", "--hours", "nan"],
+            "hours=nan must be a finite number above 0, or left out",
+        ),
+        (["reproduce", "digits_lenet300", "--seeds", "0"], "seeds=0 must be 1 or more"),
+        (["reproduce", "--hours", "1", "--rows", "x"], "matches no row of any table"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
@@ -448,13 +464,12 @@ def test_rows_that_need_one_another_are_refused(tmp_path):
         second._replace(needs=(first.name,)),
     ]
     with pytest.raises(ValueError, match=r"need one another.*Leave the circle out"):
-        reproduce.run_rows(
-            table,
-            circle,
+        reproduce.run_jobs(
+            [reproduce.Job(table, row) for row in circle],
             jobs=1,
             results=tmp_path,
             runs=tmp_path,
-            on_row=lambda row, seconds: None,
+            on_job=lambda job, seconds: None,
         )
 
 
@@ -465,11 +480,13 @@ def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
     began, ended, most = [], [], []
 
     class Worker:
-        def __init__(self, table, row, slot, core, results, runs):
-            del table, core, results, runs
-            self.row, self.slot, self.start = row, slot, time.perf_counter()
+        returncode = 0
+
+        def __init__(self, job, slot, core, results, runs, hours):
+            del core, results, runs, hours
+            self.job, self.slot, self.start = job, slot, time.perf_counter()
             self.process, self.polls = self, 0
-            began.append((row.name, set(ended)))
+            began.append((job.row.name, set(ended)))
             most.append(len(began) - len(ended))
 
         def poll(self):
@@ -477,18 +494,17 @@ def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
             return 0 if self.polls > 2 else None
 
         def check(self):
-            ended.append(self.row.name)
+            ended.append(self.job.row.name)
 
     monkeypatch.setattr(reproduce, "_Worker", Worker)
     monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1})
     done = []
-    reproduce.run_rows(
-        table,
-        rows,
+    reproduce.run_jobs(
+        [reproduce.Job(table, row) for row in rows],
         jobs=2,
         results=tmp_path,
         runs=tmp_path,
-        on_row=lambda row, seconds: done.append(row.name),
+        on_job=lambda job, seconds: done.append(job.row.name),
     )
     assert sorted(done) == sorted(row.name for row in rows)
     assert max(most) == 2
@@ -504,13 +520,12 @@ def test_failed_worker_is_told_with_what_it_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(program))
     table = TABLES["digits_lenet300"]
     with pytest.raises(RuntimeError, match="dense_s0 failed") as caught:
-        reproduce.run_rows(
-            table,
-            list(table.rows[:1]),
+        reproduce.run_jobs(
+            [reproduce.Job(table, table.rows[0])],
             jobs=1,
             results=tmp_path / "results",
             runs=tmp_path / "runs",
-            on_row=lambda *_: None,
+            on_job=lambda *_: None,
         )
     assert "something broke" in str(caught.value)
     assert "exit status 3" in str(caught.value)
@@ -545,6 +560,127 @@ def test_no_worker_outlives_a_run_that_is_told_to_end(tmp_path):
         if (tmp_path / "pid").exists():
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+# -- reproduce under a limit of hours ----------------------------------------------
+
+
+def folders(path):
+    return [f"--{name}={path / name}" for name in ("results", "runs")]
+
+
+def test_reproduce_stops_when_the_hours_are_over_and_goes_on(tmp_path, capsys):
+    """Hours that are over at once still train one epoch, so that every run ends."""
+    command = ["reproduce", "digits_lenet300", "--rows=dense_s[01]"]
+    arguments = [*command, *folders(tmp_path), "--seeds=1"]
+    path = tmp_path / "results" / "digits_lenet300" / "dense_s0.json"
+    for epoch in (1, 2):
+        assert cli.main([*arguments, "--hours=1e-9"]) == 0
+        printed = capsys.readouterr()
+        assert "1 of 9 rows to run" in printed.out
+        assert (
+            f"digits_lenet300/dense_s0: stopped after epoch {epoch} of 100; the same "
+            "command goes on from there."
+        ) in printed.err
+        assert "hours are over with 1 rows left; the same command" in printed.err
+        assert not path.exists()
+    assert cli.main([*arguments, "--hours=1"]) == 0
+    assert "hours are over" not in capsys.readouterr().err
+    assert records.read(path).history["epoch"] == list(range(1, 101))
+    assert not list((tmp_path / "runs").glob("*.log"))
+
+
+def test_a_run_of_another_process_is_passed_over(tmp_path, capsys):
+    row = TABLES["digits_lenet300"].rows[0]
+    name = configs.default_name(configs.resolve(row.config))
+    arguments = ["reproduce", "digits_lenet300", f"--rows={row.name}"]
+    with checkpoints.RunFolder(tmp_path / "runs" / name).lock():
+        assert cli.main([*arguments, *folders(tmp_path)]) == 0
+    printed = capsys.readouterr().err
+    assert f"digits_lenet300/{row.name}: another process trains it" in printed
+    assert "passed over, another process trains them: digits_lenet300/" in printed
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_what_needs_a_run_that_is_passed_over_is_not_begun(tmp_path, monkeypatch):
+    table = TABLES["gsm_lenet300"]
+    rows = [row for row in table.rows if row.config.seed == 0]
+    monkeypatch.setattr(sys, "executable", program(tmp_path, "exit 76"))
+    outcome = reproduce.run_jobs(
+        [reproduce.Job(table, row) for row in rows],
+        jobs=1,
+        results=tmp_path / "results",
+        runs=tmp_path,
+        on_job=lambda *_: pytest.fail("nothing finishes"),
+    )
+    assert outcome == ([], [f"gsm_lenet300/{row.name}" for row in rows], {})
+    assert (tmp_path / "begun").read_text().split() == ["base_s0"]
+
+
+def program(tmp_path, end):
+    """A worker that writes down the name of its row and ends."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\necho $4 >>{tmp_path}/begun\n{end}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_under_a_limit_of_hours_a_failed_row_does_not_stop_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "executable", program(tmp_path, "echo broke; exit 3"))
+    command = ["reproduce", "digits_lenet300", *folders(tmp_path), "--seeds=1"]
+    assert cli.main([*command, "--hours=1"]) == 1
+    names = ["dense_s0", "sparse_momentum_s0", "gsm_s0"]
+    assert (tmp_path / "begun").read_text().split() == names
+    printed = capsys.readouterr().err
+    for name in names:
+        assert f"the run of {name} failed (exit status 3)" in printed
+
+
+def test_all_tables_are_run_in_a_declared_order(tmp_path):
+    jobs = [job.name for job in reproduce.queue(tmp_path)]
+    own = [
+        f"{table.name}/{row.name}"
+        for table in TABLES.values()
+        for row in table.rows
+        if row.table is None
+    ]
+    assert sorted(jobs) == sorted(own)
+    turns = iter(QUEUE)
+    turn, seen = next(turns), set()
+    for job in reproduce.queue(tmp_path):
+        while (
+            job.table.name != turn.table
+            or not re.fullmatch(turn.rows, job.row.name)
+            or (turn.seeds is not None and job.row.config.seed >= turn.seeds)
+        ):
+            turn = next(turns)  # a job out of turn would end the turns
+        seen.add(turn)
+    assert len(seen) > 1
+    first = reproduce.queue(tmp_path, ".*_s1", seeds=2)
+    assert {job.row.config.seed for job in first} == {1}
+    finish(TABLES["mnist_lenet5"], tmp_path, lambda row: 1.0)
+    left = [job.name for job in reproduce.queue(tmp_path)]
+    assert left == [name for name in jobs if not name.startswith("mnist_lenet5/")]
+
+
+def test_reproduce_runs_all_tables_in_turn(tmp_path, monkeypatch, capsys):
+    tables = {name: TABLES[name] for name in ("gsm_lenet300", "digits_lenet300")}
+    queue = [common.Turn("digits_lenet300", "dense_.*"), *map(common.Turn, tables)]
+    monkeypatch.setattr(sys, "executable", program(tmp_path, "exit 75"))
+    monkeypatch.setattr(reproduce, "QUEUE", queue)
+    monkeypatch.setattr(cli, "TABLES", tables)
+    command = ["reproduce", *folders(tmp_path), "--seeds=1", "--hours=1"]
+    assert cli.main(command) == 0
+    assert (tmp_path / "begun").read_text().split() == [
+        *("dense_s0", "base_s0", "plain_s0", "gate_s0", "settle_s0"),
+        *("sparse_momentum_s0", "gsm_s0"),
+    ]
+    printed = capsys.readouterr()
+    assert "All tables: 7 rows to run" in printed.out
+    assert "gsm_lenet300: 0 of 20 rows" in printed.out
+    assert "hours are over with 7 rows left" in printed.err
 
 
 def test_record_of_another_config_is_not_taken_for_the_row(tmp_path):

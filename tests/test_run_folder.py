@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -390,6 +391,63 @@ def test_older_checkpoints_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr(file.os, "fsync", write)
     folder.save(4, STATE, {"epochs": [{}] * 4})
     assert sorted(p.name for p in newest.parent.iterdir()) == ["3.ckpt", "4.ckpt"]
+
+
+# --- a limit of hours -----------------------------------------------------------------
+def test_the_end_of_the_hours_stops_a_run_as_ctrl_c_does(tmp_path):
+    """In the base, between the base and the method, and in the method."""
+    told = []
+    for _ in range(3):
+        with pytest.raises(train.TimeOver) as caught:
+            command(tmp_path, TWO, hours=1e-9)
+        told.append(str(caught.value).partition(";")[0])
+    assert told == [
+        "stopped after epoch 1 of 2 of the base",
+        "stopped after epoch 0 of 2",
+        "stopped after epoch 1 of 2",
+    ]
+    trained, epochs = command(tmp_path, TWO, hours=1e-9)
+    assert epochs == [("magnitude", 2)]
+    unbroken, _ = command(tmp_path / "unbroken", TWO)
+    jax.tree.map(np.testing.assert_array_equal, trained.params, unbroken.params)
+    assert trained.record.results == unbroken.record.results
+
+
+def test_hours_that_suffice_stop_nothing(tmp_path):
+    assert len(command(tmp_path, hours=1.0)[1]) == 4
+    assert issubclass(train.TimeOver, KeyboardInterrupt)  # as Stopped
+
+
+@pytest.mark.parametrize("hours", [-1.0, float("nan"), float("inf")])
+def test_hours_that_are_no_time(hours):
+    with pytest.raises(ValueError, match=rf"train: hours={hours} must be a finite"):
+        train.train(RUN, runs=None, hours=hours)
+
+
+def test_a_base_that_another_process_trains_is_waited_for_within_the_hours(tmp_path):
+    base = configs.base_of(configs.resolve(TWO))
+    assert base is not None
+    folder = checkpoints.RunFolder(tmp_path / configs.default_name(base))
+    with folder.lock():
+        start = time.monotonic()
+        with pytest.raises(checkpoints.Busy, match="another process is training"):
+            train.train(TWO, runs=tmp_path, hours=0.5 / 3600)
+        assert time.monotonic() - start >= 0.5
+
+
+def test_a_long_epoch_ends_in_a_checkpoint(tmp_path, monkeypatch):
+    kept = []
+    save = checkpoints.RunFolder.save
+
+    def note(folder, epoch, *rest):
+        kept.append(epoch)
+        save(folder, epoch, *rest)
+
+    monkeypatch.setattr(checkpoints.RunFolder, "save", note)
+    train.train(RUN, runs=tmp_path / "short", checkpoint_every=100)
+    monkeypatch.setattr(train, "_SAVE_SECONDS", 0)
+    train.train(RUN, runs=tmp_path / "long", checkpoint_every=100)
+    assert kept == [4, 1, 2, 3, 4]
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------

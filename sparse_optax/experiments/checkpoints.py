@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ _SUFFIX = ".ckpt"
 _KEPT = 2
 # What a finished run leaves, in the order in which it is written, and the last of all.
 _LEFT, _CHECKSUMS = ("weights.sparse", "record.json"), "checksums.json"
+# Between two looks at a lock that another process has.
+_POLL_SECONDS = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Busy(ValueError):
+    """Another process trains the same run."""
 
 
 class RunFolder:
@@ -59,14 +66,14 @@ class RunFolder:
             records.check_writable(folder)
 
     @contextlib.contextmanager
-    def lock(self, *, wait: bool = False) -> Iterator[None]:
+    def lock(self, *, wait: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Keeps other processes out while this one trains; a kill releases it.
 
         Args:
-          wait: wait for the other process instead of raising.
+          wait: whether to go on waiting for the other process, asked again and again.
 
         Raises:
-          ValueError: where another process trains this run and ``wait`` is False.
+          Busy: where another process trains this run and ``wait`` gives False.
         """
         try:
             import fcntl
@@ -74,13 +81,18 @@ class RunFolder:
             yield
             return
         with open(self._training / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise ValueError(
-                    f"train: another process is training in {self._training}; wait, "
-                    "or choose another folder with --runs."
-                ) from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    pass
+                if not wait():
+                    raise Busy(
+                        f"train: another process is training in {self._training}; "
+                        "wait, or choose another folder with --runs."
+                    )
+                time.sleep(_POLL_SECONDS)
             yield
 
     def save(self, epoch: int, state: Any, history: dict[str, Any]) -> None:

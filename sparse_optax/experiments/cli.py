@@ -21,7 +21,7 @@ from sparse_optax.experiments.tables import TABLES
 if TYPE_CHECKING:
     TableName = str
 else:
-    TableName = Literal[tuple(TABLES)]
+    TableName = Literal[(*TABLES, "all")]
 
 _DEFAULTS = configs.TrainConfig()
 
@@ -148,53 +148,95 @@ class Train:
 class Reproduce:
     """Run the rows of a paper's table that are missing, and compare with the paper.
 
+    With --hours it stops when they are over, each run after the epoch that it is in,
+    and the same command goes on. A run that another process trains is passed over.
+
     Attributes:
-      table: which table.
+      table: which table; all runs every table in turn, and needs --hours.
       rows: regular expression (no glob); only the rows whose whole name it matches,
         e.g. 'd0.05_s.' or '.*_s0'.
+      seeds: only so many seeds of each row, from seed 0.
+      hours: how long to run, e.g. 7.5; without it until all rows are done.
       jobs: runs at a time; from 2 on each is pinned to one processor core.
       results: folder of the records.
       runs: folder of checkpoints and final weights.
     """
 
-    table: tyro.conf.Positional[TableName]
+    table: tyro.conf.Positional[TableName] = "all"
     rows: str = ""
+    seeds: Annotated[int | None, configs.flag("INT", "all")] = None
+    hours: Annotated[float | None, configs.flag("FLOAT", "no limit")] = None
     jobs: int = 1
     results: Path = Path("results")
     runs: Path = Path("runs")
 
     def run(self) -> None:
         """Runs what is missing, then prints the table."""
-        table = reproduce.find(self.table)
-        rows = reproduce.missing(table, self.results, self.rows)
-        _console.print(f"{table.title}: {len(rows)} of {len(table.rows)} rows to run")
-        done = []
-        with _progress(disable=not rows) as bar:
-            task = bar.add_task(table.name, total=len(rows), error="")
+        if self.table == "all":
+            if self.hours is None:
+                raise ValueError(
+                    "reproduce: hours=None must be given where all tables are run; "
+                    "give --hours, or one table of " + ", ".join(TABLES) + "."
+                )
+            todo = reproduce.queue(self.results, self.rows, self.seeds)
+            _console.print(f"All tables: {len(todo)} rows to run")
+        else:
+            table = reproduce.find(self.table)
+            rows = reproduce.missing(table, self.results, self.rows, self.seeds)
+            todo = [reproduce.Job(table, row) for row in rows]
+            _console.print(
+                f"{table.title}: {len(rows)} of {len(table.rows)} rows to run"
+            )
+        outcome = self._run_jobs(todo)
+        tables = TABLES.values() if self.table == "all" else [TABLES[self.table]]
+        for table in tables:
+            found = readme.read_table(table, self.results)
+            if self.table == "all":
+                _console.print(f"{table.name}: {len(found)} of {len(table.rows)} rows")
+            else:
+                print(readme.render_table(table, found), file=_output)
+        self._tell(outcome)
 
-            def on_row(row, seconds):
-                done.append(row)
-                record = readme.read_table(table, self.results)[row.name]
+    def _run_jobs(self, todo: list[reproduce.Job]) -> reproduce.Outcome:
+        """Runs with a progress bar."""
+        done = []
+        with _progress(disable=not todo) as bar:
+            task = bar.add_task(self.table, total=len(todo), error="")
+
+            def on_job(job, seconds):
+                done.append(job)
+                record = records.read(job.path(self.results))
                 error = f"test error {record.results['test_error']:.2f}%"
-                bar.console.print(f"{row.name}: {error}, {seconds:.0f} s")
+                name = job.name if self.table == "all" else job.row.name
+                bar.console.print(f"{name}: {error}, {seconds:.0f} s")
                 bar.advance(task)
 
             try:
-                reproduce.run_rows(
-                    table,
-                    rows,
+                return reproduce.run_jobs(
+                    todo,
                     jobs=self.jobs,
                     results=self.results,
                     runs=self.runs,
-                    on_row=on_row,
+                    on_job=on_job,
+                    hours=self.hours,
                 )
             except KeyboardInterrupt:
                 raise train.Stopped(
-                    f"stopped after {len(done)} of {len(rows)} rows; the same command "
+                    f"stopped after {len(done)} of {len(todo)} rows; the same command "
                     "goes on with the others."
                 ) from None
-        found = readme.read_table(table, self.results)
-        print(readme.render_table(table, found), file=_output)
+
+    def _tell(self, outcome: reproduce.Outcome) -> None:
+        """Says what has not finished; rows that failed are an error."""
+        if outcome.busy:
+            _note(f"passed over, another process trains them: {_listed(outcome.busy)}.")
+        if outcome.left:
+            _note(
+                f"the hours are over with {len(outcome.left)} rows left; the same "
+                "command goes on."
+            )
+        if outcome.failed:
+            raise RuntimeError("\n".join(outcome.failed.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +264,12 @@ class Tables:
             new = readme.update(path, self.results, check=self.check, render=render)
             outcome = "updated" if new else "is up to date"
             _console.print(f"{path} {outcome}", soft_wrap=True)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _note(line: str) -> None:

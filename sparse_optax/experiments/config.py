@@ -28,15 +28,15 @@ _MOST = 2**31 - 1
 _LARGEST = 3.4e38
 
 
-def _flag(metavar: str, default: str) -> Any:
+def flag(metavar: str, default: str) -> Any:
     """How ``--help`` shows a field whose default None stands for something."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 _RECIPE = "recipe of the data set"
-Count = Annotated[int | None, _flag("INT", _RECIPE)]
-Number = Annotated[float | None, _flag("FLOAT", _RECIPE)]
-Counts = Annotated[tuple[int, ...] | None, _flag("[INT ...]", _RECIPE)]
+Count = Annotated[int | None, flag("INT", _RECIPE)]
+Number = Annotated[float | None, flag("FLOAT", _RECIPE)]
+Counts = Annotated[tuple[int, ...] | None, flag("[INT ...]", _RECIPE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Base:
       momentum: momentum of SGD, in [0, 1).
     """
 
-    epochs: Annotated[int | None, _flag("INT", "0; for gsm, " + _RECIPE)] = None
+    epochs: Annotated[int | None, flag("INT", "0; for gsm, " + _RECIPE)] = None
     batch_size: Count = None
     learning_rate: Number = None
     drop_epochs: Counts = None
@@ -118,7 +118,7 @@ class TrainConfig:
     weight_decay: Number = None
     decay: Annotated[
         Literal["all", "kernels"] | None,
-        _flag("{all,kernels}", "all; for gsm, kernels"),
+        flag("{all,kernels}", "all; for gsm, kernels"),
     ] = None
     prune_rate: float = 0.5
     prune_decay: Literal["cosine", "linear", "constant"] = "cosine"
@@ -127,17 +127,17 @@ class TrainConfig:
     grow: GrowName = "momentum"
     shares: Annotated[
         SharesName | None,
-        _flag("{" + ",".join(recipes.SHARES) + "}", "the method's own"),
+        flag("{" + ",".join(recipes.SHARES) + "}", "the method's own"),
     ] = None
     update_epochs: int = 1
     l1: float = 1e-5
     ticket: Literal["own", "shuffled", "random", "reinitialised"] = "own"
-    gate: Annotated[float | None, _flag("FLOAT", "the density")] = None
-    settle_epoch: Annotated[int | None, _flag("INT", "never, as in the paper")] = None
+    gate: Annotated[float | None, flag("FLOAT", "the density")] = None
+    settle_epoch: Annotated[int | None, flag("INT", "never, as in the paper")] = None
     base: Base = Base()
     init: Annotated[
         Literal["torch", "xavier"] | None,
-        _flag("{torch,xavier}", "torch; for gsm, xavier"),
+        flag("{torch,xavier}", "torch; for gsm, xavier"),
     ] = None
     split: Literal["lee", "full"] = "lee"
     seed: int = 0

@@ -9,6 +9,7 @@ times slower than the same step outside.
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
 import threading
 import time
@@ -41,6 +42,8 @@ from sparse_optax.experiments.setup import Build, Setup
 SMALL = (1e-3, 1e-4, 1e-6)
 # Images a call when a network with convolutions is evaluated.
 _CHUNK = 1000
+# Seconds after which an epoch ends in a checkpoint, whatever its number.
+_SAVE_SECONDS = 300
 # Images of the rehearsal of a method: errors do not depend on how many there are.
 _REHEARSED = 8
 # Columns of the layers that are summed, and what the sums are called.
@@ -83,6 +86,33 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C during a run; the text says after which epoch and how to go on."""
 
 
+class TimeOver(Stopped):
+    """The hours of a run are over; the text says after which epoch, as above."""
+
+
+class _Clock:
+    """The hours that are left to all stages of a call; None is without end."""
+
+    def __init__(self, hours: float | None):
+        if hours is not None and not 0 <= hours < math.inf:
+            raise ValueError(
+                f"train: hours={hours!r} must be a finite number, 0 or above, or left "
+                "out for no limit."
+            )
+        self._end = None if hours is None else time.monotonic() + 3600 * hours
+        self.trained = False  # whether this call has trained an epoch
+
+    def left(self) -> float:
+        """Seconds that are left."""
+        return math.inf if self._end is None else self._end - time.monotonic()
+
+    def over(self) -> bool:
+        """Whether the hours are over. One epoch is trained in any case: with hours
+        shorter than the compilation no run would ever end.
+        """
+        return self.trained and self.left() <= 0
+
+
 def train(
     config: configs.TrainConfig,
     *,
@@ -90,6 +120,7 @@ def train(
     record_path: str | Path | None = None,
     checkpoint_every: int = 10,
     fresh: bool = False,
+    hours: float | None = None,
     command: str | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
     on_note: Callable[[str], None] = warnings.warn,
@@ -99,6 +130,7 @@ def train(
     A run that was killed goes on from its newest checkpoint and ends with the same
     bits as an unbroken one; one that has finished is read and not trained again. Ctrl-C
     ends it after the epoch that it is in, with a checkpoint, and a second one at once.
+    The end of ``hours`` does the same as one Ctrl-C.
     The error to report is the test error of the last epoch
     (``record.results["test_error"]``), after the cut where the method has one.
 
@@ -106,9 +138,11 @@ def train(
       config: the run; what it leaves out comes from the recipe of the data set.
       runs: folder of checkpoints and final weights, or None to keep none.
       record_path: where the record is written, or None to write none.
-      checkpoint_every: epochs between two checkpoints, at least 1.
+      checkpoint_every: epochs between two checkpoints, at least 1; there is one also
+        where five minutes have passed since the last.
       fresh: start from the first epoch even where a checkpoint or a finished run is
         found.
+      hours: how long the call may train, at least one epoch; None for no limit.
       command: what reproduces the run, for the record; the running command otherwise.
       on_epoch: called after each epoch.
       on_note: called with a line that tells of a damaged checkpoint that was passed
@@ -121,7 +155,9 @@ def train(
       ValueError: for a value outside its range, for one that does not fit the model or
         the data set, and for a folder that cannot be written to, before training
         starts; where a file cannot be written, with what is kept.
+      Busy: where another process trains the same run.
       Stopped: after Ctrl-C.
+      TimeOver: at the end of ``hours``, where the run has not finished.
 
     Examples:
       >>> from sparse_optax.experiments import config, train
@@ -145,6 +181,7 @@ def train(
         checkpoint_every,
         fresh,
         command or records.command_line(),
+        _Clock(hours),
         on_epoch or (lambda progress: None),
         on_note,
     )
@@ -193,6 +230,7 @@ class _Setting(NamedTuple):
     checkpoint_every: int
     fresh: bool
     command: str
+    clock: _Clock
     on_epoch: Callable[[Progress], None]
     on_note: Callable[[str], None]
 
@@ -217,7 +255,7 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         whole = dataclasses.replace(config, density=1.0)
         shared = setting.runs / configs.default_name(whole)
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
-    with folder.lock(wait=stage == "base"):
+    with folder.lock(wait=lambda: stage == "base" and setting.clock.left() > 0):
         if setting.fresh:
             folder.start_again()
         elif (done := folder.finished(_joined(*start[1:]))) is not None:
@@ -396,10 +434,13 @@ class _Run(NamedTuple):
         run_epoch = self._epoch_function(state, images)
         compiled = time.perf_counter()
         history["compile_seconds"] += compiled - start
-        saved = first
+        saved, kept_at = first, time.monotonic()
+        clock = self.setting.clock
         try:
             with _interrupts() as asked:
                 for epoch in range(first, config.epochs):
+                    if clock.over():
+                        raise TimeOver
                     begin = time.perf_counter()
                     key = jax.random.fold_in(self.order_key, epoch)
                     state, loss = jax.block_until_ready(run_epoch(state, key, *images))
@@ -413,21 +454,26 @@ class _Run(NamedTuple):
                     history["epochs"].append(metrics)
                     history["wall_seconds"] += time.perf_counter() - begin
                     number = epoch + 1
+                    clock.trained = True
                     due = number % self.setting.checkpoint_every == 0
+                    due |= time.monotonic() - kept_at >= _SAVE_SECONDS
                     if folder is not None and (due or number == config.epochs):
                         folder.save(number, (_joined(*state[:2]), state[2]), history)
-                        saved = number
+                        saved, kept_at = number, time.monotonic()
                     self.setting.on_epoch(
                         Progress(self.stage, number, config.epochs, metrics)
                     )
-                    if asked:
+                    if asked or clock.over():
                         if folder is not None and saved < number:
                             weights = _joined(*state[:2])
                             folder.save(number, (weights, state[2]), history)
                             saved = number
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise self._stopped(len(history["epochs"]), saved, folder) from None
+                        if asked:
+                            raise KeyboardInterrupt
+        except KeyboardInterrupt as why:
+            kind = TimeOver if isinstance(why, TimeOver) else Stopped
+            done = len(history["epochs"])
+            raise self._stopped(kind, done, saved, folder) from None
 
         params, stats, opt_state = state
         results, layers, params = self._results(
@@ -439,15 +485,17 @@ class _Run(NamedTuple):
             folder.finish(_joined(params, stats), record, _stored(params, masks))
         return Trained(record, params, stats, opt_state)
 
-    def _stopped(self, epoch: int, saved: int, folder: Any) -> Stopped:
-        """What Ctrl-C raises after so many epochs."""
+    def _stopped(
+        self, kind: type[Stopped], epoch: int, saved: int, folder: Any
+    ) -> Stopped:
+        """What Ctrl-C or the end of the hours raises after so many epochs."""
         stage = " of the base" if self.stage == "base" else ""
         done = f"stopped after epoch {epoch} of {self.config.epochs}{stage}"
         if folder is None:
-            return Stopped(f"{done}; nothing of it is kept.")
+            return kind(f"{done}; nothing of it is kept.")
         without = " without --fresh" if self.setting.fresh else ""
         where = "from there" if saved == epoch else f"after epoch {saved}"
-        return Stopped(f"{done}; the same command{without} goes on {where}.")
+        return kind(f"{done}; the same command{without} goes on {where}.")
 
     def _epoch_function(self, state, images):
         """Compiles ``(state, key, x, y) -> (state, mean loss)`` for one epoch."""

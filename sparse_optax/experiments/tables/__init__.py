@@ -14,7 +14,7 @@ from sparse_optax.experiments.tables import (
     mnist_lenet300,
     ticket_lenet300,
 )
-from sparse_optax.experiments.tables.common import Table
+from sparse_optax.experiments.tables.common import Table, Turn
 
 TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
@@ -28,3 +28,10 @@ TABLES: dict[str, Table] = {
         digits_lenet300,
     )
 }
+
+# What ``reproduce`` without the name of a table runs: first what decides a question
+# soonest; then, table by table, whatever is left.
+QUEUE: tuple[Turn, ...] = (
+    Turn("mnist_lenet5", seeds=3),
+    *(Turn(name) for name in TABLES),
+)

@@ -53,6 +53,20 @@ class Table(NamedTuple):
     render: Callable[[dict[str, Record]], str]
 
 
+class Turn(NamedTuple):
+    """Some rows of a table, in the order in which all tables are run.
+
+    Attributes:
+      table: name of the table.
+      rows: regular expression that matches the names of the rows.
+      seeds: only so many seeds, from seed 0; None for all of them.
+    """
+
+    table: str
+    rows: str = ".*"
+    seeds: int | None = None
+
+
 class Paper(NamedTuple):
     """A published number: mean of ``n`` runs and its standard error.
 
