@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,23 @@ from helpers import refuses  # noqa: E402
 
 import sparse_optax  # noqa: E402
 from sparse_optax.experiments import config, data  # noqa: E402
-from sparse_optax.experiments.models import vgg, wide_resnet  # noqa: E402
+from sparse_optax.experiments.models import (  # noqa: E402
+    alexnet,
+    densenet,
+    resnet,
+    transformer,
+    vgg,
+    wide_resnet,
+)
 
 MNIST = (28, 28, 1)
 CIFAR = (32, 32, 3)
 LENETS = ("lenet-300-100", "lenet-5-caffe")
-TINY = ("vgg16-c", "vgg16-d", "wrn-10-2")
+LARGE = [n for n in models.MODELS if n not in (*LENETS, "transformer")]
+TINY = (
+    *("vgg16-c", "vgg16-d", "wrn-10-2", "vgg16-like", "alexnet-s", "resnet-8"),
+    *("resnet-50", "densenet-7"),
+)
 # A generator whose draws compile in a third of the time.
 KEY = jax.random.key(1, impl="rbg")
 
@@ -34,6 +46,14 @@ def tiny(monkeypatch):
     monkeypatch.setattr(vgg, "_HIDDEN", 7)
     make = functools.partial(wide_resnet.WideResNet, depth=10, factor=2, dropout=0.0)
     monkeypatch.setitem(models.MODELS, "wrn-10-2", models.Entry(make, True))
+    monkeypatch.setattr(alexnet, "CONVS", ((3, 5, 2), (4, 3, 1)))
+    make = functools.partial(alexnet.AlexNet, hidden=6)
+    monkeypatch.setitem(models.MODELS, "alexnet-s", models.Entry(make, True))
+    monkeypatch.setattr(resnet, "STAGES", ((2, 1), (3, 2)))
+    make = functools.partial(resnet.CifarResNet, depth=8)
+    monkeypatch.setitem(models.MODELS, "resnet-8", models.Entry(make, True))
+    make = functools.partial(densenet.DenseNet, depth=7, growth=2)
+    monkeypatch.setitem(models.MODELS, "densenet-7", models.Entry(make, True))
 
 
 def layers(tree):
@@ -119,6 +139,10 @@ def wrn_counts(depth, factor):
         (28, 2, 1_467_610, 1_463_984, 29),
         (16, 8, 10_961_370, 10_954_160, 17),
         (16, 10, 17_116_634, 17_107_632, 17),
+        (22, 8, 17_158_106, 17_147_312, 23),
+        (22, 2, 1_079_642, 1_076_912, 23),
+        (16, 4, 2_748_890, 2_745_264, 17),
+        (16, 2, 691_674, 689_840, 17),
     ],
 )
 def test_wide_resnet_counts(depth, factor, total, weights, tensors):
@@ -138,10 +162,79 @@ def test_wide_resnet_counts(depth, factor, total, weights, tensors):
         assert sum(math.prod(layer["kernel"].shape) for layer in dense) == 12_464
 
 
-def shapes(name, in_shape=CIFAR):
+@pytest.mark.parametrize(
+    ("name", "total", "weights", "tensors", "biases", "norms"),
+    [
+        ("alexnet-s", 5_077_066, 5_066_784, 8, 3_434, 6_848),
+        ("alexnet-b", 8_501_322, 8_484_896, 8, 5_482, 10_944),
+        ("vgg16-like", 14_991_946, 14_977_728, 15, 4_746, 9_472),
+        ("resnet-20", 272_474, 270_896, 22, 10, 1_568),
+        ("resnet-56", 855_770, 851_504, 58, 10, 4_256),
+        ("densenet-40", 1_019_722, 1_001_616, 40, 10, 18_096),
+        ("resnet-50", 25_557_032, 25_502_912, 54, 1_000, 53_120),
+    ],
+)
+def test_counts_of_the_convolutional_networks(
+    name, total, weights, tensors, biases, norms
+):
+    """As tabulated for the papers' networks; ResNet-20 by the definition."""
+    of_imagenet = [(224, 224, 3), 1000] if name == "resnet-50" else []
+    params, stats = shapes(name, *of_imagenet)
+    assert count(params) == total == weights + biases + norms
+    assert kernels(params) == (weights, tensors)
+    assert count(stats) == norms
+    assert sum(count(layer.get("bias", ())) for layer in layers(params)) == biases
+
+
+def test_counts_of_parts_that_the_papers_tell():
+    sizes = [layer["kernel"].shape for layer in layers(shapes("alexnet-b")[0])]
+    assert sorted(math.prod(size) for size in sizes) == sorted(
+        [34_848, 614_400, 884_736, 1_327_104, 884_736, 524_288, 4_194_304, 20_480]
+    )
+    params, _ = shapes("resnet-50", (224, 224, 3), 1000)
+    shortcuts = [b["shortcut"] for b in params.values() if "shortcut" in b]
+    assert [count(params[name]["kernel"]) for name in ("conv", "fc")] == [
+        9_408,
+        2_048_000,
+    ]
+    assert sum(count(layer["kernel"]) for layer in shortcuts) == 2_768_896
+    params, _ = shapes("densenet-40")
+    assert params["fc"]["kernel"].shape == (448, 10)
+    assert params["transition1"]["kernel"].shape == (1, 1, 160, 160)
+    assert params["transition2"]["kernel"].shape == (1, 1, 304, 304)
+
+
+def test_strides_of_resnet_50_are_in_the_3_by_3_convolutions():
+    """Version 1.5: of the first bottleneck of stages 2 to 4, no other."""
+    model: Any = nnx.eval_shape(
+        lambda: resnet.ResNet50((224, 224, 3), rngs=nnx.Rngs(0))
+    )
+    strided = {
+        name: (block.conv1.strides, block.conv2.strides)
+        for name in model.blocks
+        if (block := getattr(model, name)).conv2.strides not in (1, (1, 1))
+        or block.conv1.strides not in (1, (1, 1))
+    }
+    assert strided == dict.fromkeys([f"block{s}_1" for s in (2, 3, 4)], (1, 2))
+    assert len(model.blocks) == 16
+
+
+def test_counts_of_the_transformer():
+    params, stats = shapes("transformer", (128,), 103)
+    # Four kernels of 3, 1, 4 and 4 squares of the width in each of four layers; the
+    # tables of characters and of positions are no kernels, and there is no last layer.
+    assert kernels(params) == (4 * 12 * 128**2, 16)
+    norms = (2 * 4 + 1) * 2 * 128
+    biases = 4 * (3 + 1 + 4 + 1) * 128
+    assert count(params) == 4 * 12 * 128**2 + norms + biases + (103 + 128) * 128
+    assert count(params) == 822_912 < 1_000_000
+    assert stats == {}
+
+
+def shapes(name, in_shape=CIFAR, classes=10):
     """Abstract parameters and statistics of a model."""
     return jax.eval_shape(
-        lambda key: models.create_stateful(name, in_shape, 10, key=key)[1:],
+        lambda key: models.create_stateful(name, in_shape, classes, key=key)[1:],
         jax.random.key(0),
     )
 
@@ -161,7 +254,7 @@ def kernels(params):
     return sum(sizes), len(sizes)
 
 
-@pytest.mark.parametrize("name", [n for n in models.MODELS if n not in LENETS])
+@pytest.mark.parametrize("name", LARGE)
 def test_logits_and_statistics_of_the_large_models(name):
     """By shape alone: nothing is drawn and nothing compiled."""
 
@@ -357,9 +450,68 @@ def vgg_oracle(oracle, x):
         x = x[:, : h // 2 * 2, : w // 2 * 2]
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
     x = x.reshape(len(x), -1)
-    for layer in (1, 2):
+    hidden = 2 if "fc3" in oracle.params else 1
+    for layer in range(1, hidden + 1):
         x = oracle.norm(relu(oracle.dense(x, f"fc{layer}")), f"norm_fc{layer}")
+    return oracle.dense(x, f"fc{hidden + 1}")
+
+
+def alexnet_oracle(oracle, x):
+    for layer, padding in ((1, 2), (2, 1)):
+        x = oracle.conv(x, f"conv{layer}", 2, padding)
+        x = relu(oracle.norm(x, f"norm{layer}"))
+    x = x.reshape(len(x), -1)
+    for layer in (1, 2):
+        x = relu(oracle.norm(oracle.dense(x, f"fc{layer}"), f"norm_fc{layer}"))
     return oracle.dense(x, "fc3")
+
+
+def residual_oracle(oracle, x, name, strides):
+    """A block: convolutions, their strides, and a projection where there is one."""
+    y = x
+    for number, stride in enumerate(strides, 1):
+        path = f"{name}/conv{number}"
+        padding = oracle.get(oracle.params, path)["kernel"].shape[0] // 2
+        y = oracle.norm(oracle.conv(y, path, stride, padding), f"{name}/norm{number}")
+        y = relu(y) if number < len(strides) else y
+    if "shortcut" in oracle.params[name]:
+        x = oracle.conv(x, f"{name}/shortcut", math.prod(strides), 0)
+        x = oracle.norm(x, f"{name}/shortcut_norm")
+    return relu(x + y)
+
+
+def mean_dense(oracle, x):
+    return oracle.dense(x.sum((1, 2)) / (x.shape[1] * x.shape[2]), "fc")
+
+
+def resnet_oracle(oracle, x):
+    x = relu(oracle.norm(oracle.conv(x, "conv"), "norm"))
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        x = residual_oracle(oracle, x, f"block{stage}_1", (stride, 1))
+    return mean_dense(oracle, x)
+
+
+def resnet50_oracle(oracle, x):
+    x = relu(oracle.norm(oracle.conv(x, "conv", 2, 3), "norm"))
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+    x = windows[:, ::2, ::2].max((-1, -2))
+    for name, stride in (("block1_1", 1), ("block2_1", 2), ("block2_2", 1)):
+        x = residual_oracle(oracle, x, name, (1, stride, 1))
+    return mean_dense(oracle, x)
+
+
+def densenet_oracle(oracle, x):
+    x = oracle.conv(x, "conv")
+    for block in (1, 2, 3):
+        y = relu(oracle.norm(x, f"norm{block}_1"))
+        x = np.concatenate([x, oracle.conv(y, f"conv{block}_1")], axis=-1)
+        if block < 3:
+            y = relu(oracle.norm(x, f"transition_norm{block}"))
+            y = oracle.conv(y, f"transition{block}", padding=0)
+            b, h, w, c = y.shape
+            x = y.reshape(b, h // 2, 2, w // 2, 2, c).sum((2, 4)) / 4
+    return mean_dense(oracle, relu(oracle.norm(x, "norm")))
 
 
 def wrn_oracle(oracle, x):
@@ -373,6 +525,16 @@ def wrn_oracle(oracle, x):
         x = x + oracle.conv(y, f"{block}/conv2")
     x = relu(oracle.norm(x, "norm"))
     return oracle.dense(x.sum((1, 2)) / (x.shape[1] * x.shape[2]), "fc")
+
+
+ORACLES = {
+    "vgg16": vgg_oracle,
+    "alexnet": alexnet_oracle,
+    "resnet-8": resnet_oracle,
+    "resnet-50": resnet50_oracle,
+    "densenet": densenet_oracle,
+    "wrn": wrn_oracle,
+}
 
 
 def drawn(tree, seed):
@@ -411,13 +573,99 @@ def test_conv_models_against_numpy(name, train):
     run = jax.jit(functools.partial(apply, train=train))
     logits, after = run(params, stats, images)
     oracle = Oracle(params, stats, train)
-    make = wrn_oracle if name.startswith("wrn") else vgg_oracle
+    (make,) = (make for start, make in ORACLES.items() if name.startswith(start))
     expected = make(oracle, images.astype(np.float64))
     assert expected.shape == (4, 5)
     np.testing.assert_allclose(logits, expected, rtol=2e-3, atol=2e-4)
     same = np.testing.assert_array_equal
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close if train else same, after, oracle.stats if train else stats)
+
+
+def test_transformer_against_numpy(monkeypatch):
+    """Attention head by head and character by character."""
+    width, heads, classes, length = 6, 2, 5, 4
+    model = functools.partial(
+        transformer.Transformer, width=width, heads=heads, depth=2
+    )
+    monkeypatch.setitem(models.MODELS, "small", models.Entry(model, False, True))
+    apply, params, _ = undrawn("small", (length,))
+    texts = np.random.default_rng(3).integers(classes, size=(3, length))
+
+    def norm(x, layer):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x * layer["scale"] + layer["bias"]
+
+    def dense(x, layer):
+        return x @ layer["kernel"] + layer["bias"]
+
+    def gelu(x):
+        return x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = p["characters"]["embedding"][texts] + p["positions"]["embedding"]
+    for name in ("layer1", "layer2"):
+        layer = p[name]
+        q, k, v = np.split(dense(norm(x, layer["norm1"]), layer["qkv"]), 3, -1)
+        attended = np.zeros_like(x)
+        for head in np.split(np.arange(width), heads):
+            for place in range(length):
+                seen = k[:, : place + 1][..., head]
+                score = np.einsum("bd,btd->bt", q[:, place][:, head], seen)
+                share = np.exp(score / len(head) ** 0.5)
+                share /= share.sum(-1, keepdims=True)
+                mixed = np.einsum("bt,btd->bd", share, v[:, : place + 1][..., head])
+                attended[:, place, head] = mixed
+        x = x + dense(attended, layer["out"])
+        y = gelu(dense(norm(x, layer["norm2"]), layer["up"]))
+        x = x + dense(y, layer["down"])
+    expected = norm(x, p["norm"]) @ p["characters"]["embedding"].T
+    logits, _ = apply(params, {}, texts)
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "resnet-8"])
+@pytest.mark.usefixtures("tiny")
+def test_compute_dtype_leaves_norms_parameters_and_logits_in_float32(name):
+    images = np.random.default_rng(3).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    single = {jnp.dtype("float32")}
+
+    def trace(dtype):
+        apply, params, stats = models.create_stateful(
+            name, (8, 8, 3), 5, dtype=dtype, key=KEY
+        )
+        assert {x.dtype for x in jax.tree.leaves((params, stats))} == single
+        run = functools.partial(apply, train=True)
+        (logits, after) = run(params, stats, images)
+        assert {x.dtype for x in jax.tree.leaves((logits, after))} == single
+        products, roots = [], []
+        for eqn in jaxpr_eqns(jax.make_jaxpr(run)(params, stats, images).jaxpr):
+            kind = eqn.primitive.name
+            if kind in ("conv_general_dilated", "dot_general"):
+                products += [v.aval.dtype for v in eqn.invars]
+            if kind in ("rsqrt", "sqrt"):
+                roots += [v.aval.dtype for v in eqn.invars]
+        return logits, set(products), set(roots)
+
+    whole, products, _ = trace("float32")
+    assert products == single
+    half, products, roots = trace("bfloat16")
+    assert products == {jnp.dtype("bfloat16")}
+    assert roots <= single
+    assert 0 < jnp.abs(whole - half).max() < 0.1 * jnp.abs(whole).max()
+
+
+def jaxpr_eqns(jaxpr):
+    """The equations of a jaxpr, those of the functions it calls among them."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from jaxpr_eqns(inner)
 
 
 def test_padding_of_the_1_by_1_convolutions_enlarges_the_maps():
@@ -541,6 +789,32 @@ def test_same_key_same_weights():
         (
             lambda: models.create_stateful("wrn", CIFAR, 10, key=jax.random.key(0)),
             "model='wrn'; choose one of",
+        ),
+        (
+            lambda: models.create_stateful(
+                "lenet-300-100", MNIST, 10, dtype="float16", key=jax.random.key(0)
+            ),
+            "dtype='float16'; choose one of float32, bfloat16",
+        ),
+        (
+            lambda: make_abstract(alexnet.AlexNet, (2, 2, 3)),
+            r"in_shape=\(2, 2, 3\) leaves no pixel after convolution 1",
+        ),
+        (
+            lambda: make_abstract(resnet.CifarResNet, CIFAR, depth=18),
+            r"depth=18 must be 6 n \+ 2",
+        ),
+        (
+            lambda: make_abstract(densenet.DenseNet, CIFAR, depth=39),
+            r"depth=39 must be 3 n \+ 4",
+        ),
+        (
+            lambda: make_abstract(densenet.DenseNet, (3, 32, 3)),
+            r"in_shape=\(3, 32, 3\) cannot be halved twice",
+        ),
+        (
+            lambda: make_abstract(transformer.Transformer, (8,), 5, heads=3),
+            "width=128 must be a multiple of heads=3",
         ),
     ],
 )

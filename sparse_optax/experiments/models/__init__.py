@@ -11,9 +11,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from sparse_optax.experiments.models import lenet, vgg, wide_resnet
+from sparse_optax.experiments.models import (
+    alexnet,
+    densenet,
+    lenet,
+    resnet,
+    transformer,
+    vgg,
+    wide_resnet,
+)
+
+# What a network may compute in.
+DTYPES = ("float32", "bfloat16")
 
 
 class Entry(NamedTuple):
@@ -26,10 +38,13 @@ class Entry(NamedTuple):
         ``module(images)``.
       convolutional: whether it holds convolutions. On a CPU these are slow inside
         ``lax.scan``, so that the train loop steps through them in Python.
+      text: whether it reads numbers of characters, shape (t,), and predicts the next
+        of each, in place of images.
     """
 
     make: Callable[..., nnx.Module]
     convolutional: bool
+    text: bool = False
 
 
 def _thin_lenet(in_shape, classes, *, density, init, rngs) -> nnx.Module:
@@ -54,15 +69,39 @@ MODELS: dict[str, Entry] = {
         )
         for density in (0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2)
     },
-    "vgg16-c": Entry(functools.partial(vgg.VGG16, variant="C"), convolutional=True),
-    "vgg16-d": Entry(functools.partial(vgg.VGG16, variant="D"), convolutional=True),
+    **{
+        f"alexnet-{size}": Entry(
+            functools.partial(alexnet.AlexNet, hidden=hidden), convolutional=True
+        )
+        for size, hidden in (("s", 1024), ("b", 2048))
+    },
+    **{
+        f"vgg16-{variant.lower()}": Entry(
+            functools.partial(vgg.VGG16, variant=variant), convolutional=True
+        )
+        for variant in ("C", "D", "like")
+    },
     **{
         f"wrn-{depth}-{factor}": Entry(
             functools.partial(wide_resnet.WideResNet, depth=depth, factor=factor),
             convolutional=True,
         )
-        for depth, factor in ((28, 2), (16, 8), (16, 10))
+        for depth, factor in ((28, 2), (16, 8), (16, 10), (22, 8), (22, 2), (16, 4))
     },
+    # For short schedules, in which dropout costs more than it gives.
+    "wrn-16-2": Entry(
+        functools.partial(wide_resnet.WideResNet, depth=16, factor=2, dropout=0.0),
+        convolutional=True,
+    ),
+    **{
+        f"resnet-{depth}": Entry(
+            functools.partial(resnet.CifarResNet, depth=depth), convolutional=True
+        )
+        for depth in (20, 56)
+    },
+    "resnet-50": Entry(resnet.ResNet50, convolutional=True),
+    "densenet-40": Entry(densenet.DenseNet, convolutional=True),
+    "transformer": Entry(transformer.Transformer, convolutional=False, text=True),
 }
 
 
@@ -116,6 +155,7 @@ def create_stateful(
     classes: int,
     *,
     init: str = "torch",
+    dtype: str = "float32",
     key: jax.Array,
 ) -> tuple[Callable[..., tuple[jax.Array, Any]], Any, Any]:
     """Makes any model as a pure function, its parameters and its statistics.
@@ -125,6 +165,8 @@ def create_stateful(
       in_shape: shape of one image, (height, width, channels).
       classes: number of classes, at least 2.
       init: ``"torch"`` or ``"xavier"``, see :func:`lenet.initializers`.
+      dtype: what convolutions and dense layers compute in, ``"float32"`` or
+        ``"bfloat16"``. Parameters, norms and logits are float32 in any case.
       key: random key of the initial weights.
 
     Returns:
@@ -137,7 +179,7 @@ def create_stateful(
       model that keeps none, and there ``train`` and ``key`` change nothing.
 
     Raises:
-      ValueError: for an unknown model.
+      ValueError: for an unknown model or dtype.
 
     Examples:
       >>> import jax
@@ -154,16 +196,32 @@ def create_stateful(
     """
     if name not in MODELS:
         raise ValueError(f"create: model={name!r}; choose one of {', '.join(MODELS)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"create: dtype={dtype!r}; choose one of {', '.join(DTYPES)}.")
     module = MODELS[name].make(in_shape, classes, init=init, rngs=nnx.Rngs(key))
+    if dtype != "float32":
+        _compute_in(module, jnp.dtype(dtype))
     graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
     stateful = bool(nnx.to_pure_dict(stats))
 
     def apply(params, stats, images, *, train=False, key=None):
         # A variable that holds a NumPy array would be written to in place.
-        module = nnx.merge(graph, params, jax.tree.map(jax.numpy.asarray, stats))
+        module = nnx.merge(graph, params, jax.tree.map(jnp.asarray, stats))
         if not stateful:
-            return module(images), stats
-        logits = module(images, train=train, key=key)
+            return _logits(module(images)), stats
+        logits = _logits(module(images, train=train, key=key))
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     return apply, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def _compute_in(module: nnx.Module, dtype: jnp.dtype) -> None:
+    """Lets convolutions and dense layers compute in a dtype; norms stay as they are."""
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, nnx.Conv | nnx.Linear):
+            part.dtype = dtype
+
+
+def _logits(values: jax.Array) -> jax.Array:
+    """Logits in float32, which losses need."""
+    return values.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""VGG16-C and VGG16-D for CIFAR, as in the sparse momentum paper.
+"""VGG16-C, VGG16-D and VGG16-like for CIFAR, as in the sparse momentum paper.
 
 Shapes use ``b`` for the batch, ``h`` and ``w`` for the image, ``c`` for channels.
 
@@ -14,47 +14,22 @@ import math
 import jax
 from flax import nnx
 
-from sparse_optax.experiments.models import lenet
-from sparse_optax.experiments.models.convolution import convolution
 from sparse_optax.experiments.models.max_pool import max_pool
+from sparse_optax.experiments.models.parts import conv, dense, norm
 
 # Widths of the convolutions, block by block; a 2 x 2 max pooling ends each block.
 BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 _HIDDEN = 512
 
 
-def _conv(
-    inputs: int, outputs: int, window: int, init: str, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (window, window),
-        padding=1,
-        conv_general_dilated=convolution,
-        rngs=rngs,
-        **lenet.initializers(init, window**2 * inputs)._asdict(),
-    )
-
-
-def _dense(inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, rngs=rngs, **lenet.initializers(init, inputs)._asdict()
-    )
-
-
-def _norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    # PyTorch's momentum of 0.1 weighs the new value, this one the old.
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
-
-
 class VGG16(nnx.Module):
-    """Thirteen convolutions and three dense layers, with batch norm.
+    """Thirteen convolutions and two or three dense layers, with batch norm.
 
     Each convolution has a bias, and batch norm and a rectified linear unit after it.
-    The two hidden dense layers of 512 units have the rectified linear unit first, then
-    batch norm in place of dropout. On CIFAR, D has 15,239,872 weights and C has
-    11,307,712.
+    The hidden dense layers of 512 units, two in C and D and one in the variant
+    ``"like"``, have the rectified linear unit first, then batch norm in place of
+    dropout. On CIFAR, D has 15,239,872 weights, C 11,307,712 and ``"like"``
+    14,977,728.
 
     In C the third convolution of the last three blocks is 1 x 1. It keeps the padding
     of 1, as in the released code of sparse momentum, so that the maps grow by 2 there
@@ -64,7 +39,7 @@ class VGG16(nnx.Module):
     Args:
       in_shape: shape of one image, (h, w, c); 32 x 32 x 3 for CIFAR.
       classes: number of classes.
-      variant: ``"C"`` or ``"D"``.
+      variant: ``"C"``, ``"D"`` or ``"like"``.
       init: see :func:`lenet.initializers`.
       rngs: random keys of the initial weights.
 
@@ -93,16 +68,17 @@ class VGG16(nnx.Module):
         init: str = "torch",
         rngs: nnx.Rngs,
     ):
-        """Draws the sixteen layers."""
-        if variant not in ("C", "D"):
-            raise ValueError(f"VGG16: variant={variant!r}; choose 'C' or 'D'.")
+        """Draws the fifteen or sixteen layers."""
+        if variant not in ("C", "D", "like"):
+            raise ValueError(f"VGG16: variant={variant!r}; choose 'C', 'D' or 'like'.")
         *sizes, channels = in_shape
         for block, widths in enumerate(BLOCKS, 1):
             for layer, width in enumerate(widths, 1):
                 window = 1 if variant == "C" and layer == 3 else 3
-                conv = _conv(channels, width, window, init, rngs)
-                setattr(self, f"conv{block}_{layer}", conv)
-                setattr(self, f"norm{block}_{layer}", _norm(width, rngs))
+                # A padding of 1 also where the window is 1 x 1, see above.
+                made = conv(channels, width, window, padding=1, init=init, rngs=rngs)
+                setattr(self, f"conv{block}_{layer}", made)
+                setattr(self, f"norm{block}_{layer}", norm(width, rngs))
                 channels = width
                 sizes = [size + 3 - window for size in sizes]
             sizes = [size // 2 for size in sizes]
@@ -111,11 +87,15 @@ class VGG16(nnx.Module):
                 f"VGG16: in_shape={in_shape} leaves no pixel after five poolings; use "
                 "images of at least 32 x 32."
             )
-        self.fc1 = _dense(math.prod(sizes) * channels, _HIDDEN, init, rngs)
-        self.norm_fc1 = _norm(_HIDDEN, rngs)
-        self.fc2 = _dense(_HIDDEN, _HIDDEN, init, rngs)
-        self.norm_fc2 = _norm(_HIDDEN, rngs)
-        self.fc3 = _dense(_HIDDEN, classes, init, rngs)
+        features = math.prod(sizes) * channels
+        self.hidden = 1 if variant == "like" else 2
+        for layer in range(1, self.hidden + 1):
+            made = dense(features, _HIDDEN, init=init, rngs=rngs)
+            setattr(self, f"fc{layer}", made)
+            setattr(self, f"norm_fc{layer}", norm(_HIDDEN, rngs))
+            features = _HIDDEN
+        last = dense(features, classes, init=init, rngs=rngs)
+        setattr(self, f"fc{self.hidden + 1}", last)
 
     def __call__(
         self, images: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -125,11 +105,12 @@ class VGG16(nnx.Module):
         x = images
         for block, widths in enumerate(BLOCKS, 1):
             for layer in range(1, len(widths) + 1):
-                conv = getattr(self, f"conv{block}_{layer}")
-                norm = getattr(self, f"norm{block}_{layer}")
-                x = nnx.relu(norm(conv(x), use_running_average=not train))
+                x = getattr(self, f"conv{block}_{layer}")(x)
+                normalise = getattr(self, f"norm{block}_{layer}")
+                x = nnx.relu(normalise(x, use_running_average=not train))
             x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
-        x = self.norm_fc1(nnx.relu(self.fc1(x)), use_running_average=not train)
-        x = self.norm_fc2(nnx.relu(self.fc2(x)), use_running_average=not train)
-        return self.fc3(x)
+        for layer in range(1, self.hidden + 1):
+            x = nnx.relu(getattr(self, f"fc{layer}")(x))
+            x = getattr(self, f"norm_fc{layer}")(x, use_running_average=not train)
+        return getattr(self, f"fc{self.hidden + 1}")(x)

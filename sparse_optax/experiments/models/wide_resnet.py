@@ -10,33 +10,8 @@ References:
 import jax
 from flax import nnx
 
-from sparse_optax.experiments.models import lenet
-from sparse_optax.experiments.models.convolution import convolution
-
-_he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def _conv(
-    inputs: int, outputs: int, window: int, stride: int, init: str, rngs: nnx.Rngs
-) -> nnx.Conv:
-    start = lenet.initializers(init, window**2 * inputs)
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (window, window),
-        strides=stride,
-        # "SAME" would shift the windows where the stride is 2.
-        padding=window // 2,
-        use_bias=False,
-        conv_general_dilated=convolution,
-        kernel_init=_he_normal if init == "torch" else start.kernel_init,
-        rngs=rngs,
-    )
-
-
-def _norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    # PyTorch's momentum of 0.1 weighs the new value, this one the old.
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
+from sparse_optax.experiments.models.parts import classifier, norm
+from sparse_optax.experiments.models.parts import plain_conv as conv
 
 
 class Block(nnx.Module):
@@ -65,14 +40,16 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Draws the two or three convolutions."""
-        self.norm1 = _norm(inputs, rngs)
-        self.conv1 = _conv(inputs, outputs, 3, stride, init, rngs)
-        self.norm2 = _norm(outputs, rngs)
+        self.norm1 = norm(inputs, rngs)
+        self.conv1 = conv(inputs, outputs, 3, stride=stride, init=init, rngs=rngs)
+        self.norm2 = norm(outputs, rngs)
         self.dropout = nnx.Dropout(dropout)
-        self.conv2 = _conv(outputs, outputs, 3, 1, init, rngs)
+        self.conv2 = conv(outputs, outputs, 3, init=init, rngs=rngs)
         self.changes = inputs != outputs
         if self.changes:
-            self.shortcut = _conv(inputs, outputs, 1, stride, init, rngs)
+            self.shortcut = conv(
+                inputs, outputs, 1, stride=stride, init=init, rngs=rngs
+            )
 
     def __call__(
         self, x: jax.Array, *, train: bool, key: jax.Array | None
@@ -92,7 +69,8 @@ class WideResNet(nnx.Module):
     A 3 x 3 convolution to 16 channels; three groups of (depth - 4) / 6 blocks with
     16, 32 and 64 times ``factor`` channels, of which the second and the third halve
     the image; batch norm, ReLU, the mean over the image and one dense layer. On CIFAR
-    WRN-28-2 has 1,463,984 weights, WRN-16-8 10,954,160 and WRN-16-10 17,107,632.
+    WRN-28-2 has 1,463,984 weights, WRN-16-8 10,954,160, WRN-16-10 17,107,632 and
+    WRN-22-8 17,147,312.
 
     Args:
       in_shape: shape of one image, (h, w, c); 32 x 32 x 3 for CIFAR, where the mean
@@ -146,7 +124,7 @@ class WideResNet(nnx.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"WideResNet: dropout={dropout} must be in [0, 1).")
         self.drops = dropout > 0
-        self.conv = _conv(in_shape[-1], 16, 3, 1, init, rngs)
+        self.conv = conv(in_shape[-1], 16, 3, init=init, rngs=rngs)
         names = []
         width = 16
         for group in (1, 2, 3):
@@ -165,9 +143,8 @@ class WideResNet(nnx.Module):
                 names.append(name)
                 width = outputs
         self.blocks = tuple(names)
-        self.norm = _norm(width, rngs)
-        start = lenet.initializers(init, width)
-        self.fc = nnx.Linear(width, classes, kernel_init=start.kernel_init, rngs=rngs)
+        self.norm = norm(width, rngs)
+        self.fc = classifier(width, classes, init=init, rngs=rngs)
 
     def __call__(
         self, images: jax.Array, *, train: bool, key: jax.Array | None = None
