@@ -9,6 +9,7 @@ References:
 """
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -58,10 +59,8 @@ class AlexNet(nnx.Module):
         """Draws the eight layers."""
         *sizes, channels = in_shape
         for layer, (width, window, padding) in enumerate(CONVS, 1):
-            made = conv(
-                *(channels, width, window),
-                **dict(stride=2, padding=padding, init=init, rngs=rngs),
-            )
+            options: dict[str, Any] = dict(padding=padding, init=init, rngs=rngs)
+            made = conv(channels, width, window, stride=2, **options)
             setattr(self, f"conv{layer}", made)
             setattr(self, f"norm{layer}", norm(width, rngs))
             channels = width
@@ -89,6 +88,8 @@ class AlexNet(nnx.Module):
             normalise = getattr(self, f"norm{layer}")
             x = nnx.relu(normalise(x, use_running_average=not train))
         x = x.reshape(x.shape[0], -1)
-        x = nnx.relu(self.norm_fc1(self.fc1(x), use_running_average=not train))
-        x = nnx.relu(self.norm_fc2(self.fc2(x), use_running_average=not train))
+        for layer in (1, 2):
+            x = getattr(self, f"fc{layer}")(x)
+            normalise = getattr(self, f"norm_fc{layer}")
+            x = nnx.relu(normalise(x, use_running_average=not train))
         return self.fc3(x)

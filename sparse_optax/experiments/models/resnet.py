@@ -8,6 +8,7 @@ References:
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparse_optax.experiments.models.parts import classifier, norm, plain_conv
@@ -190,8 +191,10 @@ class ResNet50(nnx.Module):
         """Logits of shape (b, classes); ``train`` normalises by the batch."""
         del key  # there is no dropout
         x = nnx.relu(self.norm(self.conv(images), use_running_average=not train))
-        # Windows overlap, so that the fast form of max pooling does not serve.
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        # Windows overlap, so that the fast form of max pooling does not serve. Behind a
+        # ReLU a border of zeros changes no maximum.
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2))
         for name in self.blocks:
             x = getattr(self, name)(x, train=train)
         return self.fc(x.mean((1, 2)))
