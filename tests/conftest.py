@@ -62,6 +62,41 @@ def data_dir() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+# --- figures of the random tests ------------------------------------------------------
+FIGURES = collections.Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--figures",
+        metavar="FILE",
+        help="with -m fuzz: put the number of cases between the marks of this file",
+    )
+
+
+@pytest.fixture
+def figures() -> collections.Counter:
+    """Counts the cases of random tests, by what they try."""
+    return FIGURES
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Writes the figures where all tests have passed."""
+    path = session.config.getoption("--figures")
+    if not path or exitstatus or hasattr(session.config, "workerinput"):
+        return
+    start, end = "<!-- cases -->\n", "<!-- end of cases -->"
+    file = pathlib.Path(path)
+    before, _, rest = file.read_text().partition(start)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise pytest.UsageError(f"{path} does not hold the marks {start}{end}")
+    versions = (f"{x} {importlib.metadata.version(x)}" for x in ("jax", "optax"))
+    rows = [f"| {what} | {number:,} |" for what, number in sorted(FIGURES.items())]
+    table = "\n".join([f"| {', '.join(versions)} | cases |", "|---|---:|", *rows])
+    file.write_text(f"{before}{start}{table}\n{end}{after}")
+
+
 # --- what the default run leaves out --------------------------------------------------
 # `pytest -m exhaustive` runs the rest, and CI runs both. Left out are tests that start
 # processes or train for long, and of tables whose rows each compile a program of their
