@@ -290,6 +290,7 @@ def test_ac_dc(period, begin, stop, reset):
         update_period=period,
         update_start=begin,
         update_stop=stop,
+        prune=regrowth.prune.magnitude,
         reset_moments=reset,
     )
     params, grads, weights, step_grads = start(16)
@@ -302,6 +303,24 @@ def test_ac_dc(period, begin, stop, reset):
     assert seen[:first] == [list(SIZES)] * first
     assert seen[-1] == final
     assert all(c in (final, list(SIZES)) for c in seen)
+
+
+def test_ac_dc_prunes_the_whole_network_by_default():
+    """At the start of a sparse phase the largest weights of all layers stay."""
+    tx = sparse_optax.ac_dc(SGD, density=0.2, update_period=3, update_stop=10)
+    params, grads, *_ = start(9)
+    counts = []
+    before = kernels(params)
+    for t, (after, state) in enumerate(run(tx, params, grads)):
+        if t == 3:  # the first cycle: the weights handed in are those of step 2
+            sizes = np.concatenate([np.abs(w).ravel() for w in before])
+            cut = np.sort(sizes)[-10]
+            for w, m in zip(before, kept(state), strict=True):
+                np.testing.assert_array_equal(m, np.abs(w) >= cut)
+            counts = [int(m.sum()) for m in kept(state)]
+        before = kernels(after)
+    assert sum(counts) == 10
+    assert counts != [6, 4]
 
 
 # --- network surgery, straight-through ------------------------------------------------
@@ -477,6 +496,39 @@ def test_straight_through_magnitude(moving):
         oracles.train_hidden(weights, dense(), step_grads, new, lr=LR, beta=BETA),
     )
     assert seen[-1] == [6, 4]
+
+
+@pytest.mark.parametrize("method", ["straight", "surgery", "kast"])
+def test_choosing_at_every_update_where_layers_are_stacked(method):
+    """A stack, along its last axis, and the same layers as leaves of their own."""
+    made = {
+        "straight": sparse_optax.straight_through_magnitude,
+        "surgery": functools.partial(sparse_optax.network_surgery, gamma=0.1),
+        "kast": functools.partial(sparse_optax.top_kast, backward_density=0.6),
+    }[method]
+    rng = np.random.default_rng(0)
+    # Coarse values, so that many weights are equal.
+    values = np.round(2 * rng.standard_normal((12, 6, 5, 3))) / 2
+    grads = np.asarray(values[1:], np.float32)
+    together = {"w": jnp.asarray(values[0], jnp.float32)}
+    apart = {str(i): together["w"][..., i] for i in range(3)}
+    one, many = made(SGD, density=0.3, stacked={"w": 2}), made(SGD, density=0.3)
+    first, second = one.init(together), many.init(apart)
+    seen = set()
+    for g in grads:
+        pieces = {str(i): g[..., i] for i in range(3)}
+        updates, first = jax.jit(one.update)({"w": g}, first, together)
+        together = optax.apply_updates(together, updates)
+        updates, second = jax.jit(many.update)(pieces, second, apart)
+        apart = optax.apply_updates(apart, updates)
+        mask = np.asarray(sparse_optax.get_masks(first)["w"])
+        for i in range(3):
+            np.testing.assert_array_equal(together["w"][..., i], apart[str(i)])
+            np.testing.assert_array_equal(
+                mask[..., i], sparse_optax.get_masks(second)[str(i)]
+            )
+        seen.add(mask.tobytes())
+    assert len(seen) > 5
 
 
 # --- Top-KAST -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sparse_optax.regrowth import grow, prune, redistribute
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():
-    run_on_eight_devices(__file__, passed=4)
+    run_on_eight_devices(__file__, passed=10)
 
 
 SPECS = P("x", "y"), P("x", None, "y")
@@ -92,3 +92,39 @@ def test_deep_rewiring_on_a_mesh(kind):
     assert_same_bits(got, exact)
     for a, b in zip(sharded, weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+HIDDEN = {
+    "straight_through_magnitude": {},
+    "network_surgery": {"gamma": 0.5},
+    "top_kast": {"backward_density": 0.6, "penalty": 0.0},
+}
+
+
+@on_eight
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("method", HIDDEN)
+def test_choosing_at_every_update_on_a_mesh(method, kind):
+    """Steps of a power of two, so that the weights are exact; masks with many ties."""
+    options = {"density": 0.3, "stacked": {"1": 0}, **HIDDEN[method]}
+    tx = getattr(sparse_optax, method)(optax.sgd(0.5), **options)
+    grads = [[jnp.round(2 * x) / 4 for x in _arrays(seed)] for seed in range(1, 7)]
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(place):
+        params = place([jnp.round(2 * x) / 4 for x in _arrays(0)])
+        state, masks = tx.init(params), []
+        for g in grads:
+            params, state = step(params, state, place(g))
+            masks.append(sparse_optax.get_masks(state))
+        return params, masks
+
+    mesh = mesh_of(kind)
+    params, masks = train(lambda tree: tree)
+    on_mesh = train(lambda tree: placed(tree, mesh, list(SPECS)))
+    assert_same_bits(on_mesh, (params, masks))
+    assert len({np.asarray(m[0]).tobytes() for m in masks}) > 3

@@ -521,6 +521,54 @@ def test_zeros_may_be_left_out(k, guess):
 # --- score functions ------------------------------------------------------------------
 
 
+DRIFT = "still", "small", "zero", "jump", "equal", "nan"
+
+
+@jax.jit
+def follow_and_search(tree, k, near):
+    found = selection.follow(tree, k, near, score=jnp.abs)
+    return found, selection.top_k_mask(tree, k, score=jnp.abs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_search_from_where_the_last_one_ended(seed, dtype):
+    """Pools of every kind, whose thresholds drift, jump, tie, vanish and return."""
+    rng = np.random.default_rng(seed)
+    shapes, k = [(30, 20), (7,), (4, 25)], [117, 3, jnp.array([0, 25, 9, 1])]
+    arrays = [rng.standard_normal(s) for s in shapes]
+    near = selection.nowhere([jnp.zeros(s, dtype) for s in shapes], 6)
+    tied = set()
+    for step in range(24):
+        kind = "small" if step < 2 else rng.choice(DRIFT)
+        move = [rng.standard_normal(s) for s in shapes]
+        if kind == "small":
+            arrays = [x + 0.01 * y for x, y in zip(arrays, move, strict=True)]
+        elif kind == "zero":
+            arrays = [np.zeros(s) for s in shapes]
+        elif kind == "jump":
+            arrays = [y * 10.0 ** rng.integers(-38, 38) for y in move]
+        elif kind == "equal":
+            arrays = [np.round(y) for y in move]
+        elif kind == "nan":
+            arrays = [
+                np.where(y > 1, np.nan, x) for x, y in zip(arrays, move, strict=True)
+            ]
+        tree = [jnp.asarray(x, dtype) for x in arrays]
+        (masks, near, equal), searched = follow_and_search(tree, k, near)
+        jax.tree.map(np.testing.assert_array_equal, masks, searched)
+        sizes = [np.asarray(jnp.abs(x).astype(jnp.float32)) for x in tree]
+        rows = [sizes[0], sizes[1], *sizes[2]]
+        counts = [117, 3, 0, 25, 9, 1]
+        among = []
+        for row, n in zip(rows, counts, strict=True):
+            ranked = np.sort(np.nan_to_num(row.ravel(), nan=np.inf))[::-1]
+            among.append(0 < n < row.size and ranked[n - 1] == ranked[n])
+        assert bool(equal) == any(among)
+        tied.add(any(among))
+    assert tied == {False, True}
+
+
 def saliency(gradient, weight):
     assert gradient.dtype == weight.dtype == jnp.float32
     return jnp.abs(gradient * weight)

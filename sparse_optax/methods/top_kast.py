@@ -52,8 +52,9 @@ def top_kast(
       inner: The wrapped optimizer.
       density: D, the fraction kept per layer, in (0, 1], or a budget; None for N:M.
       backward_density: D + M, the fraction that trains, at least D in every layer;
-        rounded down in each group of N:M.
-      penalty: :math:`\lambda` of the exploration loss
+        rounded down in each group of N:M. The paper studies several for each D; in
+        tables here it is twice D, a choice.
+      penalty: :math:`\lambda`, on top of the weight decay of ``inner``, of the loss
         :math:`\frac{\lambda}{2} (\sum_A w^2 + \frac{1}{D} \sum_{B \setminus A} w^2)`.
       update_period: Updates between two choices of A.
       update_stop: A stays from this many updates on; None never stops.
@@ -95,6 +96,7 @@ def top_kast(
         density,
         backward_density,
         penalty=penalty,
+        where=where,
         stacked=stacked,
         pattern=pattern_of(pattern),
     )

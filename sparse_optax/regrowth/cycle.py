@@ -96,6 +96,8 @@ def cycle(
         states = init_rules(rules, evidence.params, before)
     prune_state, share_state, grow_state = states
     evidence, ok = _counted(evidence, prune_rate, target)
+    if prune.whole:
+        return _at_once(evidence, prune, states, jnp.logical_and(ok, enabled), ok)
 
     # Prune active weights only. Most redistribution rules see the masks before that.
     shares = None
@@ -130,6 +132,37 @@ def cycle(
         ok=ok,
         states=if_ok((prune_state, share_state, grow_state), states),
     )
+
+
+def _at_once(
+    evidence: Evidence, prune: Rule, states: Any, go: jax.Array, ok: jax.Array
+) -> Cycle:
+    """A cycle of a rule that returns the masks after it."""
+    before = evidence.masks
+    new, state = prune.apply(_keyed(evidence, 0), states[0])
+    kept = tuple(map(jnp.logical_and, before, new))
+    none = jnp.zeros_like(evidence.active)
+    staying = number = none
+    if before:
+        pairs = list(zip(new, before, strict=True))
+        counts = tally_layers(pairs, evidence.layer_axes, _all_and_stayed)
+        number, staying = (x.astype(jnp.int32) for x in counts)
+
+    def if_ok(after: Any, otherwise: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(go, a, b), after, otherwise)
+
+    return Cycle(
+        masks=if_ok(new, before),
+        kept=if_ok(kept, before),
+        removed=if_ok(evidence.active - staying, none),
+        grown=if_ok(number - staying, none),
+        ok=ok,
+        states=if_ok((state, *states[1:]), states),
+    )
+
+
+def _all_and_stayed(mask: jax.Array, before: jax.Array) -> tuple[jax.Array, ...]:
+    return mask, jnp.logical_and(mask, before)
 
 
 def _keyed(evidence: Evidence, rule: int) -> Evidence:

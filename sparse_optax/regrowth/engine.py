@@ -301,7 +301,7 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     jax.eval_shape(method.rate_at, jax.ShapeDtypeStruct((), jnp.int32))
     layers, kept = first_masks(method, params, seed)
     leaves = layers.pick(params)
-    rules = rules_under(layers, method.rules, method.ramp is not None)
+    rules = _rules(method, layers)
     inner_state = method.inner_tx.init(params)
     check_inner(method, inner_state)
     if _restart(method, layers, inner_state, params) and method.inner is not None:
@@ -332,6 +332,11 @@ def _init(method: Method, params: PyTree) -> RegrowState:
             method.freeze, method.within, layers, params, method.packed
         ),
     )
+
+
+def _rules(method: Method, layers: Layers) -> tuple[Rule, Rule, Rule]:
+    """The rules of a cycle, as they fit the layers."""
+    return rules_under(layers, method.rules, method.ramp is not None, method.hidden)
 
 
 def _ramp_at_start(method: Method, layers: Layers, params: PyTree) -> jax.Array:
@@ -461,7 +466,7 @@ def _perhaps_cycle(
         restart = _restart(method, layers, inner_state, params)
         how = _How(
             layers,
-            rules_under(layers, method.rules, method.ramp is not None),
+            _rules(method, layers),
             cut=None if seen.cut is None else cut_rules(method.prune, layers),
             idle=method.inner is None,
             stays=method.hidden or method.regrown == "value",
@@ -807,8 +812,9 @@ def _open_cycle(operands: _Operands, how: _How):
         result = lax.cond(is_dense(evidence), cut_now, exchange)
 
     # The barrier stores the masks; recomputing them would double the kernels.
+    kept_masks = () if how.stays else layers.spread(result.kept)
     new_masks, kept_masks = lax.optimization_barrier(
-        (layers.spread(result.masks), layers.spread(result.kept))
+        (layers.spread(result.masks), kept_masks)
     )
     moves = new_masks
     if not how.stays:

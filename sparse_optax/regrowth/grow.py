@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sparse_optax import checks, selection
 from sparse_optax.checks import boundary
 from sparse_optax.layers import layer_sizes
-from sparse_optax.masks.make import top_of_layers
+from sparse_optax.masks.make import follow_layers, top_of_layers
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.prune import check_spread, thresholds
 from sparse_optax.regrowth.redistribute import mean_magnitudes
@@ -98,20 +98,51 @@ def _elsewhere(bits: jax.Array, mask: jax.Array, before: jax.Array) -> jax.Array
 
 
 def _by_chance(evidence: Evidence, rule: str) -> list[tuple[jax.Array, ...]]:
-    before, bits = evidence.need("before", rule), evidence.random_bits(rule)
+    before, bits = evidence.need("before", rule), evidence.hashed_bits(rule)
     return list(zip(bits, evidence.masks, before, strict=True))
 
 
+def _expected(evidence: Evidence, counts: jax.Array, room: jax.Array) -> selection.Near:
+    """Where the search for the ``counts`` highest of ``room`` uniform scores ends, give
+    or take two standard deviations.
+    """
+    room = jnp.maximum(room, 1).astype(jnp.float32)
+    share = jnp.clip(counts.astype(jnp.float32) / room, 0, 1)
+    spread = 2 * jnp.sqrt(share * (1 - share) / room) + 2 / room
+    # Scores of missing weights have the top bit: their keys are not negative.
+    half = np.nextafter(np.float32(2**31), np.float32(0))
+    return selection.Near(
+        ((1 - share) * half).astype(jnp.int32), (spread * half).astype(jnp.uint32)
+    )
+
+
+def _at_random(
+    evidence: Evidence, arrays: Any, score: Any, room: jax.Array, rule: str
+) -> tuple[jax.Array, ...]:
+    """The highest random scores, ``counts`` in each layer."""
+    counts = jnp.asarray(evidence.need("counts", rule))
+    near = _expected(evidence, counts, room)
+    found = follow_layers(arrays, counts, evidence.layer_axes, score, near)
+    return tuple(found[0])
+
+
 def _random(evidence: Evidence) -> tuple[jax.Array, ...]:
-    pairs = _with_masks(evidence, evidence.random_bits("grow.random"))
-    counts = evidence.need("counts", "grow.random")
-    return evidence.select(pairs, counts, _missing_random)
+    if not evidence.masks:
+        return ()
+    pairs = _with_masks(evidence, evidence.hashed_bits("grow.random"))
+    room = evidence.count([jnp.logical_not(m) for m in evidence.masks])
+    return _at_random(evidence, pairs, _missing_random, room, "grow.random")
 
 
 def _random_elsewhere(evidence: Evidence) -> tuple[jax.Array, ...]:
-    arrays = _by_chance(evidence, "grow.random_elsewhere")
-    counts = evidence.need("counts", "grow.random_elsewhere")
-    return evidence.select(arrays, counts, _elsewhere)
+    if not evidence.masks:
+        return ()
+    arrays, rule = (
+        _by_chance(evidence, "grow.random_elsewhere"),
+        "grow.random_elsewhere",
+    )
+    missing = [jnp.logical_not(jnp.logical_or(m, b)) for _, m, b in arrays]
+    return _at_random(evidence, arrays, _elsewhere, evidence.count(missing), rule)
 
 
 #: Grows, in each layer, missing weights uniformly at random, an exact number.

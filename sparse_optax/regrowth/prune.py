@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sparse_optax import checks, selection
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.masks.make import top_of_layers
+from sparse_optax.masks.make import follow_layers
 from sparse_optax.regrowth import allocate
+from sparse_optax.regrowth.at_once import outranked_at_once
 from sparse_optax.regrowth.rules import (
     Evidence,
     PerWeight,
@@ -70,7 +72,8 @@ def _two_sided(evidence: Evidence) -> tuple[jax.Array, ...]:
     number = layer_counts(sides, axes)
     left = number - _lost_to_ramp(evidence, number)
     stay = left - allocate.floor_fraction(rate, left)
-    kept = top_of_layers(pools, stay, axes, active_magnitude)
+    near = selection.nowhere([w for w, _ in pools], len(stay))
+    kept = follow_layers(pools, stay, axes, active_magnitude, near, positive=False)[0]
     return tuple(map(jnp.logical_or, kept[: len(pairs)], kept[len(pairs) :]))
 
 
@@ -163,25 +166,37 @@ def _is_zero(weight: jax.Array, mask: jax.Array) -> tuple[jax.Array]:
 def _zeros(evidence: Evidence, *, pool: bool) -> tuple[jax.Array, ...]:
     if not evidence.masks:
         return ()
-    active = evidence.need("active", "prune.zeros")
-    bits, pairs = evidence.random_bits("prune.zeros"), _pairs(evidence)
+    active, pairs = evidence.need("active", "prune.zeros"), _pairs(evidence)
     (zeros,) = tally_layers(pairs, evidence.layer_axes, _is_zero)
     room = evidence.places - active
-    columns = [(w, m, b) for (w, m), b in zip(pairs, bits, strict=True)]
     if pool:
-        lost = uint64.min64(uint64.sum64(zeros), allocate.signed_sum(room))
-        stay = uint64.sub64(allocate.signed_sum(active), lost)
-        kept = tuple(selection.top_k_mask(columns, stay, score=_zero_last))
-        if not _has_ramp(evidence):
-            return kept
-        # The ramp takes the rest, the smallest of all.
-        left = evidence.count(kept)
-        above = jnp.maximum(left - evidence.target, 0)
-        return _global_magnitude(
-            evidence._replace(masks=kept, active=left, counts=above)
+        fits = jnp.logical_not(
+            uint64.less64(allocate.signed_sum(room), uint64.sum64(zeros))
         )
-    stay = active - jnp.minimum(zeros.astype(jnp.int32), room)
-    return evidence.select(columns, stay, _zero_last)
+    else:
+        fits = jnp.all(zeros.astype(jnp.int32) <= room)
+
+    def all_go() -> tuple[jax.Array, ...]:
+        return tuple(jnp.logical_and(m, w != 0) for w, m in pairs)
+
+    def some_go() -> tuple[jax.Array, ...]:
+        bits = evidence.random_bits("prune.zeros")
+        columns = [(w, m, b) for (w, m), b in zip(pairs, bits, strict=True)]
+        if pool:
+            lost = uint64.min64(uint64.sum64(zeros), allocate.signed_sum(room))
+            stay = uint64.sub64(allocate.signed_sum(active), lost)
+            return tuple(selection.top_k_mask(columns, stay, score=_zero_last))
+        stay = active - jnp.minimum(zeros.astype(jnp.int32), room)
+        return evidence.select(columns, stay, _zero_last)
+
+    # Random numbers only where not all zeros may go.
+    kept = lax.cond(fits, all_go, some_go)
+    if not pool or not _has_ramp(evidence):
+        return kept
+    # The ramp takes the rest, the smallest of all.
+    left = evidence.count(kept)
+    above = jnp.maximum(left - evidence.target, 0)
+    return _global_magnitude(evidence._replace(masks=kept, active=left, counts=above))
 
 
 #: Removes active weights that are exactly zero, in each layer at most as many as it has
@@ -353,7 +368,12 @@ def _outranked(ratio: float, gamma: float, power: float) -> Rule:
         pairs = zip(chosen, evidence.masks, strict=True)
         return tuple(jnp.logical_and(c, m) for c, m in pairs)
 
-    return stateless(stay, covers=True)
+    def at_once(prune: Rule, grow: Rule, axes: Any, moving: bool) -> Rule:
+        return outranked_at_once(
+            prune, grow, axes, moving, ratio=ratio, gamma=gamma, power=power
+        )
+
+    return stateless(stay, covers=True)._replace(at_once=at_once)
 
 
 @boundary("prune.below_spread")

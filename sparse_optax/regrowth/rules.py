@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import layer_sizes, split_layers
-from sparse_optax.masks.make import random_scores, top_of_layers
+from sparse_optax.masks.make import hashed_scores, random_scores, top_of_layers
 from sparse_optax.selection.tally import all_true, tally
 
 _CURES = {
@@ -118,6 +118,12 @@ class Evidence(NamedTuple):
         names = self.names or tuple(str(i) for i in range(len(self.masks)))
         return random_scores(key, names, self.masks)
 
+    def hashed_bits(self, rule: str) -> list[jax.Array]:
+        """Uniform uint32 bits that cost less, for rules of every update."""
+        key = self.need("key", rule)
+        names = self.names or tuple(str(i) for i in range(len(self.masks)))
+        return hashed_scores(key, names, self.masks)
+
 
 class Rule(NamedTuple):
     """One rule: two functions, in a tuple.
@@ -143,6 +149,11 @@ class Rule(NamedTuple):
         leaves more than all targets together, the smallest go, layer by layer.
       by_share: Whether a prune rule that is not exact takes the prune rate's fraction
         of each layer. Under N:M it then sees whole layers, not groups.
+      at_once: Of a prune rule, ``at_once(prune, grow, axes, moving) -> Rule``: a
+        ``whole`` rule that stands for it and ``grow.magnitude`` together, where weights
+        are hidden and nothing is redistributed; or None.
+      whole: Whether a prune rule returns the masks after the cycle, with
+        ``sum(target)`` weights. The other rules are then not asked.
     """
 
     init: Callable[..., Any]
@@ -153,6 +164,8 @@ class Rule(NamedTuple):
     pooled: bool = False
     covers: bool = False
     by_share: bool = False
+    at_once: Callable[..., "Rule"] | None = None
+    whole: bool = False
 
 
 class PerWeight(NamedTuple):

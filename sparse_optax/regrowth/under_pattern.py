@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import Layers
 from sparse_optax.regrowth import allocate, redistribute
+from sparse_optax.regrowth import grow as grow_rules
 from sparse_optax.regrowth.rules import Rule, layer_counts
 
 Rules = tuple[Rule, Rule, Rule]
@@ -15,12 +16,19 @@ Rules = tuple[Rule, Rule, Rule]
 
 # Cached: rules are static arguments of the compiled cycle.
 @functools.lru_cache
-def rules_under(layers: Layers, rules: Rules, moving: bool = False) -> Rules:
+def rules_under(
+    layers: Layers, rules: Rules, moving: bool = False, hidden: bool = False
+) -> Rules:
     """Rules that keep the number of weights; ``moving`` says that there is a ramp. If
-    units differ in size, and with N:M, nothing is redistributed.
+    units differ in size, and with N:M, nothing is redistributed. With ``hidden``
+    weights one rule may find the masks at once.
     """
-    prune, _, grow = rules
+    prune, shares, grow = rules
     pattern, fixed = layers.pattern, layers.pattern.density is not None
+    alike = grow is grow_rules.magnitude and shares is redistribute.none
+    if hidden and not fixed and alike and prune.at_once is not None:
+        whole = prune.at_once(prune, grow, layers.units.axes, moving)
+        return whole, shares, grow
     if len(set(layers.unit_sizes)) < 2 and not fixed:
         return rules
     if prune.pooled:

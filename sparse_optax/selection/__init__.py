@@ -21,10 +21,11 @@ on several devices plain sums count, which is slower on CPU; a program without a
 arguments, such as a jitted ``init`` of which only shapes are read, shows the
 partitioner no mesh, and leaves are gathered first, with the same result.
 
-- ``topk``: ``top_k_mask``, ``kth_largest``, ``select``, ``top_of_rows``.
+- ``topk``: ``top_k_mask``, ``kth_largest``, ``select``, ``follow``, ``top_of_rows``.
 - ``problem``, ``plan``: what was asked for: arguments, leaves, cells and pools.
 - ``keys``: scores as integers of the same order.
 - ``cut``, ``bracket``: the search for the threshold and for ties at it.
+- ``follow``: the same search from where the last one ended.
 - ``passes``, ``tally``: one counting pass over the leaves; integer statistics.
 - ``leaf``: what a pass computes on one leaf, whichever it is.
 - ``compilation``: what keeps programs over many leaves quick to compile.
@@ -32,8 +33,11 @@ partitioner no mesh, and leaves are gathered first, with the same result.
 - ``uint64``: counts past 2^32 as pairs of uint32.
 """
 
+from sparse_optax.selection.follow import Near as Near
 from sparse_optax.selection.topk import Selection as Selection
+from sparse_optax.selection.topk import follow as follow
 from sparse_optax.selection.topk import kth_largest as kth_largest
+from sparse_optax.selection.topk import nowhere as nowhere
 from sparse_optax.selection.topk import select as select
 from sparse_optax.selection.topk import top_k_mask as top_k_mask
 from sparse_optax.selection.topk import top_of_rows as top_of_rows

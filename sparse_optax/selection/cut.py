@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 from sparse_optax.selection import bracket as loop
-from sparse_optax.selection import uint64
+from sparse_optax.selection import follow, uint64
 from sparse_optax.selection.compilation import entries
+from sparse_optax.selection.follow import Near
 from sparse_optax.selection.keys import Order
 from sparse_optax.selection.leaf import mark_of
 from sparse_optax.selection.passes import Part
@@ -37,13 +38,17 @@ class Cut(NamedTuple):
     its pools (``ends``: each of its cells, if pools are huge). All keys above
     ``threshold``, shape (P,), are kept and none below: it is the bound, or on request
     the smallest key kept (the highest of all if none is). ``counts`` are the weights
-    kept per cell (uint32), an array per leaf; empty unless asked for.
+    kept per cell (uint32), an array per leaf; empty unless asked for. ``near`` is what
+    the next search starts from, if this one started from such, and ``split`` whether
+    any pool is cut among equal keys.
     """
 
     bound: tuple[jax.Array, ...]
     ends: tuple[jax.Array, ...]
     threshold: jax.Array
     counts: tuple[jax.Array, ...]
+    near: Any = ()
+    split: Any = ()
 
 
 def probe_count(plan: Plan) -> int:
@@ -53,10 +58,13 @@ def probe_count(plan: Plan) -> int:
     return 7 if plan.pools == 1 and sum(plan.pool_sizes) >= 2**22 else 5
 
 
-def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
+def find(part: Part, limit: uint64.Pair, guess: jax.Array | Near | None) -> Cut:
     """Finds the cut that keeps the longest prefix of each pool within its limit. A
     pool is ordered by key, highest first, then by leaf and position. This runs on each
     device for its part; all devices find the same cut.
+
+    A guess is a key for each pool, or what the last search left: totals then have one
+    word, and all weights the cost 1.
     """
     plan, values = part.plan, _Values(part.plan.order)
     count = probe_count(plan)
@@ -76,7 +84,9 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
         none = part.varying(jnp.zeros((plan.cells,), jnp.uint32))
         bracket = bracket._replace(cells=none)
 
-    if guess is not None:
+    if isinstance(guess, Near):
+        probes = bracket.low[:, None]  # the search has its own
+    elif guess is not None:
         probes = values.around(guess, count)
     elif _worth_sampling(plan):
         probes = _sampled(part, room, bracket, count)
@@ -98,8 +108,25 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
 
     # A weight without cost may come after the budget is used up.
     spare = 0 if all(plan.costs) else None
-    bend = values.bend
-    if 1 < plan.pools == plan.cells and _unit(plan) and not plan.huge:
+    bend, near, split = values.bend, (), ()
+    if isinstance(guess, Near):
+        bracket, width = follow.search(
+            weigh,
+            bracket,
+            room,
+            values.of_keys(guess.bound),
+            guess.width,
+            count=count,
+            bend=bend,
+            octave=plan.order.octave,
+        )
+        bound = values.to_keys(bracket.high)
+        # A pool of which all is kept has no threshold.
+        near = Near(lax.select(whole, guess.bound, bound), width)
+        ends, kept = _early(part, bound, bracket, left(bracket), whole, spare)
+        cut_in_two = jnp.logical_not(whole) & _some(loop.subtract(room, bracket.above))
+        split = jnp.any(cut_in_two)
+    elif 1 < plan.pools == plan.cells and _unit(plan) and not plan.huge:
         # If everything fits, the first value below all weights ends the search.
         bracket = bracket._replace(high=low + values.span)
         bracket, ends, kept = _search_together(
@@ -123,7 +150,7 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
         counts = tuple(entries(counts, mark.cell, leaf.cells) for leaf, mark in marks)
     threshold = _least(part, bound, kept > 0) if plan.least else bound
     if plan.pools == 1 and not plan.huge:
-        return Cut((bound,), (ends,), threshold, counts)
+        return Cut((bound,), (ends,), threshold, counts, near, split)
     # Sliced here, within the operation that is opaque to the partitioner: outside, it
     # would shard the row that is sliced.
     bounds = [entries(bound, mark.pool, leaf.pools) for leaf, mark in marks]
@@ -131,7 +158,7 @@ def find(part: Part, limit: uint64.Pair, guess: jax.Array | None) -> Cut:
         stops = [entries(ends, mark.cell, leaf.cells) for leaf, mark in marks]
     else:
         stops = [entries(ends, mark.pool, leaf.pools) for leaf, mark in marks]
-    return Cut(tuple(bounds), tuple(stops), threshold, counts)
+    return Cut(tuple(bounds), tuple(stops), threshold, counts, near, split)
 
 
 class _Values(NamedTuple):
@@ -162,10 +189,14 @@ class _Values(NamedTuple):
     def to_keys(self, values: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(values + self.shift, self.order.dtype)
 
+    def of_keys(self, keys: jax.Array) -> jax.Array:
+        """The inverse, within the span."""
+        values = lax.bitcast_convert_type(keys, self.order.unsigned) - self.shift
+        return jnp.minimum(values, self.span)
+
     def around(self, guess: jax.Array, count: int) -> jax.Array:
         """Probes around guessed keys, shape (P, count)."""
-        centre = lax.bitcast_convert_type(guess, self.order.unsigned) - self.shift
-        centre = jnp.minimum(centre, self.span)
+        centre = self.of_keys(guess)
         out = []
         for power in _AROUND[count]:
             step = np.array(abs(power) * self.order.octave, self.order.unsigned)

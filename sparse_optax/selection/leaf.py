@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
     score: Any  # the score function, or None for the leaf itself
     order: Order  # how scores compare
-    skip_zeros: bool  # see `Plan`
+    positive: bool  # whether no score is negative
     many: bool  # see `Plan`
     shape: tuple[int, ...]  # of the part
     split: bool  # whether each slice along axis 0 is a cell
@@ -34,9 +34,7 @@ class Kind(NamedTuple):
 
 def kind_of(plan: Plan, shape, split: bool, strides) -> Kind:
     """The kind of a part of a leaf."""
-    return Kind(
-        plan.score, plan.order, plan.skip_zeros, plan.many, shape, split, strides
-    )
+    return Kind(plan.score, plan.order, plan.positive, plan.many, shape, split, strides)
 
 
 class Mark(NamedTuple):
@@ -77,7 +75,7 @@ def _bits(dtype: Any) -> int:
 def keys_of(kind: Kind | Plan, arrays: Sequence[jax.Array]) -> jax.Array:
     """The keys of one leaf: its scores as integers."""
     score = scores(kind.score, arrays)
-    return key_order.to_key(score, kind.order, positive=kind.skip_zeros)
+    return key_order.to_key(score, kind.order, positive=kind.positive)
 
 
 def kept(keys: jax.Array, level: jax.Array, early: jax.Array, order: Order):

@@ -75,6 +75,7 @@ class Plan(NamedTuple):
     counts: bool = False  # whether the number of weights kept per cell is wanted
     # Scores are not negative; those of zero are kept only if all weights are.
     skip_zeros: bool = False
+    positive: bool = False  # no score is negative, which makes keys cheaper
     # Several comparisons in one reduction, which is fast, or plain sums, which the
     # SPMD partitioner can split.
     many: bool = True

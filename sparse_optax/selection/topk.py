@@ -14,6 +14,7 @@ from sparse_optax.selection import keys as key_order
 from sparse_optax.selection import leaf as one
 from sparse_optax.selection import mesh, passes
 from sparse_optax.selection.cut import find
+from sparse_optax.selection.follow import Near, anywhere
 from sparse_optax.selection.plan import Plan
 from sparse_optax.selection.problem import Problem, prepare
 
@@ -188,7 +189,7 @@ def select(
     flag("skip_zeros", skip_zeros)
     problem = prepare(leaves, k, score, costs, axis_name, guess)
     plan = problem.plan._replace(
-        least=exact_threshold, counts=True, skip_zeros=skip_zeros
+        least=exact_threshold, counts=True, skip_zeros=skip_zeros, positive=skip_zeros
     )
     masks, cut = _found(_select, problem, plan)
     threshold = key_order.from_key(cut.threshold, plan.order)
@@ -203,6 +204,69 @@ def select(
         _thresholds(problem, threshold),
         jax.tree.unflatten(problem.treedef, counts),
     )
+
+
+@boundary("follow")
+def follow(
+    leaves: PyTree, k: Any, near: Near, *, score: Any, positive: bool = True
+) -> tuple[PyTree, Near, jax.Array]:
+    """Masks of the k largest scores, by a search that starts where the last one ended.
+
+    The masks are those of ``top_k_mask``, whatever ``near`` is. It only saves passes
+    over the leaves, where thresholds have moved little since the last search.
+
+    Args:
+      leaves: See ``top_k_mask``.
+      k: How many to select, as for ``top_k_mask``.
+      near: What the last search returned, or ``nowhere``.
+      score: An element-wise function.
+      positive: Whether no score is negative, which makes the passes cheaper.
+
+    Returns:
+      The masks, what the next search starts from, and whether any pool was cut among
+      equal scores.
+
+    Raises:
+      ValueError: As ``top_k_mask``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import selection
+      >>> x, k = [jnp.array([3.0, -1.0, 2.0])], [2]
+      >>> near = selection.nowhere(x, 1)
+      >>> masks, near, among_equal = selection.follow(x, k, near, score=jnp.abs)
+      >>> masks[0].tolist(), bool(among_equal)
+      ([True, False, True], False)
+    """
+    problem = prepare(leaves, k, score, None, None, None)
+    plan, order = problem.plan._replace(positive=positive), problem.plan.order
+    # After arithmetic of a wrapper on states, any number; each is safe.
+    near = Near(near.bound.astype(order.dtype), near.width.astype(order.unsigned))
+    if max(plan.totals) >= 2**32:  # counts need two words: an ordinary search
+        masks, cut = _found(_select, problem._replace(guess=near.bound), plan)
+        return jax.tree.unflatten(problem.treedef, masks), near, jnp.ones([], bool)
+    masks, cut = _found(_select, problem._replace(guess=near), plan)
+    return jax.tree.unflatten(problem.treedef, masks), cut.near, cut.split
+
+
+def nowhere(weights: Sequence[jax.Array], pools: int) -> Near:
+    """What the first search of ``follow`` starts from: any place is safe.
+
+    Args:
+      weights: Arrays of which the scores are magnitudes.
+      pools: In how many pools they are searched.
+
+    Returns:
+      A ``Near``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import selection
+      >>> selection.nowhere([jnp.ones(3)], 1).bound.shape
+      (1,)
+    """
+    wide = any(jnp.finfo(w.dtype).bits == 64 for w in weights)
+    return anywhere(pools, key_order.Order("float64" if wide else "float32"))
 
 
 @boundary("top_of_rows")

@@ -1,14 +1,14 @@
 """A sparse backward pass: moves only the largest weights, for Top-KAST."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_optax import checks
+from sparse_optax import checks, selection
 from sparse_optax.budgets.resolve import (
     check_static,
     counts_of,
@@ -17,10 +17,22 @@ from sparse_optax.budgets.resolve import (
     unit_counts,
 )
 from sparse_optax.checks import unnamed
-from sparse_optax.layers import is_hole
-from sparse_optax.masks.make import Ranking, highest
+from sparse_optax.layers import Layers, Where, is_hole, layers_of
+from sparse_optax.masks.make import follow_layers, top_of_layers
 from sparse_optax.masks.tree import apply, layers_of_masks, unpack
 from sparse_optax.patterns import SINGLE, Pattern
+
+
+class BackwardState(NamedTuple):
+    """State of ``backward_set``.
+
+    Attributes:
+      inner_state: State of the wrapped optimizer.
+      near: Where the last search for B ended, ``()`` with N:M.
+    """
+
+    inner_state: Any
+    near: Any
 
 
 def backward_set(
@@ -29,6 +41,7 @@ def backward_set(
     backward_density: Any,
     *,
     penalty: float,
+    where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     pattern: Pattern = SINGLE,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,8 +53,9 @@ def backward_set(
               \text{ in } B \setminus A, \quad 0 \text{ elsewhere,}
 
     and only the part of its step within B is used. Each update chooses B anew, by one
-    selection per layer. It works inside ``regrow`` with ``hidden=True``, which passes
-    A. ``backward_density`` is at least ``density``; N:M rounds it down.
+    selection per layer, which starts where the last one ended. It works inside
+    ``regrow`` with ``hidden=True``, which passes A, and with the same ``where``.
+    ``backward_density`` is at least ``density``; N:M rounds it down.
     """
     inner = optax.with_extra_args_support(inner)
     check_static(backward_density, "backward_density")
@@ -57,6 +71,13 @@ def backward_set(
         too_small(fixed)
     forward = density if fixed is None else fixed
 
+    def init(params):
+        layers = layers_of(params, where, stacked, pattern, may_be_empty=True)
+        near: Any = ()
+        if fixed is None:
+            near = selection.nowhere(layers.pick(params), len(layers.units.sizes))
+        return BackwardState(inner.init(params), near)
+
     def update(updates, state, params=None, **extra_args):
         regrow_masks = extra_args["regrow_masks"]
         layers = layers_of_masks(regrow_masks, params, stacked, pattern)
@@ -68,20 +89,42 @@ def backward_set(
 
         active = [unpack(m) for m in layers.pick(regrow_masks)]
         weights = layers.pick(params)
-        # Active weights rank first, whatever their size.
-        ahead = [
-            (jnp.where(m, jnp.inf, w),) for m, w in zip(active, weights, strict=True)
-        ]
         units = layers.at(backward_density)
-        counts = unit_counts(moving, units)
-        within = highest(Ranking(units, weights, counts), ahead, jnp.abs)
+        within, near = _largest(
+            units, weights, active, unit_counts(moving, units), state.near
+        )
 
         flat, structure = jax.tree.flatten(updates, is_leaf=is_hole)
         for i, m, w in zip(layers.index, active, weights, strict=True):
             strength = jnp.where(m, penalty, penalty / share)
             flat[i] = flat[i] + (strength * w).astype(flat[i].dtype)
         updates = unnamed(apply)(within, jax.tree.unflatten(structure, flat))
-        steps, state = inner.update(updates, state, params, **extra_args)
-        return unnamed(apply)(within, steps), state
+        steps, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        return unnamed(apply)(within, steps), BackwardState(inner_state, near)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest(
+    layers: Layers,
+    weights: Sequence[jax.Array],
+    active: Sequence[jax.Array],
+    counts: Sequence[Any],
+    near: Any,
+) -> tuple[Any, Any]:
+    """Masks of the active weights and the next largest, and the next ``near``."""
+    arrays = list(zip(weights, active, strict=True))
+    operands, score = layers.operands(arrays, _active_first)
+    axes = layers.units.axes
+    if isinstance(near, selection.Near):
+        kept, near, _ = follow_layers(operands, counts, axes, score or jnp.abs, near)
+    else:
+        kept = top_of_layers(operands, counts, axes, score)
+    return layers.rebuild(layers.spread(kept)), near
+
+
+def _active_first(weight: jax.Array, mask: jax.Array) -> jax.Array:
+    # Active weights rank first, whatever their size.
+    return jnp.where(mask, jnp.inf, jnp.abs(weight))
