@@ -139,6 +139,16 @@ def granet_cycle(params, masks, gradients, rate, target):
 
 
 # --- one pool over all layers ---------------------------------------------------------
+def granet_mixed_cycle(params, masks, gradients, rate, total):
+    """Masks after a prune in one pool and an exchange within each layer."""
+    above = max(sum(int(m.sum()) for m in masks) - total, 0)
+    left = global_prune(params, masks, above)
+    counts = [floor_rate(rate, m.sum()) for m in left]
+    stay = smallest_go(params, left, counts)
+    new = largest(gradients, [~m for m in stay], counts)
+    return [s | n for s, n in zip(stay, new, strict=True)]
+
+
 def global_prune(params, masks, total):
     """Masks without the ``total`` smallest active weights of the network."""
     safe = largest(params, masks, [min(1, int(m.sum())) for m in masks])

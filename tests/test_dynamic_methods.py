@@ -667,7 +667,8 @@ def _granet_total(count):
 
 
 def test_granet_trains_as_defined():
-    for step in cycles_of(sparse_optax.granet(SGD, **RAMP), budget=_granet_total):
+    tx = sparse_optax.granet(SGD, scope="layer", **RAMP)
+    for step in cycles_of(tx, budget=_granet_total):
         rate, target = cosine(0.5, step.count), _targets(step.count)
         wanted, _ = oracle.granet_cycle(
             step.params, step.masks, step.gradient, rate, target
@@ -675,6 +676,21 @@ def test_granet_trains_as_defined():
         same(step.new, wanted)
         assert [int(m.sum()) for m in step.new] == target
     assert target == list(FINAL)
+
+
+def test_granet_prunes_globally_and_exchanges_within_layers_by_default():
+    moved = False
+    for step in cycles_of(sparse_optax.granet(SGD, **RAMP), budget=_granet_total):
+        wanted = oracle.granet_mixed_cycle(
+            step.params,
+            step.masks,
+            step.gradient,
+            cosine(0.5, step.count),
+            sum(_targets(step.count)),
+        )
+        same(step.new, wanted)
+        moved = moved or [int(m.sum()) for m in step.new] != _targets(step.count)
+    assert moved
 
 
 def test_what_granet_grows_back_keeps_its_value():
@@ -725,7 +741,7 @@ LR, L1 = 0.3, 0.05
 
 
 def _deep(**kwargs):
-    settings = dict(density=0.4, learning_rate=LR, l1=L1, key=1)
+    settings = dict(density=0.4, learning_rate=LR, l1=L1, gradient_noise=0.0, key=1)
     return sparse_optax.deep_rewiring(optax.sgd(LR), **(settings | kwargs))
 
 
@@ -764,14 +780,20 @@ def test_deep_rewiring_trains_as_defined(scope):
     assert (len({tuple(c) for c in counts}) > 1) == (scope == "global")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.01, 0.04])
-def test_the_method_has_the_noise_of_its_temperature(temperature):
-    """Without a gradient or L1 weights move by sqrt(2 eta T) times a normal number."""
+@pytest.mark.parametrize(
+    ("temperature", "noise"),
+    [(0.0, 0.0), (0.01, 0.0), (0.04, 0.0), (0.0, 0.2), (0.01, 0.2)],
+)
+def test_the_method_has_the_noise_of_its_temperature(temperature, noise):
+    """Without a gradient or L1 weights move by normal numbers, whose variance is 2 eta
+    T + (eta sigma)^2.
+    """
     tx = sparse_optax.deep_rewiring(
         optax.sgd(0.5),
         density=0.5,
         learning_rate=0.5,
         l1=0.0,
+        gradient_noise=noise,
         temperature=temperature,
         key=0,
     )
@@ -781,9 +803,24 @@ def test_the_method_has_the_noise_of_its_temperature(temperature):
     updates, state = jax.jit(tx.update)(zero, state, params)
     mask = np.asarray(sparse_optax.get_masks(state)["w"])
     moved = np.asarray(updates["w"])[mask]
-    sigma = np.sqrt(2 * 0.5 * temperature)
+    sigma = np.sqrt(2 * 0.5 * temperature + (0.5 * noise) ** 2)
     assert moved.std() == pytest.approx(sigma, rel=0.05)
     assert abs(moved.mean()) <= 0.05 * sigma
+    if sigma:  # of 5000, 0.27 percent lie beyond three deviations, 13 give or take 4
+        assert 2 <= (np.abs(moved - moved.mean()) > 3 * sigma).sum() <= 29
+        assert abs(np.corrcoef(moved[:-1], moved[1:])[0, 1]) < 0.06
+
+
+def test_the_noise_by_default_is_that_of_the_released_code():
+    """1e-5 of the gradient: a step of 5e-6 at a learning rate of 0.5."""
+    tx = sparse_optax.deep_rewiring(
+        optax.sgd(0.5), density=0.5, learning_rate=0.5, l1=0.0, key=0
+    )
+    params = {"w": jnp.full((100, 100), 1e-3)}
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(still, tx.init(params), params)
+    moved = np.asarray(updates["w"])[np.asarray(sparse_optax.get_masks(state)["w"])]
+    assert moved.std() == pytest.approx(5e-6, rel=0.05)
 
 
 def test_the_noise_has_its_temperature():

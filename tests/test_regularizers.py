@@ -106,7 +106,8 @@ def np_ham(params, grads, rates, alpha, beta, decay=0.9):
                 buffer[layer][name] = decay * buffer[layer][name] + g
                 after = w - rate * buffer[layer][name]
                 if name == "kernel":
-                    after *= np.exp(-rate * (alpha * np.sign(w) * g + beta))
+                    exponent = -rate * (alpha * np.sign(after) * g + beta)
+                    after *= np.exp(np.clip(exponent, -5, 5))
                 params[layer][name] = after
     return params
 
@@ -202,7 +203,7 @@ def test_ham_inside_regrows_by_the_momentum_of_its_optimizer():
 
 
 def test_a_weight_put_to_zero_gets_there_whatever_the_factor():
-    """The factor overflows, 0 * inf is no number; -w is exact for odd weights too."""
+    """However large the exponent; -w is exact for odd weights too."""
     w = jnp.float32([[1.1, -0.3, 3e-5]])
     tx = sparse_optax.ham(optax.stateless(lambda u, p: {"w": -p["w"]}), 1.0)
     params = {"w": w}
@@ -210,6 +211,16 @@ def test_a_weight_put_to_zero_gets_there_whatever_the_factor():
         updates, _ = tx.update({"w": g}, tx.init(params), params)
         after = optax.apply_updates(params, updates)["w"]
         np.testing.assert_array_equal(after, 0.0)
+
+
+def test_the_exponent_is_clipped_and_has_the_sign_after_the_inner_step():
+    """Hand-worked: 2 - 3 = -1 and 2 + 3 = 5 both grow, by e^5 and not by e^30."""
+    tx = sparse_optax.ham(optax.sgd(1.0), 1.0, alpha=10.0, beta=0.0)
+    params = {"w": jnp.full((1, 2), 2.0)}
+    gradient = {"w": jnp.array([[3.0, -3.0]])}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    after = optax.apply_updates(params, updates)["w"][0]
+    np.testing.assert_allclose(after, [-np.exp(5.0), 5 * np.exp(5.0)], rtol=1e-5)
 
 
 def test_small_steps_are_not_lost_to_rounding():
@@ -228,7 +239,7 @@ def test_ham_keeps_dtypes_of_weights_under_halved_gradients():
     assert updates["w"].dtype == jnp.float32
     g = float(half["w"][0, 0])
     u = float(jnp.bfloat16(-0.1 * g))
-    want = (1 + u) * np.exp(-0.1 * (200 * g + 1e-3)) - 1
+    want = (1 + u) * np.exp(-0.1 * (200 * g + 1e-3)) - 1  # an exponent of -2
     np.testing.assert_allclose(updates["w"], want, rtol=1e-5)
     assert updates["bias"].dtype == jnp.bfloat16
     assert updates["n"] is None

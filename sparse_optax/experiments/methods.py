@@ -197,7 +197,7 @@ def dynamic_sparse(setup: Setup) -> Build:
     """DSR, which stops moving weights shortly before the end."""
     optimizer = sparse_optax.dynamic_sparse(
         shared.inner(setup),
-        **{**_dynamic(setup), "update_stop": max(1, 19 * setup.total // 20)},
+        **{**_dynamic(setup), "update_stop": max(1, 9 * setup.total // 10)},
         prune_number=DSR_NUMBER.get(setup.config.dataset),
     )
     return shared.masked(optimizer)
@@ -214,7 +214,7 @@ def rigl(setup: Setup) -> Build:
 
 
 def in_time_over_parameterization(setup: Setup) -> Build:
-    """ITOP: SET that prefers weights never tried, with long periods."""
+    """ITOP: random growth with long periods."""
     optimizer = sparse_optax.in_time_over_parameterization(
         shared.inner(setup), **{**_dynamic(setup), "update_period": 3 * setup.period}
     )
@@ -223,12 +223,13 @@ def in_time_over_parameterization(setup: Setup) -> Build:
 
 def deep_rewiring(setup: Setup) -> Build:
     """DEEP-R, which rewires at every step and cools down in the run."""
-    # The temperatures that Mostafa and Wang lowered it by, and where in the run.
-    temperature = optax.piecewise_constant_schedule(
+    # The code of Mostafa and Wang: temperatures T of 1e-5, 1e-8, 1e-12 and 1e-15, and
+    # a noise of the gradient of sqrt(2 * 0.01 * T), whatever the learning rate.
+    temperatures = optax.piecewise_constant_schedule(
         1e-5,
         {
             int(share * setup.total): factor
-            for share, factor in ((1 / 8, 1e-3), (2 / 5, 1e-4), (7 / 10, 1e-3))
+            for share, factor in ((1 / 8, 1e-3), (1 / 4, 1e-4), (3 / 8, 1e-3))
         },
     )
     common = _dynamic(setup)
@@ -236,7 +237,8 @@ def deep_rewiring(setup: Setup) -> Build:
         shared.inner(setup),
         density=common["density"],
         learning_rate=learning_rate(setup.config, setup.steps_per_epoch),
-        temperature=temperature,
+        l1=1e-4,
+        gradient_noise=lambda count: jnp.sqrt(2 * 0.01 * temperatures(count)),
         update_stop=setup.total,
         key=setup.key,
     )

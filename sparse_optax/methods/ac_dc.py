@@ -9,7 +9,7 @@ from sparse_optax import schedules
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
-from sparse_optax.patterns import Pattern
+from sparse_optax.patterns import SINGLE, Pattern, pattern_of
 from sparse_optax.regrowth import grow, redistribute
 from sparse_optax.regrowth import prune as prune_rules
 from sparse_optax.regrowth.engine import regrow
@@ -24,7 +24,7 @@ def ac_dc(
     update_period: int,
     update_start: int = 0,
     update_stop: int,
-    prune: Rule = prune_rules.magnitude,
+    prune: Rule | None = None,
     reset_moments: str = "grown",
     key: Key = 0,
     where: Where | None = None,
@@ -36,10 +36,10 @@ def ac_dc(
     r"""Alternates sparse and dense phases of training and ends with a sparse one.
 
     After a dense warm-up, phases of one period alternate; the first is sparse. At its
-    start each layer keeps only its k largest weights:
+    start only the k largest weights of the network stay:
 
-    .. math:: w \leftarrow w \text{ among the } k \text{ largest } |w|
-              \text{ of the layer, } 0 \text{ elsewhere}
+    .. math:: w \leftarrow w \text{ among the } k \text{ largest } |w|, \;
+              0 \text{ elsewhere}
 
     In a dense phase all weights train, the pruned ones from zero. The last phase is
     sparse and lasts to the end of training.
@@ -53,14 +53,19 @@ def ac_dc(
 
     Args:
       inner: The wrapped optimizer.
-      density: Fraction of weights kept per layer when sparse, in (0, 1], or a budget.
+      density: Fraction of weights kept when sparse, in (0, 1], or a budget, of which
+        the total counts unless ``prune`` works layer by layer.
       update_period: Length of a phase in updates.
       update_start: Warm-up: the first phase begins at the first multiple of
-        ``update_period`` that is not smaller.
+        ``update_period`` that is not smaller, so at the earliest after one. In the
+        paper it has 10 of 100 epochs with phases of 5 (ImageNet), and 10 of 200 with
+        phases of 20 (CIFAR).
       update_stop: The last phase begins at the last multiple of ``update_period`` below
         it. If that phase would be dense, the sparse one before it continues.
       prune: Which weights are pruned; of what a rule leaves above the target, the
-        smallest.
+        smallest. None is ``regrowth.prune.global_magnitude``, as in the released code,
+        in which each layer keeps at least one weight, and with a ``pattern``
+        ``regrowth.prune.magnitude``.
       reset_moments: See ``regrow``; weights that come back have dense moments.
       key: Integer seed or random key, for rules that draw random numbers.
         Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
@@ -97,8 +102,12 @@ def ac_dc(
 
     Differences from the paper: all phases have one length; the paper's last ones are
     longer, here ``update_stop`` can lengthen the last. A dense phase does not reset the
-    moments of kept weights. ``prune`` may rank globally.
+    moments of kept weights. Source of the defaults: ``policies/pruners.py`` and
+    ``configs/neurips`` of the authors' ACDC.
     """
+    if prune is None:
+        plain = pattern_of(pattern) == SINGLE
+        prune = prune_rules.global_magnitude if plain else prune_rules.magnitude
     first = unnamed(schedules.first_due)(update_period, update_start)
     last = unnamed(schedules.last_due)(
         update_period, update_start, update_stop=update_stop

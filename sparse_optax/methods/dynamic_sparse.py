@@ -55,8 +55,10 @@ def dynamic_sparse(
     Args:
       inner: The wrapped optimizer, or None behind an optimizer in a chain.
       density: Fraction of weights per layer at the start, in (0, 1], or a budget.
-      update_period: Updates between two cycles.
-      update_stop: No cycle from then on, a few epochs before the end; None never stops.
+      update_period: Updates between two cycles. The released code has 100, 200, 400 and
+        800 in the four quarters of training on MNIST.
+      update_stop: No cycle from then on, on MNIST after 90 of 100 epochs; None never
+        stops.
       prune_rate: N_p as a fraction of the active weights, in [0, 1], or a schedule of
         the number of finished updates.
       prune_number: N_p as a number, as in the paper: 600 on MNIST, 20,000 for WRN-28-2,
@@ -100,12 +102,14 @@ def dynamic_sparse(
       Networks by Dynamic Sparse Reparameterization
       <https://arxiv.org/abs/1902.05967>`_, 2019.
 
-    Differences from the released code: what rounding leaves over goes to the largest
-    remainders, not to a random layer; what a full layer cannot take is spread over the
-    others at once; a weight just pruned can grow again if its layer has no other place;
-    H is compared with what was removed, after layers kept a last weight; the period is
-    constant. The wrapped optimizer sees the dense gradient: any momentum also collects
-    at missing weights and acts when they grow, unless ``reset_moments="grown"``.
+    The released code trains MNIST with batch norm and without biases, at a learning
+    rate of 0.1, times 0.2 after 25, 50 and 75 of 100 epochs, with an L1 decay of 1e-4
+    and no weight decay. Differences from it: what rounding leaves over goes to the
+    largest remainders, not to a random layer; what a full layer cannot take is spread
+    over the others at once; a weight just pruned can grow again if its layer has no
+    other place; the period is constant. The wrapped optimizer sees the dense gradient:
+    any momentum also collects at missing weights and acts when they grow, unless
+    ``reset_moments="grown"``.
     """
     prune.check_adaptive(
         threshold=threshold, tolerance=tolerance, prune_number=prune_number

@@ -27,7 +27,9 @@ def fisher_masks(
     stacked: Mapping[str, int] | None = None,
     pattern: Pattern | None = None,
 ) -> PyTree:
-    r"""Keeps the weights whose removal would raise the loss most, by the Fisher matrix.
+    r"""One cut of weights by the Fisher matrix, where the paper cuts in turns.
+
+    Keeps the weights whose removal would raise the loss most.
 
     With :math:`g_{nk}` the gradient of example n's loss, on a trained network, whose
     mean gradient is zero:

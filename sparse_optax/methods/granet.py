@@ -10,8 +10,8 @@ from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
-from sparse_optax.patterns import Pattern
-from sparse_optax.regrowth import grow, prune, redistribute
+from sparse_optax.patterns import SINGLE, Pattern, pattern_of
+from sparse_optax.regrowth import exchange, grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.start import resets_of
 
@@ -27,7 +27,7 @@ def granet(
     density_start: int = 0,
     density_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     key: Key,
     masks: PyTree | None = None,
     where: Where | None = None,
@@ -43,9 +43,10 @@ def granet(
 
     .. math:: d_t = d_f + (d_i - d_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3
 
-    Each period the smallest weights are pruned: as many as d_t asks for, and a fraction
-    p of the others. That fraction grows back where the gradient is largest. From
-    ``density_stop`` on the number of weights is exactly that of ``density``.
+    Each period the smallest weights of the network are pruned, as many as d_t asks for.
+    Then every layer exchanges a fraction p of its weights, the smallest, for the
+    missing ones of largest gradient. From ``density_stop`` on the number of weights is
+    exactly that of ``density``.
 
     .. note:: Last in the chain; it wraps the optimizer. The gradient that reaches it
       must be dense. Memory: one byte per weight, one bit with ``packed``. A cycle reads
@@ -58,8 +59,9 @@ def granet(
     Args:
       inner: The wrapped optimizer. None, behind an optimizer in a chain, grows by the
         incoming update.
-      density: d_f, the fraction of weights per layer at the end, in (0, 1], or a
-        budget; the paper's is ``budgets.erdos_renyi_kernel(d_f)``.
+      density: d_f, the fraction of weights at the end, in (0, 1], or a budget, of which
+        the total counts unless the scope is ``"layer"``. From a sparse start the
+        paper has ``budgets.erdos_renyi_kernel(d_f)``.
       initial_density: d_i, in (0, 1]: 1 (a dense network) or 0.5 in the paper.
       update_period: Updates between two cycles; 1000 in the paper on CIFAR.
       update_stop: No cycle from this many updates on.
@@ -67,8 +69,10 @@ def granet(
       density_stop: t_1; None is the last cycle. The paper has 30 epochs of 100.
       prune_rate: p in [0, 1], or a schedule of the number of finished updates; None is
         the cosine from the paper's 0.5 to 0 at ``update_stop``.
-      scope: ``"layer"`` prunes and grows within layers, to the counts of ``density``;
-        ``"global"`` ranks all layers as one pool, to its total, but empties no layer.
+      scope: ``"mixed"`` prunes in one pool over all layers, which empties no layer, and
+        exchanges within layers, as the released code; ``"layer"`` does both within
+        layers, to the counts of ``density``; ``"global"`` does both in one pool. None
+        is ``"mixed"``, with a ``pattern`` ``"layer"``.
       key: Integer seed or random key, for the first masks.
         Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones.
@@ -103,12 +107,15 @@ def granet(
       Liu et al, `Sparse Training via Boosting Pruning Plasticity with Neuroregeneration
       <https://arxiv.org/abs/2106.10404>`_, 2021.
 
-    Differences from the released code: pruning and exchange are one prune and one
-    growth. As there, and unlike the other methods here, a weight that is pruned and
-    grown back in one cycle keeps its value; near density 1 most are.
+    Source: ``CIFAR/sparselearning/core.py`` of the authors' GraNet. Differences: counts
+    are exact, with the exchanged number rounded down. As there, and unlike the other
+    methods here, a weight that is pruned and grown back in one cycle keeps its value;
+    near density 1 most are.
     """
-    cure = 'Use "layer" as in the paper.'
-    checks.choice("scope", scope, ("layer", "global"), cure=cure)
+    if scope is None:
+        scope = "mixed" if pattern_of(pattern) == SINGLE else "layer"
+    cure = 'Use "mixed" as in the released code.'
+    checks.choice("scope", scope, ("mixed", "layer", "global"), cure=cure)
     checks.updates("density_start", density_start, 0)
     last = unnamed(schedules.last_due)(
         update_period, density_start, update_stop=update_stop
@@ -129,8 +136,11 @@ def granet(
             checks.fail("initial_density", initial_density, allowed, cure)
         return schedules.cubic_density(initial, final, density_start, end)
 
-    pools = prune.global_magnitude, grow.global_gradient
-    rules = pools if scope == "global" else (prune.magnitude, grow.gradient)
+    rules = {
+        "mixed": (exchange.within_layers, grow.gradient),
+        "layer": (prune.magnitude, grow.gradient),
+        "global": (prune.global_magnitude, grow.global_gradient),
+    }[scope]
     return unnamed(regrow)(
         inner,
         density=density,

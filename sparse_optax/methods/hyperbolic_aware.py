@@ -10,6 +10,9 @@ from sparse_optax.checks import boundary
 from sparse_optax.layers import Where, check_where
 from sparse_optax.transforms.follow import follow
 
+# The exponent is clipped to this, as in the released code.
+_MOST = 5.0
+
 
 @boundary("ham")
 def ham(
@@ -24,21 +27,23 @@ def ham(
 
     With the weights :math:`\theta`, their gradient g and the inner update u,
 
-    .. math:: \theta \leftarrow (\theta + u) \,
-              \exp\!\left(-\eta \, (\alpha \, \mathrm{sign}(\theta) \, g + \beta)\right)
+    .. math:: \theta' = \theta + u, \quad \theta \leftarrow \theta' \exp\!\left(
+              -\eta \, (\alpha \, \mathrm{sign}(\theta') \, g + \beta)\right)
+
+    with the exponent clipped to [-5, 5].
 
     A weight that the gradient moves to zero gets there faster, one that it enlarges
     grows faster, and beta is a decay of all: a bias to sparsity without an extra
-    gradient. At zero the sign is zero, and the gradient term vanishes.
+    gradient. A weight of zero stays as it is.
 
     .. note:: It wraps the optimizer, since it needs gradient and update. Put inside
       whatever changes the gradient of the inner optimizer only, such as weight decay:
       ``ham(optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(lr)), lr)``. Missing
       weights stay exactly zero inside a sparse method, ``rigl(ham(...), ...)``, and
       around one, ``ham(rigl(...), lr)``. A step costs one pass over weights, gradients
-      and updates and stores no array. The factor overflows where
-      ``learning_rate * alpha * |g|`` is above 88 (float32): clip gradients before.
-      ``where`` is static under ``optax.inject_hyperparams``.
+      and updates and stores no array. Where ``learning_rate * alpha * |g|`` is mostly
+      far below 1, the step does little; near 5, training becomes unstable. ``where`` is
+      static under ``optax.inject_hyperparams``.
 
     Args:
       inner: The wrapped optimizer.
@@ -69,8 +74,9 @@ def ham(
       Jacobs et al, `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
       <https://openreview.net/forum?id=XKB5Hu0ACY>`_, 2026.
 
-    Differences from the paper: the sign is that before the inner step; it differs after
-    the step only where the step crosses zero. Biases and norms are left out by default.
+    Differences from the paper: biases and norms are left out by default. The sign after
+    the inner step, the limits of the exponent and zeros that stay are those of the
+    released code.
     """
     cure = "Use the optimizer's learning rate, alpha=200 and beta=1e-3 as on ImageNet."
     checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
@@ -82,8 +88,10 @@ def ham(
         rate: Any = learning_rate
         if callable(learning_rate):
             rate = checks.scalar("learning_rate", learning_rate(count))
-        exponent = -rate * (alpha * jnp.sign(weight) * gradient + beta)
+        after = weight + update
+        exponent = -rate * (alpha * jnp.sign(after) * gradient + beta)
+        exponent = jnp.clip(exponent, -_MOST, _MOST)
         # (w + u) exp(x) - w, without the cancellation where x is small.
-        return update + (weight + update) * jnp.expm1(exponent)
+        return update + after * jnp.expm1(exponent)
 
     return follow(inner, step, where=where)

@@ -25,7 +25,9 @@ def layerwise_obs(
     damping: float,
     pattern: Pattern | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Prunes a dense layer with least change of its outputs; adjusts other weights.
+    r"""Prunes a dense layer once with least change of its outputs; adjusts the others.
+
+    The paper retrains after each cut.
 
     With X the n inputs of the layer and w one column of its kernel (one output unit),
 

@@ -28,7 +28,7 @@ def optimal_brain_damage_masks(
     stacked: Mapping[str, int] | None = None,
     pattern: Pattern | None = None,
 ) -> PyTree:
-    r"""Keeps the weights of largest saliency :math:`h_{kk} w_k^2 / 2`.
+    r"""One cut by saliency :math:`h_{kk} w_k^2 / 2`, where the paper cuts in turns.
 
     :math:`h_{kk}` is the exact diagonal of the Gauss-Newton matrix, with J the Jacobian
     of one example's outputs z and H the Hessian of the criterion with respect to them:

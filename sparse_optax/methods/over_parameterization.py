@@ -14,6 +14,7 @@ from sparse_optax.regrowth import grow as growth
 from sparse_optax.regrowth import prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.rules import Rule
+from sparse_optax.regrowth.start import resets_of
 from sparse_optax.schedules.prune_rate import cosine_unless
 
 
@@ -26,13 +27,13 @@ def in_time_over_parameterization(
     update_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
     grow: Rule = growth.random,
-    prefer_unexplored: bool = True,
+    prefer_unexplored: bool = False,
     key: Key,
     masks: PyTree | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
     momentum: str | float = "auto",
-    reset_moments: str = "none",
+    reset_moments: str | None = None,
     packed: bool = False,
     pattern: Pattern | None = None,
     dense_until: int | None = None,
@@ -45,8 +46,8 @@ def in_time_over_parameterization(
     .. math:: \text{prune the } k_i \text{ smallest } |w|, \text{ grow } k_i, \quad
               R_s = \frac{\#\{\text{weights ever active}\}}{\#\{\text{weights}\}}
 
-    New weights are random (the paper's SET-ITOP) or chosen by the gradient (RigL-ITOP),
-    first among those never active. See ``masks.get_explored`` for R_s.
+    New weights are random (the paper's SET-ITOP) or chosen by the gradient (RigL-ITOP).
+    See ``masks.get_explored`` for R_s.
 
     .. note:: Last in the chain; it wraps the optimizer. Memory: one byte per weight for
       the mask, one bit with ``packed``, and one byte for the explored set. A cycle
@@ -66,8 +67,8 @@ def in_time_over_parameterization(
       prune_rate: p in [0, 1], or a schedule of the number of finished updates; None is
         the paper's cosine from 0.5 to 0.005 at ``update_stop``.
       grow: Growth rule: ``grow.random``, ``grow.gradient`` or ``grow.momentum``.
-      prefer_unexplored: Whether weights that were never active come first. False is the
-        paper's, which only counts them.
+      prefer_unexplored: Whether weights that were never active come first. The paper
+        only counts them.
       key: Integer seed or random key, for the first masks and the growth.
         Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones; ``density`` may then be left out.
@@ -75,7 +76,8 @@ def in_time_over_parameterization(
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       momentum: The momentum of ``grow.momentum``, see ``regrow``.
-      reset_moments: See ``regrow``; RigL has ``"grown"``.
+      reset_moments: See ``regrow``; None is ``"grown"`` if there is an ``inner``: the
+        released code keeps the momentum of missing weights at zero.
       packed: Stores one bit per weight.
       pattern: See ``regrow``.
       dense_until: Trains all weights for this many updates, then cuts to ``density``
@@ -107,10 +109,8 @@ def in_time_over_parameterization(
       Liu et al, `Do We Actually Need Dense Over-Parameterization?
       <https://arxiv.org/abs/2102.02887>`_, 2021.
 
-    Differences from the paper: unexplored weights come first by default, and a weight
-    pruned and regrown in one cycle starts from zero. The wrapped optimizer sees the
-    dense gradient: any momentum also collects at missing weights and acts when they
-    grow, unless ``reset_moments="grown"``.
+    Source: ``sparselearning/core.py`` of the authors' In-Time-Over-Parameterization.
+    Differences from it: a weight pruned and regrown in one cycle starts from zero.
     """
     checks.flag("prefer_unexplored", prefer_unexplored)
     growth.check_exact("grow", grow)
@@ -128,7 +128,7 @@ def in_time_over_parameterization(
         where=where,
         stacked=stacked,
         momentum=momentum,
-        reset_moments=reset_moments,
+        reset_moments=resets_of(reset_moments, inner),
         packed=packed,
         pattern=pattern,
         dense_until=dense_until,

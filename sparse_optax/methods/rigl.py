@@ -33,7 +33,7 @@ def rigl(
     dense_until: int | None = None,
     within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rewires by the dense gradient at constant sparsity, layer by layer.
+    r"""Rewires by the dense gradient; a float thins the first layer as the others.
 
     Each period until T_end, with a_i the active weights of layer i and g the gradient
     of the current batch:
@@ -43,7 +43,8 @@ def rigl(
               \text{prune the } k_i \text{ smallest } |w|, \text{ grow the } k_i
               \text{ missing of largest } |g|
 
-    New weights start from zero. Every layer keeps its number of weights.
+    New weights start from zero. Every layer keeps its number of weights. The paper's
+    uniform budget keeps the first layer dense: leave it out with ``where``.
 
     .. note:: Last in the chain; it wraps the optimizer. The gradient that reaches it
       must be dense. Memory: one byte per weight, one bit with ``packed``. A cycle reads

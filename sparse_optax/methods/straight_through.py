@@ -79,7 +79,8 @@ def straight_through_magnitude(
       Stochastic Neurons <https://arxiv.org/abs/1308.3432>`_, 2013, for the estimator.
 
     Differences from other libraries: the parameters are the sparse weights, and the
-    state holds the dense ones.
+    state holds the dense ones. Without ``ramp`` the density is constant; others, such
+    as JaxPruner, let it fall by a cubic, ``ramp=schedules.Towards(...)``.
     """
     return unnamed(regrow)(
         inner,

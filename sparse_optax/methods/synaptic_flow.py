@@ -84,8 +84,10 @@ def synflow_masks(
       Tanaka et al, `Pruning neural networks without any data by iteratively conserving
       synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020.
 
-    Differences from the paper: its networks have no biases. Here biases and norm scales
-    join the flow by their absolute value and are not pruned by default.
+    Source: ``Pruners/pruners.py`` of the authors' Synaptic-Flow, where all parameters
+    and running statistics join the flow by their absolute value, as biases and norm
+    scales do here. Differences from it: statistics that ``forward`` holds stay as they
+    are.
     """
     checks.whole("rounds", rounds, 1, static=True, cure="Use 100, as in the paper.")
     wanted = ranking(

@@ -11,7 +11,7 @@ import optax
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import Leaf, PyTree, check_real, is_hole, leaf_names
-from sparse_optax.masks.make import Key, as_key, draw, leaf_keys, random_scores
+from sparse_optax.masks.make import Key, as_key, hashed_scores, random_scores
 from sparse_optax.masks.tree import flatten, unpack
 from sparse_optax.selection.leaf import wide as as_wide
 
@@ -32,6 +32,7 @@ def signed_step(
     learning_rate: optax.ScalarOrSchedule,
     *,
     l1: optax.ScalarOrSchedule,
+    noise: optax.ScalarOrSchedule = 0.0,
     temperature: optax.ScalarOrSchedule,
     key: Key,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,11 +41,11 @@ def signed_step(
     With theta = sign * w and the incoming update u, for an active weight:
 
     .. math:: \theta \leftarrow \max(0, \theta + sign \cdot u - \eta \lambda
-              + \sqrt{2 \eta T} \, \nu), \quad \nu \sim N(0, 1)
+              + \sqrt{\eta^2 \sigma^2 + 2 \eta T} \; \nu), \quad \nu \sim N(0, 1)
 
     The sign is that of the first parameters, and random for those that are missing or
-    zero. It is the last transformation inside ``regrow``, which passes the masks. A
-    temperature of the number 0 draws no noise.
+    zero. It is the last transformation inside ``regrow``, which passes the masks. If
+    :math:`\sigma`, the ``noise``, and T are the number 0, nothing is drawn.
     """
 
     def init_fn(params):
@@ -77,6 +78,8 @@ def signed_step(
 
         eta = at("learning_rate", learning_rate)
         strength, heat = at("l1", l1), at("temperature", temperature)
+        spread = at("noise", noise)
+        cold = all(isinstance(x, int | float) and x == 0 for x in (heat, spread))
         seed = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         first = state.count == 0
         moves = flatten(exist)[0]
@@ -86,17 +89,20 @@ def signed_step(
         )
         index = [i for i, move in enumerate(moves) if not is_hole(move)]
         names = leaf_names(params)
-        keys = leaf_keys(seed, [names[i] for i in index])
-        for i, own in zip(index, keys, strict=True):
+        chosen = [weights[i] for i in index]
+        drawn = [None] * len(index)
+        if not cold:
+            drawn = hashed_scores(seed, [names[i] for i in index], chosen)
+        for i, bits in zip(index, drawn, strict=True):
             w, move = weights[i], unpack(moves[i])
             check_real([Leaf(names[i], w.shape, w.dtype)], "a sign")
             decided = jnp.logical_and(first, jnp.logical_and(move, w != 0))
             signs[i] = positive = jnp.where(decided, w > 0, signs[i])
             step = flat[i].astype(as_wide(flat[i].dtype))
             step = step - eta * strength * jnp.where(positive, 1.0, -1.0)
-            if not (isinstance(heat, int | float) and heat == 0):
-                noise = draw(jax.random.normal, own, w, jnp.float32)
-                step += jnp.sqrt(2.0 * eta * heat) * noise
+            if bits is not None:
+                size = jnp.sqrt((eta * spread) ** 2 + 2.0 * eta * heat)
+                step += size * _normal(bits)
             # In the parameter's dtype, so that the sum equals that of apply_updates.
             step = step.astype(w.dtype)
             after = w + step
@@ -110,3 +116,9 @@ def signed_step(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _normal(bits: jax.Array) -> jax.Array:
+    """Normal numbers from 24 uniform bits, by the inverse of their distribution."""
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-23 + (2.0**-24 - 1)  # (-1, 1)
+    return np.float32(np.sqrt(2)) * jax.scipy.special.erfinv(uniform)
