@@ -4,6 +4,7 @@ import gc
 import gzip
 import hashlib
 import http.server
+import itertools
 import lzma
 import os
 import pickle
@@ -11,10 +12,13 @@ import threading
 import warnings
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
+augment = pytest.importorskip("sparse_optax.experiments.augment")
 data = pytest.importorskip("sparse_optax.experiments.data")
 
 ROOT = os.environ.get(data.VARIABLE)
@@ -55,6 +59,101 @@ def test_full_split_trains_on_the_validation_images_too():
 def test_wrong_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         data.load(**arguments)
+
+
+def test_pixels_from_minus_one_to_one():
+    half = data.load("digits", pixels="half")
+    plain = data.load("digits")
+    assert (half.train_x.min(), half.train_x.max()) == (-1, 1)
+    grey = plain.train_x * 0.3763 + 0.3059
+    np.testing.assert_allclose(half.train_x, 2 * grey - 1, atol=1e-5)
+    assert half.train_x.min() == data.black("digits", "half")[0]
+    np.testing.assert_allclose(plain.train_x.min(), data.black("digits")[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        data.black("cifar10"), [-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.2010]
+    )
+    with pytest.raises(ValueError, match="pixels='raw'; choose 'channels'"):
+        data.load("digits", pixels="raw")
+
+
+# -- text --------------------------------------------------------------------------
+
+
+def test_windows_of_the_text_are_the_text():
+    from pydoc_data.topics import topics
+
+    whole = "".join(topics[name] for name in sorted(topics))
+    alphabet = np.array(sorted(set(whole)))
+    found = data.load("topics")
+    assert found.classes == len(alphabet)
+
+    def words(part):
+        return ["".join(alphabet[row]) for row in part]
+
+    tested = len(whole) * 9 // 10
+    kept = tested * 9 // 10
+    train = words(found.train_x)
+    assert train[0] == whole[:128]
+    assert train[3] == whole[3 * 64 : 3 * 64 + 128]
+    assert "".join(words(found.valid_x)) == whole[kept:][: found.valid_x.size]
+    assert "".join(words(found.test_x)) == whole[tested:][: found.test_x.size]
+    assert "".join(words(found.test_y)) == whole[tested + 1 :][: found.test_y.size]
+    for x, y in (
+        (found.train_x, found.train_y),
+        (found.valid_x, found.valid_y),
+        (found.test_x, found.test_y),
+    ):
+        np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+        assert x.dtype == y.dtype == np.int32
+    # All but what fills no window, none twice but in training.
+    assert 0 <= tested - kept - found.valid_x.size <= 128
+    assert 0 <= kept - 64 * (len(train) + 1) <= 64
+    full = data.text(split="full")
+    assert len(full.valid_x) == 0
+    np.testing.assert_array_equal(full.test_x, found.test_x)
+
+
+# -- augmentation ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "black"), [("reflect", ()), ("zero", (-1.0, 2.0))])
+def test_a_crop_is_one_of_the_padded_image(kind, black):
+    size = 12
+    images = np.random.default_rng(0).normal(size=(3, size, size, 2)).astype("float32")
+    pads = ((4, 4), (4, 4), (0, 0))
+    found = [set(), set(), set()]
+    run = jax.jit(lambda key: augment.augment(key, images, kind, black))
+    for seed in range(60):
+        cut = np.asarray(run(jax.random.key(seed)))
+        for i, image in enumerate(images):
+            padded = np.pad(image, pads, mode="reflect")
+            if kind == "zero":
+                padded[:] = black
+                padded[4:-4, 4:-4] = image
+            hits = [
+                (row, column, flip)
+                for row, column, flip in itertools.product(range(9), range(9), (1, -1))
+                if np.allclose(
+                    cut[i],
+                    padded[row : row + size, column : column + size][:, ::flip],
+                    atol=1e-6,
+                )
+            ]
+            assert hits
+            found[i].add(hits[0])
+    for i, seen in enumerate(found):
+        assert {row for row, _, _ in seen} == set(range(9))
+        assert {column for _, column, _ in seen} == set(range(9))
+        assert {flip for _, _, flip in seen} == {1, -1}
+        # Images of a batch are cut each in its own way.
+        assert seen != found[i - 1]
+
+
+def test_no_augmentation_and_a_kind_there_is_not():
+    images = jnp.ones((2, 8, 8, 3))
+    assert augment.augment(jax.random.key(0), images, "none") is images
+    with pytest.raises(ValueError, match="kind='mirror'; choose one of none, reflect"):
+        augment.augment(jax.random.key(0), images, "mirror")
 
 
 # -- a small data set of our own, in the real formats ------------------------------

@@ -1,14 +1,19 @@
 """What a run of the experiments hands to its method, without training."""
 
+import dataclasses
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import refuses
 
 import sparse_optax
 from sparse_optax import regrowth
-from sparse_optax.experiments import config, methods, recipes, setup
+from sparse_optax.experiments import config, methods, models, recipes, setup
 
 SHAPES = {"fc1": (20, 30), "fc2": (30, 10)}
 
@@ -109,6 +114,163 @@ def test_top_kast_takes_the_shares_of_a_run():
     plan = methods.BUILDERS["top_kast"](made)
     masks = plan.masks(plan.optimizer.init(made.params))
     assert [int(masks[name]["kernel"].sum()) for name in SHAPES] == [50, 40]
+
+
+def test_cycles_cut_the_time_between_two_of_them():
+    made = setup_of(update_epochs=3, cycles=2)
+    assert (made.steps_per_epoch, made.period) == (4, 6)
+    assert setup_of(cycles=100).period == 1
+
+
+def test_one_cycle_and_warm_up():
+    rate = setup.learning_rate(
+        setup_of(schedule="one_cycle", learning_rate=0.5).config, 4
+    )
+    got = np.array([rate(step) for step in range(41)])
+    assert got.argmax() == 12  # 30% of 40 steps
+    np.testing.assert_allclose(got[12], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(got[0], 0.5 / 25, rtol=1e-6)
+    # Along a cosine: half way up in the middle of the climb.
+    np.testing.assert_allclose(got[6], (0.5 + 0.5 / 25) / 2, rtol=1e-5)
+    assert got[40] < 1e-4
+    plain = dict(learning_rate=0.5, drop_epochs=(5,))
+    warm, cold = (
+        setup.learning_rate(setup_of(warmup_epochs=epochs, **plain).config, 4)
+        for epochs in (2, 0)
+    )
+    steps = np.arange(40)
+    wanted = np.minimum(1, steps / 8) * np.array([cold(step) for step in steps])
+    np.testing.assert_allclose([warm(step) for step in steps], wanted, rtol=1e-6)
+    assert cold(0) == 0.5
+
+
+def test_adamw_decays_the_kernels_beside_the_gradient():
+    made = setup_of(optimizer="adamw", weight_decay=0.3, decay="kernels")
+    optimizer = setup.inner(made)
+    state = optimizer.init(made.params)
+    nothing = jax.tree.map(jnp.zeros_like, made.params)
+    updates, _ = optimizer.update(nothing, state, made.params)
+    rate = made.config.learning_rate
+    for name in SHAPES:
+        expected = -rate * 0.3 * np.asarray(made.params[name]["kernel"])
+        np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-5)
+        assert not np.asarray(updates[name]["bias"]).any()
+
+
+def test_gsm_with_adamw_lets_its_share_pass():
+    made = setup_of(
+        method="gsm", optimizer="adamw", density=0.1, base=config.Base(epochs=0)
+    )
+    plan = methods.BUILDERS["gsm"](made)
+    state = plan.optimizer.init(made.params)
+    gradient = draw(jax.random.key(7))
+    _, state = plan.optimizer.update(gradient, state, made.params)
+    moved = [np.count_nonzero(state[1][0].mu[name]["kernel"]) for name in SHAPES]
+    score = np.concatenate(
+        [
+            np.abs(np.asarray(gradient[n]["kernel"] * made.params[n]["kernel"])).ravel()
+            for n in SHAPES
+        ]
+    )
+    cut = np.sort(score)[-90]  # a tenth of 900
+    assert sum(moved) == 90
+    assert moved[0] == np.count_nonzero(score[:600] >= cut)
+
+
+def test_two_of_four_inputs():
+    run = dict(method="gradual_magnitude", density=0.5, pattern="2:4")
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sparse_optax, "gradual_magnitude", lambda inner, **given: seen.update(given)
+        )
+        methods.BUILDERS["gradual_magnitude"](setup_of(**run))
+    assert seen["pattern"] == sparse_optax.patterns.n_m(2, 4)
+    with refuses("TrainConfig", "pattern", "2:4", "density=0.5"):
+        config.resolve(config.TrainConfig(**run | {"density": 0.25}))
+
+
+def test_the_budget_of_mostafa_and_wang():
+    params = jax.eval_shape(
+        lambda key: models.create_stateful("wrn-28-2", (32, 32, 3), 10, key=key)[1],
+        jax.random.key(0),
+    )
+    counts = sparse_optax.budgets.resolve(setup.mostafa_wang(params, 0.1), params)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    kept, dense = 0, 0
+    for (path, leaf), n in zip(
+        paths, jax.tree.leaves(counts, is_leaf=hole), strict=True
+    ):
+        if hole(n):
+            continue
+        names = [key.key for key in path]
+        if "shortcut" in names or names[0] in ("conv", "fc"):
+            assert n == leaf.size
+            dense += leaf.size
+        else:
+            assert n < leaf.size
+            kept += n
+    assert (kept, dense) == (1_451_520 // 10, 12_464)
+
+
+def hole(leaf):
+    return isinstance(leaf, optax.MaskedNode)
+
+
+@pytest.mark.parametrize(
+    ("finder", "method", "density"),
+    [
+        ("sparse_momentum", "sparse_momentum", 0.1),
+        ("gsm", "gsm", 0.1),
+        ("magnitude", "dense", 1.0),
+    ],
+)
+def test_what_finds_the_mask_of_a_ticket(finder, method, density):
+    run = config.TrainConfig(
+        dataset="mnist", method="ticket", finder=finder, density=0.1, seed=3
+    )
+    found = config.base_of(config.resolve(run))
+    assert found is not None
+    assert (found.method, found.density, found.seed) == (method, density, 3)
+    if finder == "magnitude":  # the dense network that GSM of this seed starts from
+        gsm = config.base_of(config.resolve(dataclasses.replace(run, finder="gsm")))
+        assert gsm is not None
+        assert config.base_of(gsm) == found
+    with refuses("TrainConfig", "finder", "gsm", "method='ticket'"):
+        config.resolve(config.TrainConfig(method="static", finder="gsm"))
+
+
+def test_a_ticket_of_magnitude_is_the_largest_weights_of_the_whole_network():
+    trained = draw(jax.random.key(2))
+    made = setup_of(trained, method="ticket", finder="magnitude", density=0.2)
+    plan = methods.BUILDERS["ticket"](made)
+    masks = plan.masks(plan.optimizer.init(trained))
+    pool = np.concatenate([np.abs(trained[n]["kernel"]).ravel() for n in SHAPES])
+    cut = np.sort(pool)[-180]  # a fifth of 900
+    for name in SHAPES:
+        wanted = np.abs(np.asarray(trained[name]["kernel"])) >= cut
+        np.testing.assert_array_equal(masks[name]["kernel"], wanted)
+
+
+def test_a_text_needs_the_model_that_reads_it():
+    with refuses("TrainConfig", "model", "lenet-300-100", "go together"):
+        config.resolve(config.TrainConfig(dataset="topics"))
+    with refuses("TrainConfig", "model", "transformer", "go together"):
+        config.resolve(config.TrainConfig(model="transformer"))
+
+
+def test_names_of_runs_are_those_from_before_their_later_values():
+    """Folders of runs that were begun then are found again."""
+    run = config.TrainConfig(dataset="mnist", density=0.02)
+    name = config.default_name(config.resolve(run))
+    values = config.as_dict(config.resolve(run))
+    old = {k: v for k, v in values.items() if k not in config.EARLIER}
+    del old["base"]["weight_decay"]
+    text = json.dumps(old, sort_keys=True)
+    assert name.endswith(hashlib.sha256(text.encode()).hexdigest()[:8])
+    for other in ({"augment": "zero"}, {"cycles": 2}, {"dtype": "bfloat16"}):
+        changed = config.resolve(dataclasses.replace(run, **other))
+        assert config.default_name(changed) != name
 
 
 def ticket(control):

@@ -1,6 +1,7 @@
 """The train loop: what it trains, records, checkpoints and takes up again."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -356,6 +357,64 @@ def test_full_split_has_no_validation_error():
     record = train.train(run, runs=None).record
     assert record.history["valid_error"] == [None]
     assert record.steps_per_epoch == 1437 // 32
+
+
+def test_crops_change_the_training_and_not_the_evaluation(monkeypatch):
+    """The first batch is augmented before it is learned from, no other image is."""
+    seen = []
+
+    def note(key, images, kind, black):
+        seen.append((images.shape, kind, black))
+        return jax.numpy.zeros_like(images)
+
+    monkeypatch.setattr(train.augment, "augment", note)
+    run = dataclasses.replace(SMALL, epochs=1, drop_epochs=(), augment="zero")
+    blind = train.train(run, runs=None)
+    batch = (32, *data.load("digits").train_x.shape[1:])
+    assert set(seen) == {(batch, "zero", data.black("digits"))}
+    # Nothing but zeros was learned from, so that the first kernel has only decayed.
+    start = models.create("lenet-300-100", (8, 8, 1), 10, key=first_key(run))[1]
+    kernel, first = (np.asarray(p["fc1"]["kernel"]) for p in (blind.params, start))
+    ratio = kernel / first
+    assert np.ptp(ratio) < 1e-4
+    assert ratio.max() < 1
+
+
+def first_key(run):
+    return jax.random.split(jax.random.key(run.seed), 3)[0]
+
+
+def test_a_text_is_told_in_bits_a_character(monkeypatch):
+    few = data.text(length=8)
+    few = few._replace(
+        train_x=few.train_x[:64],
+        train_y=few.train_y[:64],
+        valid_x=few.valid_x[:5],
+        valid_y=few.valid_y[:5],
+        test_x=few.test_x[:7],
+        test_y=few.test_y[:7],
+    )
+    monkeypatch.setattr(data, "load", lambda *_, **__: few)
+    small = models.transformer.Transformer
+    entry = models.Entry(functools.partial(small, width=8, depth=1), False, True)
+    monkeypatch.setitem(models.MODELS, "transformer", entry)
+    run = configs.TrainConfig(
+        dataset="topics", model="transformer", method="sparse_momentum", density=0.2
+    )
+    trained = train.train(dataclasses.replace(run, epochs=2), runs=None)
+    apply = models.create("transformer", (8,), few.classes, key=jax.random.key(0))[0]
+    logits = np.asarray(apply(trained.params, few.test_x), np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    right = np.take_along_axis(shares, few.test_y[..., None], -1)
+    results = trained.record.results
+    np.testing.assert_allclose(results["test_bits"], -np.log2(right).mean(), rtol=1e-4)
+    wrong = 100 * (logits.argmax(-1) != few.test_y).mean()
+    np.testing.assert_allclose(results["test_error"], wrong, rtol=1e-5)
+    assert len(trained.record.history["valid_bits"]) == 2
+    assert results["kept"] == sum(
+        np.count_nonzero(trained.params["layer1"][name]["kernel"])
+        for name in ("qkv", "out", "up", "down")
+    )
 
 
 # -- checkpoints -------------------------------------------------------------------

@@ -13,7 +13,17 @@ from sparse_optax.experiments import data, models, recipes
 if TYPE_CHECKING:
     DatasetName = ModelName = MethodName = SharesName = str
     PruneName = RedistributeName = GrowName = str
+    OptimizerName = ScheduleName = AugmentName = PixelsName = FinderName = str
+    PatternName = str
+    DtypeName = str
 else:  # the registries are the choices of the command line
+    OptimizerName = Literal[recipes.OPTIMIZERS]
+    ScheduleName = Literal[recipes.SCHEDULES]
+    AugmentName = Literal[recipes.AUGMENT]
+    PixelsName = Literal[recipes.PIXELS]
+    FinderName = Literal[recipes.FINDERS]
+    PatternName = Literal[recipes.PATTERNS]
+    DtypeName = Literal[models.DTYPES]
     DatasetName = Literal[data.NAMES]
     ModelName = Literal[tuple(models.MODELS)]
     MethodName = Literal[tuple(recipes.METHODS)]
@@ -49,6 +59,7 @@ class Base:
       learning_rate: learning rate at the start.
       drop_epochs: epochs after which the learning rate is multiplied by drop_factor.
       momentum: momentum of SGD, in [0, 1).
+      weight_decay: L2 coefficient, where it is not that of the run.
     """
 
     epochs: Annotated[int | None, flag("INT", "0; for gsm, " + _RECIPE)] = None
@@ -56,6 +67,7 @@ class Base:
     learning_rate: Number = None
     drop_epochs: Counts = None
     momentum: Number = None
+    weight_decay: Annotated[float | None, flag("FLOAT", "that of the run")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +76,8 @@ class TrainConfig:
 
     Attributes:
       dataset: images to train on. The digits are bundled with scikit-learn; the others
-        are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded.
+        are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded. topics
+        is a text, the help pages of Python, for model transformer.
       model: network; for method thin, lenet-300-100 stands for the smaller one.
       method: how the weights become sparse; dense keeps all of them.
       density: share of the weights that is kept, in (0, 1]; biases are not counted.
@@ -74,6 +87,15 @@ class TrainConfig:
       drop_steps: steps after which the learning rate is multiplied by drop_factor.
       drop_epochs: the same in epochs; give one of the two.
       drop_factor: what a drop multiplies the learning rate by.
+      optimizer: SGD with momentum, or AdamW with its usual decay rates.
+      schedule: the learning rate at drops, or one cycle: up in the first 30% of the
+        steps and down again, along cosines.
+      warmup_epochs: epochs in which the learning rate rises from zero, before drops.
+      augment: random crops and flips of the training images, padded with their mirror
+        images or with black; validation and test images stay as they are.
+      pixels: how pixels are normalised: by mean and deviation of each channel, or all
+        to [-1, 1].
+      dtype: what convolutions and dense layers compute in; weights are float32.
       momentum: momentum of SGD, in [0, 1).
       nesterov: Nesterov's form of momentum.
       weight_decay: L2 coefficient, added to the gradient.
@@ -85,13 +107,19 @@ class TrainConfig:
         smallest weights.
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
-      shares: how the density is shared among the layers.
+      shares: how the density is shared among the layers; mostafa_wang keeps the first
+        layer, the last and the shortcuts dense, and the density is that of the others.
       update_epochs: epochs between two cycles of methods that have cycles; RigL has
         one every 100 steps at least.
+      cycles: cycles in that time, which is then cut into as many equal parts.
+      pattern: what becomes sparse: single weights, or two of every four inputs of a
+        unit, for method gradual_magnitude at a density of 0.5.
       l1: strength of the L1 penalty of method l1.
-      ticket: method ticket: the mask that sparse momentum found, trained from its own
+      ticket: method ticket: the mask that the finder found, trained from its own
         initial weights; or a control: the mask shuffled within each layer, spread at
         random over the network, or trained from other initial weights.
+      finder: method ticket: what finds the mask; magnitude takes the largest weights of
+        the dense network that GSM starts from.
       gate: GSM: share of the weights whose gradient passes each step.
       settle_epoch: GSM: epoch from which only the largest weights are trained, the
         rest decays.
@@ -113,6 +141,20 @@ class TrainConfig:
     drop_steps: Counts = None
     drop_epochs: Counts = None
     drop_factor: float = 0.1
+    optimizer: Annotated[
+        OptimizerName | None, flag("{" + ",".join(recipes.OPTIMIZERS) + "}", _RECIPE)
+    ] = None
+    schedule: Annotated[
+        ScheduleName | None, flag("{" + ",".join(recipes.SCHEDULES) + "}", _RECIPE)
+    ] = None
+    warmup_epochs: Count = None
+    augment: Annotated[
+        AugmentName | None, flag("{" + ",".join(recipes.AUGMENT) + "}", _RECIPE)
+    ] = None
+    pixels: Annotated[
+        PixelsName | None, flag("{" + ",".join(recipes.PIXELS) + "}", _RECIPE)
+    ] = None
+    dtype: DtypeName = "float32"
     momentum: Number = None
     nesterov: bool = True
     weight_decay: Number = None
@@ -130,8 +172,11 @@ class TrainConfig:
         flag("{" + ",".join(recipes.SHARES) + "}", "the method's own"),
     ] = None
     update_epochs: int = 1
+    cycles: int = 1
+    pattern: PatternName = "weights"
     l1: float = 1e-5
     ticket: Literal["own", "shuffled", "random", "reinitialised"] = "own"
+    finder: FinderName = "sparse_momentum"
     gate: Annotated[float | None, flag("FLOAT", "the density")] = None
     settle_epoch: Annotated[int | None, flag("INT", "never, as in the paper")] = None
     base: Base = Base()
@@ -166,14 +211,37 @@ class Resolved(TrainConfig):
     learning_rate: float = 0.0
     drop_steps: tuple[int, ...] = ()
     drop_epochs: tuple[int, ...] = ()
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["drops", "one_cycle"] = "drops"
+    warmup_epochs: int = 0
+    augment: Literal["none", "reflect", "zero"] = "none"
+    pixels: Literal["channels", "half"] = "channels"
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: Literal["all", "kernels"] = "all"
-    shares: Literal["uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"] = (
-        "uniform"
-    )
+    shares: Literal[
+        "uniform", "erdos_renyi", "erdos_renyi_kernel", "linear", "mostafa_wang"
+    ] = "uniform"
     base: ResolvedBase = ResolvedBase()
     init: Literal["torch", "xavier"] = "torch"
+
+
+# Values that runs have had since later versions, and what they stood at before: names
+# of runs and records of then are those of runs with these.
+EARLIER: dict[str, Any] = dict(
+    optimizer="sgd",
+    schedule="drops",
+    warmup_epochs=0,
+    augment="none",
+    pixels="channels",
+    dtype="float32",
+    cycles=1,
+    pattern="weights",
+    finder="sparse_momentum",
+)
+_CHOICES = dict(
+    optimizer="OPTIMIZERS", schedule="SCHEDULES", augment="AUGMENT", pixels="PIXELS"
+)
 
 
 def resolve(config: TrainConfig) -> Resolved:
@@ -203,6 +271,19 @@ def resolve(config: TrainConfig) -> Resolved:
     if config.shares is not None:
         _choose("shares", config.shares, recipes.SHARES)
     _choose("grow", config.grow, recipes.GROW)
+    _choose("finder", config.finder, recipes.FINDERS)
+    _choose("pattern", config.pattern, recipes.PATTERNS)
+    _choose("dtype", config.dtype, models.DTYPES)
+    for name in ("optimizer", "schedule", "augment", "pixels"):
+        value = getattr(config, name)
+        if value is not None:
+            _choose(name, value, getattr(recipes, _CHOICES[name]))
+    if models.MODELS[config.model].text != (config.dataset == "topics"):
+        raise ValueError(
+            f"TrainConfig: model={config.model!r} does not fit "
+            f"dataset={config.dataset!r}; model='transformer' and dataset='topics' go "
+            "together. Give both, or neither."
+        )
     if config.drop_steps and config.drop_epochs:
         raise ValueError(
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
@@ -334,6 +415,31 @@ def _check(config):
         "method='static'",
     )
     need(
+        config.cycles >= 1,
+        "cycles",
+        config.cycles,
+        "1 or more",
+    )
+    need(
+        0 <= config.warmup_epochs < config.epochs,
+        "warmup_epochs",
+        config.warmup_epochs,
+        f"from 0 to {config.epochs - 1}, fewer than epochs",
+    )
+    need(
+        config.pattern == "weights"
+        or (config.method, config.density) == ("gradual_magnitude", 0.5),
+        "pattern",
+        config.pattern,
+        "'weights', but for method='gradual_magnitude' and density=0.5",
+    )
+    need(
+        config.finder == "sparse_momentum" or config.method == "ticket",
+        "finder",
+        config.finder,
+        "left out, but for method='ticket'",
+    )
+    need(
         0 <= config.seed < 2**32,
         "seed",
         config.seed,
@@ -374,9 +480,14 @@ def base_of(config: Resolved) -> Resolved | None:
     """
     plain = TrainConfig()
     if config.method == "ticket":
-        return dataclasses.replace(
-            config, method="sparse_momentum", ticket=plain.ticket
-        )
+        if config.finder == "sparse_momentum":
+            return dataclasses.replace(
+                config, method="sparse_momentum", ticket=plain.ticket
+            )
+        kept = ("dataset", "model", "density", "split", "seed", "nesterov", "dtype")
+        given: dict[str, Any] = {name: getattr(config, name) for name in kept}
+        found = resolve(TrainConfig(method="gsm", **given))
+        return found if config.finder == "gsm" else base_of(found)
     if not config.base.epochs:
         return None
     # What only the later stage reads goes back to its default.
@@ -393,10 +504,12 @@ def base_of(config: Resolved) -> Resolved | None:
         l1=plain.l1,
         ticket=plain.ticket,
         update_epochs=plain.update_epochs,
+        cycles=plain.cycles,
+        pattern=plain.pattern,
         gate=None,
         settle_epoch=None,
         base=ResolvedBase(),
-        **dataclasses.asdict(config.base),
+        **_given(config.base),
     )
 
 
@@ -431,7 +544,11 @@ def default_name(config: Resolved) -> str:
       >>> config.default_name(config.resolve(config.TrainConfig())).rsplit("-", 1)[0]
       'digits-lenet-300-100-sparse_momentum-d0.05-s0'
     """
-    text = json.dumps(as_dict(config), sort_keys=True)
+    values = as_dict(config)
+    values = {k: v for k, v in values.items() if k not in EARLIER or v != EARLIER[k]}
+    if values["base"]["weight_decay"] is None:
+        del values["base"]["weight_decay"]
+    text = json.dumps(values, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return (
         f"{config.dataset}-{config.model}-{config.method}"

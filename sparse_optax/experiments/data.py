@@ -1,4 +1,4 @@
-"""Image data sets as arrays: digits, MNIST, Fashion-MNIST and CIFAR-10.
+"""Data sets as arrays: digits, MNIST, Fashion-MNIST, CIFAR-10, and a text.
 
 The digits are bundled with scikit-learn. The others are read from the folder named
 by the environment variable ``SPARSE_OPTAX_DATA`` (sub-folders ``mnist``,
@@ -96,7 +96,9 @@ class Origin(NamedTuple):
     ]
 
 
-def load(name: str = "digits", *, split: str = "lee") -> Dataset:
+def load(
+    name: str = "digits", *, split: str = "lee", pixels: str = "channels"
+) -> Dataset:
     """Loads a data set.
 
     Pixels are scaled to 0..1, then ``(x - mean) / std`` with the usual constants of
@@ -104,10 +106,13 @@ def load(name: str = "digits", *, split: str = "lee") -> Dataset:
     the last 360, by writers who are not among the others, are the test set.
 
     Args:
-      name: ``"digits"``, ``"mnist"``, ``"fashion-mnist"`` or ``"cifar10"``.
+      name: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"``, or
+        ``"topics"``, the help pages of Python, see :func:`text`.
       split: ``"lee"`` trains on the first 90% of the training images and validates
         on the last 10% (54,000 and 6,000 of MNIST); ``"full"`` trains on all of them
         and leaves the validation set empty.
+      pixels: ``"channels"`` normalises as above, ``"half"`` to [-1, 1], as the released
+        code of GSM does: a mean and a deviation of 0.5.
 
     Returns:
       A :class:`Dataset` of NumPy arrays.
@@ -133,14 +138,16 @@ def load(name: str = "digits", *, split: str = "lee") -> Dataset:
             f"load: split={split!r}; choose 'lee' (first 90% to train on, last 10% to "
             "validate on) or 'full' (train on everything)."
         )
+    if name == "topics":
+        return text(split=split)
+    largest, mean, std = scale(name, pixels)
     if name == "digits":
         train_x, train_y, test_x, test_y = _digits()
     else:
         origin = ORIGINS[name]
         contents = _contents(name, origin)
         train_x, train_y, test_x, test_y = origin.decode(contents)
-        train_x = _normalise(train_x, 255, origin.mean, origin.std)
-        test_x = _normalise(test_x, 255, origin.mean, origin.std)
+    train_x, test_x = (_normalise(x, largest, mean, std) for x in (train_x, test_x))
     n = len(train_x)
     kept = n * 9 // 10 if split == "lee" else n
     return Dataset(
@@ -155,6 +162,88 @@ def load(name: str = "digits", *, split: str = "lee") -> Dataset:
     )
 
 
+def scale(name: str, pixels: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """What normalises the pixels of a set of images.
+
+    Args:
+      name: the set.
+      pixels: ``"channels"`` or ``"half"``.
+
+    Returns:
+      The largest pixel, and mean and deviation of each channel of pixels in 0..1.
+
+    Raises:
+      ValueError: for another ``pixels``.
+    """
+    if name == "digits":
+        # Mean and deviation of the training pixels, rounded.
+        largest, mean, std = 16, (0.3059,), (0.3763,)
+    else:
+        largest, mean, std = 255, ORIGINS[name].mean, ORIGINS[name].std
+    if pixels == "half":
+        mean = std = (0.5,) * len(mean)
+    elif pixels != "channels":
+        raise ValueError(
+            f"load: pixels={pixels!r}; choose 'channels' (mean and deviation of each "
+            "channel) or 'half' (all to [-1, 1])."
+        )
+    return largest, mean, std
+
+
+def black(name: str, pixels: str = "channels") -> tuple[float, ...]:
+    """What a black pixel is after normalisation, one number a channel.
+
+    Examples:
+      >>> from sparse_optax.experiments import data
+      >>> data.black("cifar10", "half")
+      (-1.0, -1.0, -1.0)
+    """
+    if name == "topics":
+        return ()
+    _, mean, std = scale(name, pixels)
+    return tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+def text(*, split: str = "lee", length: int = 128) -> Dataset:
+    """The help pages of Python as numbers of characters, to predict the next of each.
+
+    The pages of ``pydoc_data.topics``, by name, end to end: some 465,000 characters
+    that come with Python and differ a little between its versions. The last tenth is
+    the test set; of the rest the last tenth validates, as in :func:`load`.
+
+    Args:
+      split: as in :func:`load`.
+      length: characters of a window, at least 1.
+
+    Returns:
+      A :class:`Dataset` whose images are windows, int32 of shape (n, length), and
+      whose labels are the same windows one character later. Training windows begin
+      every length / 2 characters, the others do not overlap. The classes are the
+      characters that occur.
+
+    Examples:
+      >>> from sparse_optax.experiments import data
+      >>> topics = data.text(length=64)
+      >>> bool((topics.train_x[0, 1:] == topics.train_y[0, :-1]).all())
+      True
+    """
+    from pydoc_data.topics import topics
+
+    whole = "".join(topics[name] for name in sorted(topics))
+    alphabet = {character: i for i, character in enumerate(sorted(set(whole)))}
+    numbers = np.array([alphabet[character] for character in whole], np.int32)
+    tested = len(numbers) * 9 // 10
+    kept = tested * 9 // 10 if split == "lee" else tested
+    cuts = (numbers[:kept], numbers[kept:tested], numbers[tested:])
+    steps = (max(1, length // 2), length, length)
+    parts = []
+    for part, step in zip(cuts, steps, strict=True):
+        starts = np.arange(0, len(part) - length, step)[:, None]
+        places = starts + np.arange(length)[None]
+        parts += [part[places], part[places + 1]]
+    return Dataset(*parts, classes=len(alphabet), name="topics")
+
+
 def _normalise(x, largest, mean, std):
     mean, std = (np.asarray(v, np.float32)[None, None, None] for v in (mean, std))
     return (x.astype(np.float32) / np.float32(largest) - mean) / std
@@ -167,8 +256,6 @@ def _digits():
     x, y = bundle.images[..., None], bundle.target
     # In the order of the file, so that the test set is written by other people.
     train = len(x) * 4 // 5
-    # Mean and deviation of the training pixels, rounded.
-    x = _normalise(x, 16, (0.3059,), (0.3763,))
     return x[:train], y[:train], x[train:], y[train:]
 
 
@@ -411,4 +498,4 @@ ORIGINS = {
         decode=_decode_cifar,
     ),
 }
-NAMES = ("digits", *ORIGINS)
+NAMES = ("digits", *ORIGINS, "topics")

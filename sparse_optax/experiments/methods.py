@@ -43,6 +43,14 @@ def dense(setup: Setup) -> Build:
 def gsm(setup: Setup) -> Build:
     """GSM, then a cut to the largest weights by magnitude over the whole network."""
     config, settle = setup.config, setup.config.settle_epoch
+    if config.optimizer == "adamw":
+        if settle is not None:
+            raise ValueError(
+                f"train: settle_epoch={settle} must be left out for method='gsm' with "
+                "optimizer='adamw'. Leave it out, or take SGD."
+            )
+        gate = sparse_optax.gsm_mask(config.gate or config.density)
+        return Build(optax.chain(gate, shared.inner(setup)), cut=_cut(setup))
     optimizer = sparse_optax.gsm(
         learning_rate(config, setup.steps_per_epoch),
         config.density,
@@ -85,10 +93,14 @@ def snip(setup: Setup) -> Build:
 
 
 def ticket(setup: Setup) -> Build:
-    """The weights that sparse momentum ended with, from the start, or a control."""
-    chosen = sparse_optax.eligible(setup.params)
+    """The weights that the finder ended with, from the start, or a control."""
+    params = setup.params
+    if setup.config.finder == "magnitude":
+        found = sparse_optax.masks.magnitude_masks(params, setup.config.density)
+        params = sparse_optax.sparsify(params, found)
+    chosen = sparse_optax.eligible(params)
     masks = jax.tree.map(
-        lambda w, sparse: w != 0 if sparse else optax.MaskedNode(), setup.params, chosen
+        lambda w, sparse: w != 0 if sparse else optax.MaskedNode(), params, chosen
     )
     control, key = setup.config.ticket, setup.init_key
     if control == "shuffled":
@@ -276,8 +288,12 @@ def granet(setup: Setup) -> Build:
 
 def gradual_magnitude(setup: Setup) -> Build:
     """Gradual magnitude pruning along the cubic schedule."""
+    two_of_four = setup.config.pattern == "2:4"
+    pattern = sparse_optax.patterns.n_m(2, 4) if two_of_four else None
     return shared.masked(
-        sparse_optax.gradual_magnitude(shared.inner(setup), **_pruning(setup))
+        sparse_optax.gradual_magnitude(
+            shared.inner(setup), **_pruning(setup), pattern=pattern
+        )
     )
 
 

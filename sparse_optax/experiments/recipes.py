@@ -5,13 +5,22 @@ Data and no more: ``config`` fills runs with it, ``methods`` builds the methods.
 
 from typing import Any, NamedTuple
 
-# How a density may be shared among the layers.
-SHARES = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear")
+# How a density may be shared among the layers; the last keeps the first layer, the
+# last and the shortcuts dense, and the density is that of the others.
+SHARES = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear", "mostafa_wang")
 # The choices of sparse momentum.
 DECAYS = ("cosine", "linear", "constant")
 PRUNE = ("magnitude", "global_magnitude")
 REDISTRIBUTE = ("momentum", "magnitude", "nonzeros", "size", "none")
 GROW = ("momentum", "gradient", "random", "momentum_per_neuron", "global_momentum")
+# How a run trains: its optimizer, its learning rate and what it does to images.
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("drops", "one_cycle")
+AUGMENT = ("none", "reflect", "zero")
+PIXELS = ("channels", "half")
+# What finds the mask of a ticket, and what a weight of the mask is.
+FINDERS = ("sparse_momentum", "gsm", "magnitude")
+PATTERNS = ("weights", "2:4")
 
 
 class Method(NamedTuple):
@@ -63,9 +72,28 @@ METHODS: dict[str, Method] = {
 }
 
 DENSE: dict[str, Any] = dict(method="dense", density=1.0)
-SGD: dict[str, Any] = dict(momentum=0.9, weight_decay=5e-4, decay="all", init="torch")
+_PLAIN: dict[str, Any] = dict(
+    optimizer="sgd",
+    schedule="drops",
+    warmup_epochs=0,
+    augment="none",
+    pixels="channels",
+)
+SGD: dict[str, Any] = dict(
+    momentum=0.9, weight_decay=5e-4, decay="all", init="torch", **_PLAIN
+)
 _LEE_MNIST: dict[str, Any] = dict(
     epochs=100, batch_size=100, learning_rate=0.1, drop_steps=(25_000, 50_000)
+)
+# A short one of this library's own for the text.
+_TEXT: dict[str, Any] = dict(
+    epochs=15,
+    batch_size=32,
+    learning_rate=3e-3,
+    optimizer="adamw",
+    schedule="one_cycle",
+    weight_decay=0.1,
+    decay="kernels",
 )
 # Recipes by data set: the protocol of Lee et al. as the sparse momentum paper ran it
 # (https://arxiv.org/abs/1907.04840), and a short one for the digits.
@@ -74,13 +102,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mnist": _LEE_MNIST,
     "fashion-mnist": _LEE_MNIST,
     "cifar10": dict(
-        epochs=250, batch_size=128, learning_rate=0.1, drop_steps=(30_000, 60_000)
+        epochs=250,
+        batch_size=128,
+        learning_rate=0.1,
+        drop_steps=(30_000, 60_000),
+        augment="reflect",
     ),
+    "topics": _TEXT,
 }
 # GSM starts from a trained network and needs a momentum near one to carry the passive
 # weights to zero (https://arxiv.org/abs/1909.12778).
 GSM: dict[str, Any] = dict(
-    momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier"
+    momentum=0.99, weight_decay=5e-4, decay="kernels", init="xavier", **_PLAIN
 )
 _GSM_MNIST: dict[str, Any] = dict(
     epochs=240,
@@ -113,7 +146,38 @@ GSM_RECIPES: dict[str, dict[str, Any]] = {
     ),
     "mnist": _GSM_MNIST,
     "fashion-mnist": _GSM_MNIST,
-    "cifar10": _GSM_MNIST,
+    # As the authors' code has it for ResNet-56, which has no Nesterov there.
+    "cifar10": dict(
+        epochs=600,
+        batch_size=64,
+        learning_rate=5e-3,
+        drop_epochs=(400, 500),
+        momentum=0.98,
+        weight_decay=1e-4,
+        warmup_epochs=5,
+        augment="zero",
+        pixels="half",
+        base=dict(
+            epochs=500,
+            batch_size=64,
+            learning_rate=0.1,
+            drop_epochs=(100, 200, 300, 400),
+            momentum=0.9,
+        ),
+    ),
+    # Decoupled decay carries a passive weight to exp(-sum(rate * decay)) of itself.
+    "topics": _TEXT
+    | dict(
+        weight_decay=10.0,
+        base=dict(
+            epochs=15,
+            batch_size=32,
+            learning_rate=3e-3,
+            drop_epochs=(),
+            momentum=0.9,
+            weight_decay=0.1,
+        ),
+    ),
 }
 
 
@@ -147,6 +211,14 @@ TRAINED_RECIPES: dict[str, dict[str, Any]] = {
         drop_steps=(30_000,),
         base=dict(
             epochs=85, batch_size=128, learning_rate=0.1, drop_epochs=(), momentum=0.9
+        ),
+        augment="reflect",
+    ),
+    "topics": _TEXT
+    | dict(
+        epochs=8,
+        base=dict(
+            epochs=7, batch_size=32, learning_rate=3e-3, drop_epochs=(), momentum=0.9
         ),
     ),
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import sparse_optax
@@ -78,8 +79,9 @@ class Setup(NamedTuple):
 
     @property
     def period(self) -> int:
-        """Steps between two cycles."""
-        return self.config.update_epochs * self.steps_per_epoch
+        """Steps between two cycles, at least one."""
+        steps = self.config.update_epochs * self.steps_per_epoch
+        return max(1, steps // self.config.cycles)
 
     def loss(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Mean cross-entropy of a batch."""
@@ -124,16 +126,48 @@ def learning_rate(config: Resolved, steps_per_epoch: int) -> optax.Schedule:
       >>> float(rate(19)), round(float(rate(20)), 6)
       (1.0, 0.1)
     """
+    if config.schedule == "one_cycle":
+        total = config.epochs * steps_per_epoch
+        return optax.cosine_onecycle_schedule(total, config.learning_rate)
     steps = config.drop_steps or [
         epoch * steps_per_epoch for epoch in config.drop_epochs
     ]
-    return optax.piecewise_constant_schedule(
+    dropping = optax.piecewise_constant_schedule(
         config.learning_rate, {int(step): config.drop_factor for step in steps}
+    )
+    if not config.warmup_epochs:
+        return dropping
+    warmup = config.warmup_epochs * steps_per_epoch
+    return lambda step: dropping(step) * jnp.minimum(1.0, step / warmup)
+
+
+def adamw(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
+    """AdamW with optax's decay rates; its decay is not in the gradient.
+
+    Args:
+      config: a resolved run.
+      steps_per_epoch: steps of one epoch, at least 1.
+
+    Returns:
+      ``optax.adamw``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.experiments import config, setup
+      >>> run = config.TrainConfig(dataset="topics", model="transformer")
+      >>> optimizer = setup.adamw(config.resolve(run), 10)
+      >>> optimizer.init({"w": jnp.ones((2, 2))})[0].count.item()
+      0
+    """
+    return optax.adamw(
+        learning_rate(config, steps_per_epoch),
+        weight_decay=config.weight_decay,
+        mask=sparse_optax.eligible if config.decay == "kernels" else None,
     )
 
 
 def sgd(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum and L2 decay inside the gradient, the optimizer of all runs.
+    """SGD with momentum and L2 decay inside the gradient.
 
     Args:
       config: a resolved run.
@@ -165,7 +199,8 @@ def sgd(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
 
 def inner(setup: Setup) -> optax.GradientTransformation:
     """The optimizer that a run's method wraps."""
-    return sgd(setup.config, setup.steps_per_epoch)
+    make = adamw if setup.config.optimizer == "adamw" else sgd
+    return make(setup.config, setup.steps_per_epoch)
 
 
 def rate(setup: Setup) -> optax.Schedule:
@@ -182,8 +217,43 @@ def budget(setup: Setup, density: float | None = None) -> Any:
         "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
         "linear": budgets.linear,
     }
+    if setup.config.shares == "mostafa_wang" and density < 1:
+        return mostafa_wang(setup.params, density)
     make = kinds.get(setup.config.shares)
     return density if make is None or density == 1 else make(density)
+
+
+def mostafa_wang(params: Params, density: float) -> Any:
+    """The budget of Mostafa and Wang: first layer, last layer and shortcuts dense.
+
+    Args:
+      params: parameters of a residual network.
+      density: share of the weights of the other layers that is kept, in (0, 1].
+
+    Returns:
+      A budget for ``density``; WRN-28-2 keeps 12,464 weights dense besides.
+
+    References:
+      Mostafa & Wang, `Parameter efficient training of deep convolutional neural
+      networks by dynamic sparse reparameterization
+      <https://arxiv.org/abs/1902.05967>`_, 2019.
+    """
+    chosen = jax.tree.leaves(sparse_optax.eligible(params))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
+        for (path, leaf), counted in zip(leaves, chosen, strict=True)
+        if counted
+    }
+    dense = [
+        name
+        for name in sizes
+        if name in ("conv/kernel", "fc/kernel") or "shortcut/" in name
+    ]
+    whole = sum(sizes[name] for name in dense)
+    rest = sum(sizes.values()) - whole
+    kept = whole + budgets.count(density, rest)
+    return budgets.uniform(kept / (whole + rest), dense=dense)
 
 
 def masked(optimizer: optax.GradientTransformation) -> Build:

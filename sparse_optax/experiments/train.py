@@ -27,6 +27,7 @@ import sparse_optax
 from sparse_optax import budgets
 from sparse_optax.checks import MOST_UPDATES, ArgumentError
 from sparse_optax.experiments import (
+    augment,
     checkpoints,
     data,
     methods,
@@ -173,7 +174,7 @@ def train(
         )
     if record_path is not None:
         records.check_file(record_path)
-    dataset = data.load(config.dataset, split=config.split)
+    dataset = data.load(resolved.dataset, split=resolved.split, pixels=resolved.pixels)
     _check_steps(resolved, len(dataset.train_x))
     setting = _Setting(
         dataset,
@@ -245,6 +246,7 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         dataset.train_x.shape[1:],
         dataset.classes,
         init=config.init,
+        dtype=config.dtype,
     )
     start = draw(key=keys[0])
     if setting.runs is None:
@@ -502,10 +504,16 @@ class _Run(NamedTuple):
         apply, optimizer = self.apply, self.plan.optimizer
         batch = self.config.batch_size
         steps = len(images[0]) // batch
+        kind = self.config.augment
+        black = data.black(self.config.dataset, self.config.pixels)
 
         def step(state, key, number, rows, x, y):
             params, stats, opt_state = state
             x, y = (a.at[rows].get(mode="promise_in_bounds") for a in (x, y))
+            if kind != "none":
+                # Not the key of the dropout, which the models use as it is.
+                crops = jax.random.fold_in(jax.random.fold_in(key, 2 + number), 1)
+                x = augment.augment(crops, x, kind, black)
 
             def loss_of(params):
                 # Dropout. The order of the images takes the folds 0 and 1.
@@ -561,6 +569,7 @@ class _Run(NamedTuple):
             "test_error": (dataset.test_x, dataset.test_y),
         }
         whole = not models.MODELS[self.config.model].convolutional
+        text = models.MODELS[self.config.model].text
         parts = {
             name: [
                 jax.device_put((x[i : i + chunk], y[i : i + chunk]))
@@ -574,6 +583,16 @@ class _Run(NamedTuple):
         def wrong(params, stats, parts):
             return [
                 jnp.sum(apply(params, stats, x)[0].argmax(-1) != y, dtype=jnp.int32)
+                for x, y in parts
+            ]
+
+        @jax.jit
+        def bits(params, stats, parts):
+            return [
+                optax.softmax_cross_entropy_with_integer_labels(
+                    apply(params, stats, x)[0], y
+                ).sum()
+                / math.log(2)
                 for x, y in parts
             ]
 
@@ -596,13 +615,18 @@ class _Run(NamedTuple):
 
         def evaluate(params, stats):
             metrics = {}
-            for name, (x, _) in sets.items():
+            for name, (x, y) in sets.items():
                 # One call for the whole set; images of networks with convolutions
                 # go in several, for the memory that their activations take.
                 calls = [parts[name]] if whole else [[part] for part in parts[name]]
                 wrongs = (wrong(params, stats, call) for call in calls)
                 count = sum(int(n) for numbers in wrongs for n in numbers)
-                metrics[name] = _short(100 * count / len(x)) if len(x) else None
+                metrics[name] = _short(100 * count / y.size) if len(x) else None
+                if text:
+                    values = [bits(params, stats, call) for call in calls]
+                    total = sum(float(n) for numbers in values for n in numbers)
+                    size = _short(total / y.size) if len(x) else None
+                    metrics[name.replace("error", "bits")] = size
             shares = (_short(float(share)) for share in below(params))
             names = (f"below_{limit:.0e}" for limit in SMALL)
             return {**metrics, **dict(zip(names, shares, strict=True))}
@@ -612,6 +636,8 @@ class _Run(NamedTuple):
     def _results(self, params, stats, opt_state, history, evaluate):
         """Final errors, layers and params, after the cut where the method has one."""
         errors = ("valid_error", "test_error")
+        if models.MODELS[self.config.model].text:
+            errors += ("valid_bits", "test_bits")
         last = {name: history["epochs"][-1][name] for name in errors}
         results = dict(last)
         if self.plan.cut is not None:

@@ -193,7 +193,9 @@ def _differences(found: dict[str, Any], config: configs.Resolved) -> list[str]:
     wanted = configs.as_dict(config)
     plain = configs.as_dict(TrainConfig())
     plain["shares"] = recipes.METHODS[config.method].shares
-    found = {**{key: plain[key] for key in _LATER}, **found}
+    found = {**configs.EARLIER, **{key: plain[key] for key in _LATER}, **found}
+    if isinstance(found.get("base"), dict):
+        found["base"] = {"weight_decay": None, **found["base"]}
     keys = dict.fromkeys([*wanted, *found])
     return [
         key
