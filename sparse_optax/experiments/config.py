@@ -4,18 +4,27 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
 from sparse_optax.experiments import data, models, recipes
 
 if TYPE_CHECKING:
-    DatasetName = ModelName = MethodName = SharesName = str
-    PruneName = RedistributeName = GrowName = str
-    OptimizerName = ScheduleName = AugmentName = PixelsName = FinderName = str
-    PatternName = str
-    DtypeName = str
+    DatasetName: TypeAlias = str
+    ModelName: TypeAlias = str
+    MethodName: TypeAlias = str
+    SharesName: TypeAlias = str
+    PruneName: TypeAlias = str
+    RedistributeName: TypeAlias = str
+    GrowName: TypeAlias = str
+    OptimizerName: TypeAlias = str
+    ScheduleName: TypeAlias = str
+    AugmentName: TypeAlias = str
+    PixelsName: TypeAlias = str
+    FinderName: TypeAlias = str
+    PatternName: TypeAlias = str
+    DtypeName: TypeAlias = str
 else:  # the registries are the choices of the command line
     OptimizerName = Literal[recipes.OPTIMIZERS]
     ScheduleName = Literal[recipes.SCHEDULES]
