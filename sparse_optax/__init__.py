@@ -28,6 +28,9 @@ run can reach its goal, and whether it did).
 ``get_masks``, ``set_masks``, ``shuffle_masks``, ``random_masks_like``,
 ``save_sparse``, ``load_sparse``.
 
+**A finished model, smaller and faster:**
+``compact`` (a smaller dense model that computes the same).
+
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
 units, N:M), ``schedules``, ``regrowth`` (the engine and its rules: ``regrow``),
@@ -44,6 +47,7 @@ from sparse_optax import regrowth as regrowth
 from sparse_optax import report as report
 from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
+from sparse_optax.export import compact as compact
 from sparse_optax.export import load_sparse as load_sparse
 from sparse_optax.export import save_sparse as save_sparse
 from sparse_optax.gsm import GsmGap as GsmGap
@@ -107,6 +111,7 @@ __all__ = [
     "add_l1_decay",
     "budgets",
     "clip_by_active_norm",
+    "compact",
     "decay_mask",
     "deep_rewiring",
     "dynamic_sparse",

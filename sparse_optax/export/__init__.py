@@ -1,9 +1,14 @@
-"""A finished sparse model as a compact file and as sparse matrices.
+"""A finished sparse model: as a small file, a smaller dense model, sparse matrices.
 
+- ``compaction``: ``compact``, a smaller dense model that computes the same function.
 - ``model``: a loaded model: dense, as masks, as BCSR and CSR matrices.
 - ``file``: ``save_sparse`` and ``load_sparse``.
 """
 
+from sparse_optax.export.compaction import CompactLayer as CompactLayer
+from sparse_optax.export.compaction import CompactModel as CompactModel
+from sparse_optax.export.compaction import CompactRecord as CompactRecord
+from sparse_optax.export.compaction import compact as compact
 from sparse_optax.export.file import load_sparse as load_sparse
 from sparse_optax.export.file import save_sparse as save_sparse
 from sparse_optax.export.model import SparseLeaf as SparseLeaf

@@ -1,0 +1,222 @@
+"""The two passes over a program, and the smaller program that they allow.
+
+Forward, from the parameters: what is exact, and which slices of a value are one known
+number. Backward, from the results: which slices of a value anything later reads. What
+is needed of the parameters is the smaller model.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax.export.compaction import (
+    arrangement,
+    contraction,
+    elementwise,
+    reduction,
+)
+from sparse_optax.export.compaction.facts import (
+    Box,
+    Facts,
+    Known,
+    as_numbers,
+    cut,
+    everything,
+    lengths,
+    size,
+)
+from sparse_optax.export.compaction.nested import NESTED
+from sparse_optax.export.compaction.program import Equation, Value
+from sparse_optax.export.compaction.rule import NoRule, Rule
+
+# What is computed from parameters alone stays an operation if it is so much larger.
+_GROWTH, _ALWAYS = 4, 2**16
+
+
+def _nothing_known(eqn: Equation, facts: Facts) -> list[Known]:
+    return [{} for _ in eqn.outputs]
+
+
+def _all_needed(
+    eqn: Equation, boxes: list[Box | None], facts: Facts
+) -> list[Box | None]:
+    for out in eqn.outputs:
+        facts.need[out] = everything(out)
+    return [everything(x) for x in eqn.inputs]
+
+
+def _as_traced(
+    eqn: Equation, inputs: list[Any], boxes: list[Box | None], facts: Facts
+) -> list[Any]:
+    return eqn.call(*inputs)
+
+
+# What has no rule: it knows nothing and needs everything.
+WHOLE = Rule(_nothing_known, _all_needed, _as_traced)
+
+_RULES = {
+    **dict.fromkeys(elementwise.NAMES, elementwise.RULE),
+    "optimization_barrier": elementwise.SAME,
+    **dict.fromkeys(
+        ("transpose", "squeeze", "expand_dims", "broadcast_in_dim"), arrangement.AXES
+    ),
+    "reshape": arrangement.RESHAPE,
+    **dict.fromkeys(("slice", "split", "rev"), arrangement.SLICE),
+    "pad": arrangement.PAD,
+    "concatenate": arrangement.CONCATENATE,
+    "stack": arrangement.STACK,
+    "unstack": arrangement.UNSTACK,
+    "gather": arrangement.GATHER,
+    **dict.fromkeys(("dynamic_slice", "dynamic_update_slice"), arrangement.DYNAMIC),
+    "dot_general": contraction.DOT,
+    "conv_general_dilated": contraction.CONVOLUTION,
+    **dict.fromkeys(reduction.REDUCTIONS, reduction.REDUCE),
+    **dict.fromkeys(reduction.WINDOWS, reduction.WINDOW),
+    **dict.fromkeys((*reduction.RUNNING, "sort"), reduction.ALONG),
+}
+
+
+class Analysis(Facts):
+    """Facts about a program, found by two passes; ``run`` computes what is needed."""
+
+    def __init__(self, program: Any, settings: Any):
+        """Knows nothing but the constants of the program."""
+        super().__init__(program, settings)
+        self.rules: dict[Value, Rule] = {}
+        self.boxes: list[Box | None] = []
+
+    def set_exact(self, value: Value, number: Any, kept: np.ndarray | None) -> None:
+        """Gives an input its number. ``kept`` says which zeros may change."""
+        self.exact[value] = number
+        array = as_numbers(number)
+        if kept is not None and array is not None and (kept & (array == 0)).any():
+            self.live[value] = kept | (array != 0)
+            one = np.ones((), array.dtype)
+            self.probe[value] = np.where(self.live[value] & (array == 0), one, array)
+
+    # --- forward ----------------------------------------------------------------------
+    def forward(self) -> None:
+        """Finds what is exact and what is known."""
+        for eqn in self.program.equations:
+            if not eqn.outputs:
+                continue
+            origins = [self.origin.get(x, frozenset()) for x in eqn.inputs]
+            fixed = all(x in self.exact or x in self.origin for x in eqn.inputs)
+            if fixed:
+                made = functools.reduce(frozenset.union, origins, frozenset())
+                self.origin.update({out: made for out in eqn.outputs})
+            if all(x in self.exact for x in eqn.inputs) and self._is_small(eqn):
+                self._compute(eqn)
+                self.rules[eqn.outputs[0]] = _rule_of(eqn)
+                if eqn.body is None:
+                    continue
+            self.rules[eqn.outputs[0]] = rule = _rule_of(eqn)
+            try:
+                known = rule.known(eqn, self)
+            except NoRule:
+                self.rules[eqn.outputs[0]] = WHOLE
+                known = _nothing_known(eqn, self)
+            for out, found in zip(eqn.outputs, known, strict=True):
+                if out not in self.exact:
+                    self.known[out] = found
+
+    def _is_small(self, eqn: Equation) -> bool:
+        """Whether an exact result may be kept as an array."""
+        sizes = [size(x.shape) for x in (*eqn.inputs, *eqn.outputs)]
+        if any(n is None for n in sizes):
+            return False
+        n = len(eqn.inputs)
+        before, after = sum(sizes[:n]), sum(sizes[n:])  # type: ignore[arg-type]
+        return after <= max(_GROWTH * before, _ALWAYS)
+
+    def _compute(self, eqn: Equation) -> None:
+        """Computes an exact result, and where it may be different from zero."""
+        with jax.ensure_compile_time_eval():
+            made = eqn.call(*(_array(self.exact[x]) for x in eqn.inputs))
+            self.exact.update(zip(eqn.outputs, made, strict=True))
+            if not any(x in self.probe for x in eqn.inputs):
+                return
+            probes = [self.probe.get(x, self.exact[x]) for x in eqn.inputs]
+            probed = eqn.call(*map(_array, probes))
+        for out, number, probe in zip(eqn.outputs, made, probed, strict=True):
+            arrays = as_numbers(number), as_numbers(probe)
+            if arrays[0] is not None and arrays[1] is not None:
+                self.live[out] = (arrays[0] != 0) | (arrays[1] != 0)
+                self.probe[out] = probe
+
+    # --- backward ---------------------------------------------------------------------
+    def backward(self, boxes: Sequence[Box | None]) -> None:
+        """Finds what is needed for boxes of the results, None for no result."""
+        self.boxes = list(boxes)
+        while True:
+            self.have, self.need = self.need, {}
+            for out, box in zip(self.program.outputs, boxes, strict=True):
+                self.want(out, box)
+            for eqn in reversed(self.program.equations):
+                if any(out in self.need for out in eqn.outputs):
+                    self._read(eqn)
+            if _same_boxes(self.have, self.need):
+                break
+        self.folds.clear()
+
+    def _read(self, eqn: Equation) -> None:
+        """Adds what an equation reads."""
+        wanted = [self.need.get(out) for out in eqn.outputs]
+        first = eqn.outputs[0]
+        try:
+            targets = self.rules[first].needed(eqn, wanted, self)
+        except NoRule:
+            self.rules[first] = WHOLE
+            targets = _all_needed(eqn, wanted, self)
+        self.targets[first] = targets
+        for value, box in zip(eqn.inputs, targets, strict=True):
+            self.want(value, box)
+
+    # --- the smaller program ----------------------------------------------------------
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        """The results, from inputs in the boxes that ``need`` has of them."""
+        env = dict(zip(self.program.inputs, arrays, strict=True))
+        for value, number in self.program.constants.items():
+            if value in self.need:
+                env[value] = cut(number, everything(value), self.need[value])
+        for eqn in self.program.equations:
+            boxes = [self.need.get(out) for out in eqn.outputs]
+            if all(box is None for box in boxes):
+                continue
+            targets = self.targets[eqn.outputs[0]]
+            inputs = [
+                None if box is None else cut(env[x], self.need[x], box)
+                for x, box in zip(eqn.inputs, targets, strict=True)
+            ]
+            made = self.rules[eqn.outputs[0]].small(eqn, inputs, boxes, self)
+            for out, box, y in zip(eqn.outputs, boxes, made, strict=True):
+                if box is not None:
+                    assert y.shape == lengths(box, out.shape), eqn.name
+                    env[out] = y
+        return [
+            None if box is None else cut(env[x], self.need[x], box)
+            for x, box in zip(self.program.outputs, self.boxes, strict=True)
+        ]
+
+
+def _rule_of(eqn: Equation) -> Rule:
+    return NESTED if eqn.body is not None else _RULES.get(eqn.name, WHOLE)
+
+
+def _array(x: Any) -> Any:
+    return x if as_numbers(x) is None else jnp.asarray(x)
+
+
+def _same_boxes(a: dict[Value, Box], b: dict[Value, Box]) -> bool:
+    return a.keys() == b.keys() and all(_same_box(a[x], b[x]) for x in b)
+
+
+def _same_box(a: Box, b: Box) -> bool:
+    return all(
+        x is y or (x is not None and y is not None and np.array_equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )

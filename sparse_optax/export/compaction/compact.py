@@ -1,0 +1,572 @@
+"""``compact``: a smaller dense model that computes the same function."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparse_optax import checks
+from sparse_optax.checks import ArgumentError, boundary, unnamed
+from sparse_optax.encoding import suffixed
+from sparse_optax.export.compaction.analysis import Analysis
+from sparse_optax.export.compaction.facts import (
+    Box,
+    Settings,
+    as_mask,
+    as_numbers,
+    covers,
+    cut,
+    everything,
+    lengths,
+)
+from sparse_optax.export.compaction.program import trace
+from sparse_optax.export.compaction.record import CompactRecord, record_of
+from sparse_optax.layers import (
+    PyTree,
+    is_abstract,
+    is_hole,
+    is_mask,
+    is_packed,
+    leaf_names,
+    path_name,
+)
+from sparse_optax.masks.optimizer_state import named_masks
+from sparse_optax.masks.tree import pack, unpack
+
+State = Callable[[Any], PyTree]
+
+
+class CompactModel:
+    """A smaller model, made by ``compact``.
+
+    Call it like the function that it was made from, with ``params`` in place of the
+    parameters. It is an ordinary function of JAX: ``jax.jit``, ``jax.grad``,
+    ``jax.vmap`` and ``jax.export`` work. It takes a batch of any size. The first call
+    with arguments of other shapes analyses the function again.
+
+    Attributes:
+      params: The smaller parameters, a tree of the same type. A leaf of which nothing
+        is needed has no entries.
+      record: What went, layer by layer, a ``CompactRecord``.
+    """
+
+    def __init__(self, source: "_Source", boxes: Sequence[Box], record: CompactRecord):
+        """Made by ``compact``."""
+        self._source = source
+        self._boxes = tuple(boxes)
+        self._plans: dict[Any, Any] = {}
+        self.record = record
+        self.params = jax.tree.unflatten(
+            source.structure,
+            [_cut_leaf(x, b) for x, b in zip(source.leaves, boxes, strict=True)],
+        )
+
+    def __call__(self, params: PyTree, *args: Any) -> Any:
+        """The results of the function, as it would give them."""
+        return _call(self, params, *args)
+
+    def cut(self, tree: PyTree) -> PyTree:
+        """What belongs to the smaller parameters: of an optimizer state, of masks, of
+        gradients or of other parameters.
+
+        Args:
+          tree: A tree with leaves named like those of the parameters and of the same
+            shape, at any depth, such as an optimizer state; other leaves stay.
+
+        Returns:
+          The tree with these leaves cut.
+        """
+        return _cut(self, tree)
+
+    def expand(self, params: PyTree, into: PyTree | None = None) -> PyTree:
+        """The parameters at full size again.
+
+        Args:
+          params: Smaller parameters, also after training.
+          into: Where they are put: parameters, or a tree like them such as masks. None
+            takes the parameters that were given to ``compact``.
+
+        Returns:
+          A tree like ``into``: the smaller arrays at their places, all else as it was.
+        """
+        return _expand(self, params, into)
+
+
+class _Source(NamedTuple):
+    """The dense model that a ``CompactModel`` is made from."""
+
+    fn: Callable[..., Any]
+    structure: Any
+    leaves: tuple[Any, ...]
+    names: tuple[str, ...]
+    kept: tuple[np.ndarray | None, ...]  # masks
+    state: State | None
+    settings: Settings
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the leaves."""
+        return [np.shape(x) for x in self.leaves]
+
+
+@boundary("compact")
+def compact(
+    fn: Callable[..., Any],
+    params: PyTree,
+    *example: Any,
+    masks: PyTree | None = None,
+    state: State | None = None,
+    fold: bool = True,
+    round_to: int | str = 1,
+) -> CompactModel:
+    r"""A smaller dense model that computes the same function.
+
+    Units go of which nothing reads the output, or which no input feeds: a unit without
+    incoming weights is a number, and what it adds to the next layer is computed once.
+    Which these are is read from the traced program, for a function of any framework;
+    nothing is declared. With :math:`m_1, m_2` inputs and outputs left of a layer, its
+    products take :math:`m_1 m_2` multiply-adds per example.
+
+    For each value of the program and each axis of it two things are found: which slices
+    are one known number, whatever the input is, and which slices anything later reads.
+    Operations without a rule need all of their operands: they are left whole, and named
+    in the record. So the result is never wrong, only less small. Zero times a value
+    counts as zero: the function must not rely on infinite numbers or NaN.
+
+    **To train on**, cut the optimizer state and the masks with ``cut``: zeros inside of
+    the smaller arrays stay zero by masks, as before, and what is outside stays as it
+    is. A unit that is a known number goes. So its own bias does not learn any more,
+    while the bias of the next layer does; the gradient of a bias that is read elsewhere
+    too lacks this part. ``fold=False`` keeps such units: then all gradients are those
+    of the dense model.
+
+    Of the inputs of the function, or what another layer reads, few dead ones stay
+    where to take the others out costs more than it saves: one taken entry is counted
+    as 40 multiply-adds.
+
+    **Smaller is not always faster.** The default cuts all that can go: it costs
+    nothing to decide, and is the same on every machine. ``round_to="measured"``
+    compiles the function for a few roundings, and as it is, and takes the fastest.
+
+    Args:
+      fn: The function, called as ``fn(params, *args)``: a model, or a loss. What it
+        closes over is constant. Static arguments are bound with ``functools.partial``.
+      params: Its parameters, a tree of concrete arrays; also with running statistics,
+        as in ``nnx.state(model)``.
+      *example: Its other arguments, concrete or abstract.
+      masks: Masks or an optimizer state. A weight that they keep stays, also if it is
+        zero now, as weights are that have just grown. None keeps what is not zero.
+      state: For a function that returns new values of some of the parameters, such as
+        running statistics: ``state(result)`` gives these as a tree with their names.
+        They come back cut like the parameters. None: all results are whole.
+      fold: Whether units go that are a known number. False keeps them, to train on.
+      round_to: Sizes over which a product sums are rounded up to multiples of it, by
+        keeping units that could go, at least 1; or ``"measured"``.
+
+    Returns:
+      A ``CompactModel``, with ``params`` and ``record``; it is called like ``fn``.
+
+    Raises:
+      ValueError: If a leaf is no concrete array, masks do not fit, or ``fn`` cannot be
+        traced with the example.
+
+    Examples:
+      >>> import jax.numpy as jnp, sparse_optax
+      >>> def model(params, x):
+      ...     hidden = jnp.maximum(x @ params["v"] + params["b"], 0)
+      ...     return hidden @ params["w"]
+      >>> v = jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+      >>> params = {"b": jnp.ones(3), "v": v, "w": jnp.array([[1.0], [5.0], [0.0]])}
+      >>> x = jnp.array([[1.0, 2.0]])
+      >>> small = sparse_optax.compact(model, params, x)
+      >>> small.params["v"].shape, small.params["w"].shape
+      ((2, 1), (1, 1))
+      >>> model(params, x).tolist(), small(small.params, x).tolist()
+      ([[7.0]], [[7.0]])
+      >>> print(small.record.table())
+      layer  shape  small shape  multiply-adds  small  ratio
+      b          3            1              0      0      -
+      v      2 x 3        2 x 1              6      2   3.00
+      w      3 x 1        1 x 1              3      1   3.00
+      total     12            4              9      3   3.00
+    """
+    if not callable(fn):
+        checks.fail("fn", fn, "a function fn(params, *args)", "Pass model.apply.")
+    if round_to != "measured":
+        cure = 'Give 8, for instance, or "measured".'
+        if isinstance(round_to, str):
+            checks.fail("round_to", round_to, 'an integer or "measured"', cure)
+        checks.whole("round_to", round_to, 1, static=True, cure=cure)
+    checks.flag("fold", fold)
+    source = _source(fn, params, masks, state, Settings(fold=fold))
+    if round_to == "measured":
+        return _fastest(source, example)
+    settings = source.settings._replace(round_to=int(round_to))
+    return _build(source._replace(settings=settings), example)
+
+
+# Roundings that are measured: vectors of this many numbers are what cores compute with.
+_ROUNDINGS = (1, 8, 16, 32)
+
+
+def _source(
+    fn: Any, params: PyTree, masks: PyTree | None, state: Any, settings: Settings
+) -> _Source:
+    """The dense model, checked."""
+    if state is not None and not callable(state):
+        cure = 'Give lambda result: {"stats": result[1]}, for instance.'
+        checks.fail("state", state, "a function of the result", cure)
+    leaves, structure = jax.tree.flatten(params)
+    names = leaf_names(params)
+    for name, x in zip(names, leaves, strict=True):
+        if is_abstract(x) or not isinstance(
+            x, jax.Array | np.ndarray | np.generic | float | int | complex
+        ):
+            raise ArgumentError(
+                f"the leaf {name!r} of `params` is {type(x).__name__}; it must be a "
+                "concrete array. Call it outside of jit, with the arrays of the model "
+                "alone: eqx.filter(model, eqx.is_array) in equinox."
+            )
+    kept = _kept(names, leaves, masks)
+    return _Source(fn, structure, tuple(leaves), tuple(names), kept, state, settings)
+
+
+def _kept(
+    names: Sequence[str], leaves: Sequence[Any], masks: PyTree | None
+) -> tuple[np.ndarray | None, ...]:
+    """The mask of each leaf, or None."""
+    if masks is None:
+        return (None,) * len(leaves)
+    named = named_masks(masks)
+    named = dict(zip(suffixed(named, names), named.values(), strict=True))
+    if unknown := sorted(named.keys() - set(names)):
+        raise ArgumentError(
+            f"`masks` holds {unknown}, which `params` does not; the parameters are "
+            f"{list(names)}. Pass masks made for these parameters."
+        )
+    found = []
+    for name, x in zip(names, leaves, strict=True):
+        mask = named.get(name)
+        mask = None if mask is None else np.asarray(unpack(mask))
+        if mask is not None and mask.shape != np.shape(x):
+            raise ArgumentError(
+                f"`masks` has shape {mask.shape} for {name!r}; it must be "
+                f"{np.shape(x)}. Pass masks made for these parameters."
+            )
+        found.append(mask)
+    return tuple(found)
+
+
+# --- the analysis ---------------------------------------------------------------------
+def _abstract(x: Any) -> Any:
+    """The shape of an argument, without its values."""
+    aval = jax.typeof(x)
+    weak = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
+
+
+class _Plan(NamedTuple):
+    """A function analysed for arguments of certain shapes."""
+
+    analysis: Analysis
+    result: Any  # the tree of results
+    run: Callable[..., list[Any]]
+
+
+def _plan(source: _Source, args: Sequence[Any]) -> _Plan:
+    """Analyses the function for arguments of these shapes."""
+    flat, structure = jax.tree.flatten(tuple(args))
+    dense = [_abstract(x) for x in source.leaves]
+    given = [x if isinstance(x, jax.ShapeDtypeStruct) else _abstract(x) for x in flat]
+
+    def whole(leaves, flat):
+        params = jax.tree.unflatten(source.structure, leaves)
+        return source.fn(params, *jax.tree.unflatten(structure, flat))
+
+    program, result = trace(whole, dense, given)
+    analysis = Analysis(program, source.settings)
+    inputs = program.inputs[: len(dense)]
+    for i, value in enumerate(inputs):
+        analysis.set_exact(value, source.leaves[i], source.kept[i])
+        analysis.origin[value] = frozenset([source.names[i]])
+    analysis.at_hand.update(program.inputs[len(dense) :])
+    analysis.forward()
+    outputs = _state_outputs(source, result)
+    boxes: list[Box | None] = [everything(x) for x in program.outputs]
+    boxes = [None if i in outputs else box for i, box in enumerate(boxes)]
+    while True:
+        analysis.backward(boxes)
+        # A new value is needed where the old one is.
+        new = [
+            analysis.need.get(inputs[outputs[i]]) if i in outputs else box
+            for i, box in enumerate(boxes)
+        ]
+        if all(covers(a, b) for a, b in zip(boxes, new, strict=True)):
+            return _Plan(analysis, result, analysis.run)
+        boxes = new
+
+
+def _state_outputs(source: _Source, result: Any) -> dict[int, int]:
+    """Which results are new values of which leaves."""
+    if source.state is None:
+        return {}
+    flat, structure = jax.tree.flatten(result)
+    numbered = jax.tree.unflatten(structure, list(range(len(flat))))
+    picked = source.state(numbered)
+    found = {}
+    names = leaf_names(picked)
+    for name, i in zip(
+        suffixed(names, source.names), jax.tree.leaves(picked), strict=True
+    ):
+        if name not in source.names:
+            raise ArgumentError(
+                f"`state` gives {name!r}, which is no leaf of `params`; they are "
+                f"{list(source.names)}. Give a tree with the names of the parameters."
+            )
+        leaf = source.names.index(name)
+        if not isinstance(i, int) or tuple(flat[i].shape) != source.shapes[leaf]:
+            raise ArgumentError(
+                f"`state` gives for {name!r} no result of its shape "
+                f"{source.shapes[leaf]}. Pick parts of the result as they are."
+            )
+        found[i] = leaf
+    return found
+
+
+def _nothing(shape: Sequence[int]) -> Box:
+    """The box of a leaf of which nothing is needed."""
+    return tuple(np.zeros(n, bool) for n in shape)
+
+
+def _build(source: _Source, example: Sequence[Any]) -> CompactModel:
+    """A smaller model, for an example."""
+    plan = _plan(source, example)
+    need, inputs = plan.analysis.need, plan.analysis.program.inputs
+    pairs = zip(inputs[: len(source.leaves)], source.shapes, strict=True)
+    boxes = [need.get(x, _nothing(shape)) for x, shape in pairs]
+    small = [lengths(b, s) for b, s in zip(boxes, source.shapes, strict=True)]
+    record = record_of(plan.analysis, source.names, source.shapes, small)
+    whole = source.settings.keep_all
+    record = record._replace(round_to=None if whole else source.settings.round_to)
+    made = CompactModel(source, boxes, record)
+    key = _key(example)
+    if key is not None:
+        made._plans[key] = _compiled(plan)
+    return made
+
+
+def _key(args: Sequence[Any]) -> Any:
+    """What a plan is kept by; None if a length is symbolic."""
+    flat, structure = jax.tree.flatten(tuple(args))
+    avals = [x if isinstance(x, jax.ShapeDtypeStruct) else _abstract(x) for x in flat]
+    if not all(isinstance(n, int) for x in avals for n in x.shape):
+        return None
+    return structure, tuple((x.shape, str(x.dtype), x.weak_type) for x in avals)
+
+
+# --- calls ----------------------------------------------------------------------------
+@boundary("compact")
+def _call(model: CompactModel, params: PyTree, *args: Any) -> Any:
+    source, key = model._source, _key(args)
+    plan = model._plans.get(key)
+    if plan is None:
+        plan = _plan(source, args)
+        if key is not None:
+            plan = model._plans[key] = _compiled(plan)
+    leaves = _checked(model, params)
+    analysis, n = plan.analysis, len(leaves)
+    inputs = analysis.program.inputs
+    arrays = []
+    for value, x, box in zip(inputs[:n], leaves, model._boxes, strict=True):
+        wanted = analysis.need.get(value)
+        if not covers(box, wanted):
+            raise ArgumentError(
+                "`fn` reads other parameters for arguments of these shapes than for "
+                "the example. Call compact again with such an example."
+            )
+        arrays.append(None if wanted is None else cut(x, box, wanted))
+    for value, x in zip(inputs[n:], jax.tree.leaves(args), strict=True):
+        wanted = analysis.need.get(value)
+        whole = everything(value)
+        arrays.append(None if wanted is None else cut(x, whole, wanted))
+    flat, structure = jax.tree.flatten(plan.result)
+    made = [
+        # A new value of a leaf of which nothing is needed has no entries.
+        jnp.zeros((0,) * len(x.shape), x.dtype) if y is None else y
+        for x, y in zip(flat, plan.run(arrays), strict=True)
+    ]
+    return jax.tree.unflatten(structure, made)
+
+
+def _compiled(plan: _Plan) -> _Plan:
+    """A plan that is compiled also where its caller is not."""
+    return plan._replace(run=jax.jit(plan.run))
+
+
+def _checked(model: CompactModel, params: PyTree) -> list[Any]:
+    """The leaves of smaller parameters."""
+    leaves, structure = jax.tree.flatten(params)
+    source = model._source
+    if structure != source.structure:
+        raise ArgumentError(
+            f"`params` has the structure {structure}; it must have that of the "
+            f"parameters that were compacted, {source.structure}. Pass its `params`, "
+            "or what cut gives."
+        )
+    for name, x, own in zip(
+        source.names, leaves, jax.tree.leaves(model.params), strict=True
+    ):
+        if np.shape(x) != np.shape(own):
+            raise ArgumentError(
+                f"`params` has shape {np.shape(x)} for {name!r}; it must be "
+                f"{np.shape(own)}. Pass the smaller parameters: what cut gives of the "
+                "dense ones."
+            )
+    return leaves
+
+
+# --- cut and expand -------------------------------------------------------------------
+def _cut_leaf(x: Any, box: Box) -> Any:
+    """What a box has of a leaf."""
+    if all(mask is None for mask in box):
+        return x
+    # On the host nothing is compiled; a traced leaf is cut where it is.
+    array = x if isinstance(x, Tracer) else as_numbers(x)
+    if array is None:  # random keys
+        masks = [as_mask(m, n) for m, n in zip(box, x.shape, strict=True)]
+        return x[np.ix_(*masks)]
+    small = cut(array, (None,) * len(box), box)
+    return jnp.asarray(small) if isinstance(x, jax.Array) else small
+
+
+@boundary("cut")
+def _cut(model: CompactModel, tree: PyTree) -> PyTree:
+    source = model._source
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mask)
+    made, found = [], False
+    for path, x in paths:
+        i = None if is_hole(x) else _leaf_of(source, path_name(path), _shape_of(x))
+        found |= i is not None
+        made.append(x if i is None else _cut_one(x, model._boxes[i]))
+    if not found:
+        raise ArgumentError(
+            "`tree` has no leaf of the name and shape of a parameter; the parameters "
+            f"are {dict(zip(source.names, source.shapes, strict=True))}. Pass their "
+            "optimizer state, masks or gradients."
+        )
+    return jax.tree.unflatten(structure, made)
+
+
+def _leaf_of(source: _Source, path: str, shape: Any) -> int | None:
+    """The parameter of this shape whose name has most of the end of a path."""
+    shared = [
+        _shared(path, name) if own == shape else -1
+        for name, own in zip(source.names, source.shapes, strict=True)
+    ]
+    most = max(shared, default=-1)
+    # A tree of one array has no names.
+    if most < (0 if "" in source.names else 1):
+        return None
+    if shared.count(most) > 1:
+        names = [n for n, k in zip(source.names, shared, strict=True) if k == most]
+        raise ArgumentError(
+            f"`tree` has the leaf {path!r}, which may belong to {names}; its name must "
+            "tell. Cut a tree with the names of the parameters."
+        )
+    return shared.index(most)
+
+
+def _shared(path: str, name: str) -> int:
+    """How many keys two paths have in common at their ends."""
+    keys = zip(reversed(path.split("/")), reversed(name.split("/")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], keys)))
+
+
+def _shape_of(x: Any) -> tuple[int, ...] | None:
+    if is_hole(x):
+        return None
+    return np.shape(unpack(x)) if is_packed(x) else getattr(x, "shape", None)
+
+
+def _cut_one(x: Any, box: Box) -> Any:
+    if is_packed(x):
+        return unnamed(pack)(jnp.asarray(_cut_leaf(unpack(x), box)))
+    return _cut_leaf(x, box)
+
+
+@boundary("expand")
+def _expand(model: CompactModel, params: PyTree, into: PyTree | None) -> PyTree:
+    source = model._source
+    leaves = _checked(model, params)
+    dense, structure = source.leaves, source.structure
+    if into is not None:
+        dense, structure = jax.tree.flatten(into)
+        if [np.shape(x) for x in dense] != source.shapes:
+            raise ArgumentError(
+                "`into` must be a tree like the parameters that were compacted, with "
+                f"the shapes {source.shapes}; got {[np.shape(x) for x in dense]}. "
+                "Leave it out for these parameters."
+            )
+    made = []
+    for x, small, box in zip(dense, leaves, model._boxes, strict=True):
+        if all(mask is None for mask in box):
+            made.append(small)
+            continue
+        masks = [as_mask(m, n) for m, n in zip(box, np.shape(x), strict=True)]
+        places = jnp.asarray(x).at[np.ix_(*masks)]
+        made.append(places.set(small, unique_indices=True))
+    return jax.tree.unflatten(structure, made)
+
+
+# --- measured -------------------------------------------------------------------------
+def _fastest(source: _Source, example: Sequence[Any]) -> CompactModel:
+    """The rounding that is fastest here, with its time and that of the others."""
+    args = jax.tree.map(_concrete, tuple(example))
+    models: dict[int | None, CompactModel] = {}
+    for rounding in (*_ROUNDINGS, None):
+        settings = source.settings._replace(
+            round_to=rounding or 1, keep_all=rounding is None
+        )
+        models[rounding] = _build(source._replace(settings=settings), args)
+    calls = {
+        key: (jax.jit(source.fn if key is None else model), model.params)
+        for key, model in models.items()
+    }
+    seconds = _times(calls, args)
+    best = min(seconds, key=lambda key: seconds[key])
+    model = models[best]
+    model.record = model.record._replace(seconds=seconds)
+    return model
+
+
+def _concrete(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.ones(x.shape, x.dtype)
+    return x
+
+
+def _times(calls: dict[Any, Any], args: Any, rounds: int = 7) -> dict[Any, float]:
+    """Least seconds of each call, in turns; about 0.2 s for each."""
+    repeats = {}
+    for key, (fn, params) in calls.items():
+        jax.block_until_ready(fn(params, *args))
+        start = time.perf_counter()
+        jax.block_until_ready(fn(params, *args))
+        once = max(time.perf_counter() - start, 1e-6)
+        repeats[key] = max(1, math.ceil(0.03 / once))
+    least = dict.fromkeys(calls, math.inf)
+    for _ in range(rounds):
+        for key, (fn, params) in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[key]):
+                result = fn(params, *args)
+            jax.block_until_ready(result)
+            took = (time.perf_counter() - start) / repeats[key]
+            least[key] = min(least[key], took)
+    return least
