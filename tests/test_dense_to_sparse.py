@@ -590,7 +590,7 @@ ENDS = {
     "gradual_magnitude": dict(update_period=2, update_stop=9),
     "iterative_magnitude": dict(update_period=2, prunes=4),
     "one_shot_magnitude": dict(at=6),
-    "ac_dc": dict(update_period=2, update_stop=9),
+    "ac_dc": dict(update_period=2, update_stop=9, prune=regrowth.prune.magnitude),
     "network_surgery": {},
     "straight_through_magnitude": {},
     "top_kast": dict(backward_density=0.9),

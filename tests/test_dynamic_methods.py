@@ -603,7 +603,9 @@ def test_what_was_never_active_grows_first():
 
 
 def test_the_explored_share_is_what_was_ever_active():
-    tx = sparse_optax.in_time_over_parameterization(SGD, packed=True, **SETTINGS)
+    tx = sparse_optax.in_time_over_parameterization(
+        SGD, packed=True, prefer_unexplored=True, **SETTINGS
+    )
     ever, shares = None, []
     for step in follow(tx):
         ever = ever or step.masks

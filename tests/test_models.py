@@ -30,7 +30,8 @@ from sparse_optax.experiments.models import (  # noqa: E402
 MNIST = (28, 28, 1)
 CIFAR = (32, 32, 3)
 LENETS = ("lenet-300-100", "lenet-5-caffe")
-LARGE = [n for n in models.MODELS if n not in (*LENETS, "transformer")]
+BN = "lenet-300-100-bn"
+LARGE = [n for n in models.MODELS if n not in (*LENETS, BN, "transformer")]
 TINY = (
     *("vgg16-c", "vgg16-d", "wrn-10-2", "vgg16-like", "alexnet-s", "resnet-8"),
     *("resnet-50", "densenet-7"),
@@ -77,6 +78,29 @@ def test_counts(name, total, weights, tensors):
     assert count(params) == total
     assert kernels(params) == (weights, tensors)
     assert stats == {}
+
+
+def test_lenet_with_batch_norm_has_no_biases_and_normalises():
+    """266,200 weights, and a scale and a shift for each of the 400 hidden units."""
+    params, stats = shapes(BN, MNIST)
+    assert count(params) == 266_200 + 2 * 400
+    assert kernels(params) == (266_200, 3)
+    assert count(stats) == 2 * 400
+    assert {name for x in params.values() for name in x} == {"kernel", "scale", "bias"}
+    assert all("bias" not in params[f"fc{i}"] for i in (1, 2, 3))
+    apply, params, stats = models.create_stateful(BN, (4, 4, 1), 5, key=KEY)
+    images = 3 + jax.random.normal(KEY, (8, 4, 4, 1))
+    logits, after = apply(params, stats, images, train=True)
+    x = np.asarray(images, np.float64).reshape(8, 16)
+    for i in (1, 2):
+        x = x @ np.asarray(params[f"fc{i}"]["kernel"])
+        wanted = 0.9 * 0 + 0.1 * x.mean(axis=0)
+        np.testing.assert_allclose(
+            after[f"norm{i}"]["mean"], wanted, rtol=1e-4, atol=1e-6
+        )
+        x = np.maximum((x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5), 0)
+    wanted = x @ np.asarray(params["fc3"]["kernel"])
+    np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-4)
 
 
 def vgg_counts(pointwise_padded):

@@ -27,7 +27,7 @@ def granet(
     density_start: int = 0,
     density_stop: int | None = None,
     prune_rate: optax.ScalarOrSchedule | None = None,
-    scope: str | None = None,
+    scope: str = "mixed",
     key: Key,
     masks: PyTree | None = None,
     where: Where | None = None,
@@ -71,8 +71,8 @@ def granet(
         the cosine from the paper's 0.5 to 0 at ``update_stop``.
       scope: ``"mixed"`` prunes in one pool over all layers, which empties no layer, and
         exchanges within layers, as the released code; ``"layer"`` does both within
-        layers, to the counts of ``density``; ``"global"`` does both in one pool. None
-        is ``"mixed"``, with a ``pattern`` ``"layer"``.
+        layers, to the counts of ``density``; ``"global"`` does both in one pool. With a
+        ``pattern``, ``"mixed"`` is ``"layer"``.
       key: Integer seed or random key, for the first masks.
         Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
       masks: First masks instead of random ones.
@@ -112,10 +112,10 @@ def granet(
     methods here, a weight that is pruned and grown back in one cycle keeps its value;
     near density 1 most are.
     """
-    if scope is None:
-        scope = "mixed" if pattern_of(pattern) == SINGLE else "layer"
     cure = 'Use "mixed" as in the released code.'
     checks.choice("scope", scope, ("mixed", "layer", "global"), cure=cure)
+    if scope == "mixed" and pattern_of(pattern) != SINGLE:
+        scope = "layer"
     checks.updates("density_start", density_start, 0)
     last = unnamed(schedules.last_due)(
         update_period, density_start, update_stop=update_stop

@@ -62,6 +62,12 @@ MODELS: dict[str, Entry] = {
         convolutional=False,
     ),
     "lenet-5-caffe": Entry(lenet.LeNet5Caffe, convolutional=True),
+    "lenet-300-100-bn": Entry(
+        lambda in_shape, classes, *, init, rngs: lenet.LeNet300100BN(
+            math.prod(in_shape), classes, init=init, rngs=rngs
+        ),
+        convolutional=False,
+    ),
     # The densities of Mostafa and Wang's tables, and 20%.
     **{
         f"thin-lenet-{density}": Entry(

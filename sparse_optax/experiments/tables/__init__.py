@@ -7,6 +7,7 @@ is there.
 
 from sparse_optax.experiments.tables import (
     ablation_lenet300,
+    bn_lenet300,
     digits_lenet300,
     gsm_lenet300,
     methods_lenet300,
@@ -23,6 +24,7 @@ TABLES: dict[str, Table] = {
         mnist_lenet5,
         gsm_lenet300,
         methods_lenet300,
+        bn_lenet300,
         ablation_lenet300,
         ticket_lenet300,
         digits_lenet300,
