@@ -9,7 +9,8 @@ run can reach its goal, and whether it did).
 **From scratch, at constant sparsity:**
 ``sparse_momentum_regrow``, ``rigl``, ``sparse_evolutionary`` (SET),
 ``dynamic_sparse`` (DSR), ``deep_rewiring`` (DEEP-R),
-``in_time_over_parameterization`` (ITOP), ``top_kast``.
+``in_time_over_parameterization`` (ITOP), ``top_kast``; of no paper:
+``long_average_regrow`` and, with a density that falls, ``falling_budget_regrow``.
 
 **From dense to sparse while training:**
 ``gradual_magnitude``, ``iterative_magnitude``, ``one_shot_magnitude``, ``granet``,
@@ -66,6 +67,7 @@ from sparse_optax.masks import sparsify as sparsify
 from sparse_optax.methods import ac_dc as ac_dc
 from sparse_optax.methods import deep_rewiring as deep_rewiring
 from sparse_optax.methods import dynamic_sparse as dynamic_sparse
+from sparse_optax.methods import falling_budget_regrow as falling_budget_regrow
 from sparse_optax.methods import fisher_masks as fisher_masks
 from sparse_optax.methods import gradual_magnitude as gradual_magnitude
 from sparse_optax.methods import granet as granet
@@ -75,6 +77,7 @@ from sparse_optax.methods import (
 )
 from sparse_optax.methods import iterative_magnitude as iterative_magnitude
 from sparse_optax.methods import layerwise_obs as layerwise_obs
+from sparse_optax.methods import long_average_regrow as long_average_regrow
 from sparse_optax.methods import network_surgery as network_surgery
 from sparse_optax.methods import one_shot_magnitude as one_shot_magnitude
 from sparse_optax.methods import (
@@ -117,6 +120,7 @@ __all__ = [
     "dynamic_sparse",
     "eligible",
     "export",
+    "falling_budget_regrow",
     "fisher_masks",
     "get_masks",
     "gradual_magnitude",
@@ -130,6 +134,7 @@ __all__ = [
     "iterative_magnitude",
     "layerwise_obs",
     "load_sparse",
+    "long_average_regrow",
     "masks",
     "network_surgery",
     "one_shot_magnitude",

@@ -518,6 +518,16 @@ ROWS = (
         )
     ),
     _cycle_row("rigl", sparse_optax.rigl, optimizer=ADAM),
+    _cycle_row("long_average_regrow", sparse_optax.long_average_regrow),
+    _cycle_row(
+        "falling_budget_regrow",
+        sparse_optax.falling_budget_regrow,
+        initial_factor=1.0,
+        exempt={
+            "vmap_over_densities": "a density that moves is no part of the state: "
+            "the members would share it"
+        },
+    ),
     _cycle_row("sparse_momentum_last", _MOMENTUM)._replace(
         settings=lambda optimizer, cycles: cycles, place=LAST
     ),

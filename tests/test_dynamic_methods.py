@@ -24,7 +24,7 @@ from helpers import (
 )
 
 import sparse_optax
-from sparse_optax import regrowth, schedules
+from sparse_optax import budgets, regrowth, schedules
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.grow import _split_counts
 from sparse_optax.transforms.signed_step import signed_step
@@ -735,6 +735,82 @@ def test_wrong_arguments_of_granet(argument, value, allowed):
     with refuses("granet", argument, "", allowed):
         tx = sparse_optax.granet(SGD, **RAMP | {argument: value})
         tx.init(network(SHAPES))
+
+
+# --- this library's recipes -----------------------------------------------------------
+
+
+def _by_kernel(density):
+    """Counts of the layers of ``NET`` by Erdos-Renyi-kernel."""
+    found = budgets.erdos_renyi_kernel(density).counts(network(NET))
+    return [int(n) for n in jax.tree.leaves(found)]
+
+
+@pytest.mark.parametrize("momentum", [0.7, 0.998])
+def test_a_long_average_says_what_grows(momentum):
+    """The average of the gradients, whatever SGD's momentum is."""
+    tx = sparse_optax.long_average_regrow(SGD, momentum=momentum, **SETTINGS)
+    average, by_trace = [np.zeros(shape) for shape in NET], 0
+    for step in follow(tx):
+        if is_due(step.count):
+            rate = cosine(0.5, step.count)
+            counts = [oracle.floor_rate(rate, m.sum()) for m in step.masks]
+            stay = oracle.smallest_go(step.params, step.masks, counts)
+            new = oracle.largest(average, [~m for m in stay], counts)
+            same(step.new, [s | n for s, n in zip(stay, new, strict=True)])
+            rests(step, stay)
+            trace = oracle.largest(step.gradient, [~m for m in stay], counts)
+            by_trace += any((a != b).any() for a, b in zip(new, trace, strict=True))
+        pairs = zip(average, step.gradient, strict=True)
+        average = [momentum * m + (1 - momentum) * g for m, g in pairs]
+        assert [int(m.sum()) for m in step.new] == _by_kernel(0.4)
+    assert by_trace > 3  # growth by the last gradient would be another
+
+
+def test_a_falling_budget_trains_as_defined():
+    """From three times the weights along the cubic, by the momentum of SGD."""
+    tx = sparse_optax.falling_budget_regrow(
+        SGD, initial_factor=3.0, **SETTINGS | dict(density=0.2)
+    )
+    final, end = _by_kernel(0.2), 12  # the last cycle within 60% of 24
+
+    def targets(count):
+        seen = min(count, end) // PERIOD * PERIOD
+        share = sum(final) / sum(SIZES)  # the density that the counts come to
+        now = share + 2 * share * (1 - seen / end) ** 3
+        return oracle.targets(now if seen < end else 0.0, share, final, SIZES)
+
+    trace, moved = [np.zeros(shape) for shape in NET], 0
+    for step in follow(tx, budget=lambda count: sum(targets(count))):
+        assert [int(m.sum()) for m in step.new] == targets(step.count)
+        if is_due(step.count):
+            wanted, stay = oracle.granet_cycle(
+                step.params,
+                step.masks,
+                trace,
+                cosine(0.3, step.count),
+                targets(step.count),
+            )
+            same(step.new, wanted)
+            rests(step, stay)
+            moved += total([n & ~m for n, m in zip(step.new, step.masks, strict=True)])
+        trace = [0.9 * m + g for m, g in zip(trace, step.gradient, strict=True)]
+    assert moved > 5
+    assert [int(m.sum()) for m in step.new] == final
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [("initial_factor", 0.5, "at least 1"), ("density_stop", 22, "at most 21")],
+)
+def test_wrong_arguments_of_a_falling_budget(argument, value, allowed):
+    with refuses("falling_budget_regrow", argument, str(value), allowed):
+        sparse_optax.falling_budget_regrow(SGD, **SETTINGS | {argument: value})
+
+
+def test_wrong_momentum_of_a_long_average():
+    with refuses("long_average_regrow", "momentum", "1.0", r"\[0, 1\)"):
+        sparse_optax.long_average_regrow(SGD, momentum=1.0, **SETTINGS)
 
 
 # --- DEEP-R ---------------------------------------------------------------------------

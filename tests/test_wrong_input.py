@@ -625,6 +625,8 @@ CALLS = {
     sparse_optax.dynamic_sparse: KEYED,
     sparse_optax.in_time_over_parameterization: KEYED,
     sparse_optax.granet: KEYED,
+    sparse_optax.long_average_regrow: KEYED,
+    sparse_optax.falling_budget_regrow: KEYED,
     sparse_optax.deep_rewiring: dict(inner=SGD, key=0, density=0.5, learning_rate=0.1),
     sparse_optax.static_sparse: dict(inner=SGD, density=0.5, key=0),
     sparse_optax.gradual_magnitude: dict(inner=SGD, **CYCLES),

@@ -268,6 +268,20 @@ def ham(setup: Setup) -> Build:
     return shared.masked(optimizer)
 
 
+def long_average_regrow(setup: Setup) -> Build:
+    """This library's: growth by an average of the gradient over a period."""
+    return shared.masked(
+        sparse_optax.long_average_regrow(shared.inner(setup), **_dynamic(setup))
+    )
+
+
+def falling_budget_regrow(setup: Setup) -> Build:
+    """This library's: five times the weights at first, the final number from 60% on."""
+    return shared.masked(
+        sparse_optax.falling_budget_regrow(shared.inner(setup), **_dynamic(setup))
+    )
+
+
 # --- from dense to sparse while training ----------------------------------------------
 def _pruning(setup: Setup) -> dict[str, Any]:
     """Pruning in the first three quarters of the run; the rest trains what is left."""
@@ -367,6 +381,8 @@ BUILDERS: dict[str, Callable[[Setup], Build]] = {
     "in_time_over_parameterization": in_time_over_parameterization,
     "deep_rewiring": deep_rewiring,
     "ham": ham,
+    "long_average_regrow": long_average_regrow,
+    "falling_budget_regrow": falling_budget_regrow,
     "static": static,
     "thin": dense,  # of a smaller model, which the run names
     "snip": snip,

@@ -50,6 +50,8 @@ METHODS: dict[str, Method] = {
     "in_time_over_parameterization": Method(shares="erdos_renyi_kernel"),
     "deep_rewiring": Method(),
     "ham": Method(),
+    "long_average_regrow": Method(shares="erdos_renyi_kernel"),
+    "falling_budget_regrow": Method(shares="erdos_renyi_kernel"),
     "static": Method(),
     "thin": Method(),  # of a smaller model, which the run's values name
     "snip": Method(pooled=True),

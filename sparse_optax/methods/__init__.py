@@ -1,8 +1,11 @@
-"""The methods, one file per paper."""
+"""The methods, one file per paper, and two recipes that are no paper's."""
 
 from sparse_optax.methods.ac_dc import ac_dc as ac_dc
 from sparse_optax.methods.deep_rewiring import deep_rewiring as deep_rewiring
 from sparse_optax.methods.dynamic_sparse import dynamic_sparse as dynamic_sparse
+from sparse_optax.methods.falling_budget import (
+    falling_budget_regrow as falling_budget_regrow,
+)
 from sparse_optax.methods.fisher_pruning import fisher_masks as fisher_masks
 from sparse_optax.methods.gradual_magnitude import (
     gradual_magnitude as gradual_magnitude,
@@ -16,6 +19,7 @@ from sparse_optax.methods.iterative_magnitude import (
     one_shot_magnitude as one_shot_magnitude,
 )
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
+from sparse_optax.methods.long_average import long_average_regrow as long_average_regrow
 from sparse_optax.methods.network_surgery import network_surgery as network_surgery
 from sparse_optax.methods.optimal_brain_damage import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,

@@ -34,7 +34,7 @@ def ham(
 
     A weight that the gradient moves to zero gets there faster, one that it enlarges
     grows faster, and beta is a decay of all: a bias to sparsity without an extra
-    gradient. A weight of zero stays as it is.
+    gradient. A weight that the inner step leaves at zero stays there.
 
     .. note:: It wraps the optimizer, since it needs gradient and update. Put inside
       whatever changes the gradient of the inner optimizer only, such as weight decay:
@@ -68,7 +68,7 @@ def ham(
       >>> updates, _ = tx.update(gradient, tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> [round(float(w), 3) for w in params["w"][0]]
-      [0.896, -1.116, -0.01]
+      [0.896, -1.116, -0.011]
 
     References:
       Jacobs et al, `Hyperbolic Aware Minimization: Implicit Bias for Sparsity

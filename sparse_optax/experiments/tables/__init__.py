@@ -13,6 +13,7 @@ from sparse_optax.experiments.tables import (
     methods_lenet300,
     mnist_lenet5,
     mnist_lenet300,
+    recipes_lenet300,
     ticket_lenet300,
 )
 from sparse_optax.experiments.tables.common import Table, Turn
@@ -25,6 +26,7 @@ TABLES: dict[str, Table] = {
         gsm_lenet300,
         methods_lenet300,
         bn_lenet300,
+        recipes_lenet300,
         ablation_lenet300,
         ticket_lenet300,
         digits_lenet300,

@@ -1,0 +1,115 @@
+"""Chooses the numbers of the two recipes on the validation split of MNIST.
+
+One number moves at a time, from the defaults; each variant is trained with seeds that
+no table has, and its validation error is printed. Test errors are not read.
+
+    python benchmarks/choose_recipe.py --density 0.02 --seeds 2
+    python benchmarks/choose_recipe.py --only rate --density 0.01
+"""
+
+import argparse
+import re
+
+import numpy as np
+
+import sparse_optax
+from sparse_optax import schedules
+from sparse_optax.experiments import methods, train
+from sparse_optax.experiments import setup as shared
+from sparse_optax.experiments.config import TrainConfig
+
+FIRST_SEED = 100
+
+
+def variants():
+    """Name -> (method, a function of a run that gives what differs)."""
+
+    def rate(value):
+        return lambda setup: {
+            "prune_rate": schedules.cosine_prune_rate(value, stop=setup.total)
+        }
+
+    found = {}
+    for method in ("long_average_regrow", "falling_budget_regrow"):
+        found[f"{method}: defaults"] = method, lambda setup: {}
+        for value in (0.1, 0.2, 0.3, 0.5, 0.7):
+            found[f"{method}: rate {value}"] = method, rate(value)
+        for beta in (0.9, 0.98, 0.998, 0.9995):
+            found[f"{method}: average {beta}"] = (
+                method,
+                lambda setup, beta=beta: {"momentum": beta},
+            )
+    for factor in (2.0, 3.0, 5.0, 10.0):
+        found[f"falling_budget_regrow: factor {factor:g}"] = (
+            "falling_budget_regrow",
+            lambda setup, factor=factor: {"initial_factor": factor},
+        )
+    for share in (0.3, 0.45, 0.6, 0.75):
+        found[f"falling_budget_regrow: ramp {share}"] = (
+            "falling_budget_regrow",
+            lambda setup, share=share: {
+                "density_stop": int(share * setup.total) // setup.period * setup.period
+            },
+        )
+    for shares in ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"):
+        for method in ("long_average_regrow", "falling_budget_regrow"):
+            found[f"{method}: budget {shares}"] = method, shares
+    return found
+
+
+def builder(method, options):
+    """A builder of the method with other numbers than its defaults."""
+
+    def build(setup):
+        return shared.masked(
+            getattr(sparse_optax, method)(
+                shared.inner(setup),
+                density=shared.budget(setup),
+                update_period=setup.period,
+                update_stop=setup.total,
+                key=setup.key,
+                **options(setup),
+            )
+        )
+
+    return build
+
+
+def validation_error(method, options, density, seed):
+    """The validation error of the last epoch, in percent."""
+    plain = methods.BUILDERS[method]
+    shares = options if isinstance(options, str) else None
+    change = (lambda setup: {}) if shares else options
+    methods.BUILDERS[method] = builder(method, change)
+    try:
+        run = train.train(
+            TrainConfig(
+                dataset="mnist",
+                method=method,
+                density=density,
+                shares=shares,
+                seed=seed,
+            )
+        )
+    finally:
+        methods.BUILDERS[method] = plain
+    return run.record.results["valid_error"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--density", type=float, default=0.02)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", default="", help="regular expression of variants")
+    given = parser.parse_args()
+    seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
+    for name, (method, options) in variants().items():
+        if re.search(given.only, name):
+            errors = [
+                validation_error(method, options, given.density, seed) for seed in seeds
+            ]
+            print(f"{name:45s}{np.mean(errors):7.3f}  {errors}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
