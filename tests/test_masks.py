@@ -886,3 +886,16 @@ def test_set_masks_takes_a_part_of_a_tree():
         sparse_optax.set_masks(state, {"Dense_7": {"kernel": jnp.ones((2, 2), bool)}})
     with refuses("set_masks", "`masks`", "no mask", "at least one"):
         sparse_optax.set_masks(state, {"Dense_1": {"kernel": optax.MaskedNode()}})
+
+
+def test_combine_takes_the_same_leaves_of_all_trees():
+    a = {"w": jnp.array([True, False]), "b": optax.MaskedNode()}
+    packed = {**a, "w": masks.pack(a["w"])}
+    three = masks.combine(lambda *m: sum(x.astype(int) for x in m) >= 2, a, packed, a)
+    np.testing.assert_array_equal(three["w"], a["w"])
+    with refuses("masks.combine", "masks", "'b'"):
+        masks.combine(jnp.logical_and, a, {"w": a["w"], "b": a["w"]})
+    with refuses("masks.combine", "masks"):
+        masks.combine(jnp.logical_and)
+    with refuses("masks.combine", "'w'", "(3,)"):
+        masks.combine(jnp.logical_and, a, {**a, "w": jnp.ones(3, bool)})

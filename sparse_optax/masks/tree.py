@@ -1,5 +1,6 @@
 """Mask trees as data: holes, packed leaves, counts, masks on parameters."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -298,15 +299,19 @@ def apply(masks: PyTree, tree: PyTree) -> PyTree:
     )
 
 
+@boundary("masks.combine")
 def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
     """Combines mask trees leaf by leaf.
 
     Args:
       operator: A function of boolean arrays, such as ``jnp.logical_or``.
-      *masks: Mask trees of the same structure.
+      *masks: Mask trees with masks for the same leaves, plain or packed; one or more.
 
     Returns:
-      A mask tree.
+      A mask tree of plain arrays, with the structure of the first.
+
+    Raises:
+      ValueError: If the trees have masks for different leaves, or of other shapes.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -314,13 +319,7 @@ def combine(operator: Callable[..., jax.Array], *masks: PyTree) -> PyTree:
       >>> sparse_optax.masks.combine(jnp.logical_and, a, b)["w"].tolist()
       [True, False]
     """
-    return jax.tree.map(
-        lambda m, *rest: (
-            m if is_hole(m) else operator(unpack(m), *(unpack(r) for r in rest))
-        ),
-        *masks,
-        is_leaf=is_mask,
-    )
+    return _combined(operator, masks)
 
 
 @boundary("masks.union")
@@ -342,7 +341,7 @@ def union(*masks: PyTree) -> PyTree:
       >>> sparse_optax.masks.union(a, b)["w"].tolist()
       [True, True, False]
     """
-    return _pairwise(jnp.logical_or, masks)
+    return _combined(lambda *m: functools.reduce(jnp.logical_or, m), masks)
 
 
 @boundary("masks.difference")
@@ -368,32 +367,36 @@ def difference(masks: PyTree, *others: PyTree) -> PyTree:
       >>> sparse_optax.masks.difference(a, b)["w"].tolist()
       [True, False, False]
     """
-    return _pairwise(
-        lambda a, b: jnp.logical_and(a, jnp.logical_not(b)), (masks, *others)
-    )
+
+    def left(first, *rest):
+        return functools.reduce(lambda m, x: jnp.logical_and(m, ~x), rest, first)
+
+    return _combined(left, (masks, *others))
 
 
-def _pairwise(operator: Callable[..., jax.Array], trees: Sequence[PyTree]) -> PyTree:
-    """An operator of two masks over all trees; holes must agree."""
+def _combined(operator: Callable[..., jax.Array], trees: Sequence[PyTree]) -> PyTree:
+    """An operator on the masks of each leaf; all trees must take the same leaves."""
     if not trees:
         raise ArgumentError("`masks` is empty; give one mask tree or more.")
-    columns = [flatten(tree) for tree in trees]
-    first, structure = columns[0]
+    first, structure = flatten(trees[0])
     names = names_of(structure)
-    result = [m if is_hole(m) else unpack(m) for m in first]
-    for other, others_structure in columns[1:]:
+    columns = [[m] for m in first]
+    for tree in trees[1:]:
+        other, others_structure = flatten(tree)
         check_names(others_structure, names)
-        for i, (name, m) in enumerate(zip(names, other, strict=True)):
-            if is_hole(m) != is_hole(result[i]):
+        for name, m, column in zip(names, other, columns, strict=True):
+            if is_hole(m) != is_hole(column[0]):
                 raise ArgumentError(
                     f"only one of the `masks` has a mask for {name!r}, and the other a "
                     "hole; all must take the same leaves. Use masks.fill on both."
                 )
-            if is_hole(m):
-                continue
-            check_shapes([m], [result[i]], [name])
-            result[i] = operator(result[i], unpack(m))
-    return jax.tree.unflatten(structure, result)
+            if not is_hole(m):
+                check_shapes([m], [unpack(column[0])], [name])
+            column.append(m)
+    return jax.tree.unflatten(
+        structure,
+        [c[0] if is_hole(c[0]) else operator(*map(unpack, c)) for c in columns],
+    )
 
 
 @boundary("masks.fill")

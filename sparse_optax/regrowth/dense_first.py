@@ -20,9 +20,11 @@ _NOTHING = stateless(
 
 
 def cut_rules(prune: Rule, layers: Layers) -> Rules:
-    """The rules of the cut: magnitude where a prune rule may miss a target."""
-    meets_target = prune.exact or prune is prune_rules.global_magnitude
-    prune = prune if meets_target else prune_rules.magnitude
+    """The rules of the cut: by magnitude where the prune rule may miss a target."""
+    if prune.pooled:
+        prune = prune_rules.global_magnitude
+    elif not prune.exact:
+        prune = prune_rules.magnitude
     return rules_under(layers, (prune, redistribute.none, _NOTHING), True)
 
 
