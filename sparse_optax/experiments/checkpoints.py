@@ -39,6 +39,18 @@ class Busy(ValueError):
     """Another process trains the same run."""
 
 
+def joined(params: Any, stats: Any) -> Any:
+    """The form of weights in files: statistics are one more layer, if there are any."""
+    return {**params, "stats": stats} if stats else params
+
+
+def parted(weights: Any) -> tuple[Any, Any]:
+    """Parameters and statistics of what :func:`joined` made."""
+    params = dict(weights)
+    stats = params.pop("stats", {})
+    return params, stats
+
+
 class RunFolder:
     """Where a run keeps what it needs to go on after a kill.
 

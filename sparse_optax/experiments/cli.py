@@ -15,7 +15,7 @@ import rich.table
 import tyro
 
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments import readme, records, reproduce, train
+from sparse_optax.experiments import readme, records, reproduce, sizes, train
 from sparse_optax.experiments.tables import TABLES
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class Train:
         _print_record(trained.record)
         if not tasks:
             _console.print("This run had finished before; --fresh trains it again.")
+        weights = self.runs / name / "weights.sparse"
+        _console.print(f"weights {weights}", soft_wrap=True)
         _console.print(f"record  {record_path}", soft_wrap=True)
         _console.print(f"plot    {plot}", soft_wrap=True)
 
@@ -318,11 +320,23 @@ def _print_record(record) -> None:
             f"{gap['alive']:,} weights alive of {gap['kept']:,} to keep"
         )
     _console.print(f"test error            {results['test_error']:.2f}%")
+    _print_sizes(record)
     _console.print(
         f"time                  {record.wall_seconds:.1f} s, "
         f"{record.seconds_per_epoch:.3f} s an epoch, "
         f"{record.compile_seconds:.1f} s to compile"
     )
+
+
+def _print_sizes(record) -> None:
+    """What the run was given as its size, and what its file and its weights take."""
+    asked = record.config.get("budget")
+    size = sizes.parse(asked) if asked else None
+    for unit, column in (("bytes", "file_bytes"), ("FLOPs", "flops")):
+        if column in record.results:
+            most = f" of at most {size.amount:,}" if size and size.unit == unit else ""
+            title = "file" if unit == "bytes" else "an image"
+            _console.print(f"{title:21s} {record.results[column]:,} {unit}{most}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

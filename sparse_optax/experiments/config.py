@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from sparse_optax.experiments import data, models, recipes
+from sparse_optax.experiments import data, flags, models, recipes, sizes
 
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
     ModelName: TypeAlias = str
-    MethodName: TypeAlias = str
     SharesName: TypeAlias = str
     PruneName: TypeAlias = str
     RedistributeName: TypeAlias = str
@@ -35,7 +34,6 @@ else:  # the registries are the choices of the command line
     DtypeName = Literal[models.DTYPES]
     DatasetName = Literal[data.NAMES]
     ModelName = Literal[tuple(models.MODELS)]
-    MethodName = Literal[tuple(recipes.METHODS)]
     PruneName = Literal[recipes.PRUNE]
     RedistributeName = Literal[recipes.REDISTRIBUTE]
     GrowName = Literal[recipes.GROW]
@@ -88,8 +86,16 @@ class TrainConfig:
         are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded. topics
         is a text, the help pages of Python, for model transformer.
       model: network; for method thin, lenet-300-100 stands for the smaller one.
-      method: how the weights become sparse; dense keeps all of them.
-      density: share of the weights that is kept, in (0, 1]; biases are not counted.
+      method: how the weights become sparse; dense keeps all of them. The names of the
+        library's functions and common ones (set, snfs, gmp, dns, obd) are understood;
+        `sparse-optax methods` lists them.
+      density: share of the weights that is kept, in (0, 1], as 0.05 or 5%; biases are
+        not counted.
+      budget: size of the finished network at most, in place of the density: 13310 is a
+        number of weights; 200KB, 1.5KiB or 2MB is the size of the file of its weights,
+        with biases, statistics and header (a KB has 1000 bytes, a KiB 1024); 10MFLOPs
+        is what the kept weights cost for one image, two FLOPs for a multiplication and
+        an addition.
       epochs: passes over the training images.
       batch_size: images a step; a last partial batch is left out of the epoch.
       learning_rate: learning rate at the start.
@@ -142,8 +148,9 @@ class TrainConfig:
 
     dataset: DatasetName = "digits"
     model: ModelName = "lenet-300-100"
-    method: MethodName = "sparse_momentum"
-    density: float = 0.05
+    method: Annotated[str, flags.METHOD] = "sparse_momentum"
+    density: Annotated[float | None, flags.SHARE, flag("SHARE", "0.05")] = None
+    budget: Annotated[str | None, flag("SIZE", "by the density")] = None
     epochs: Count = None
     batch_size: Count = None
     learning_rate: Number = None
@@ -212,9 +219,11 @@ class ResolvedBase(Base):
 class Resolved(TrainConfig):
     """A :class:`TrainConfig` with every value filled in, as :func:`resolve` gives it.
 
-    Only ``gate`` and ``settle_epoch`` may be None: the paper's GSM has neither.
+    Only ``gate`` and ``settle_epoch`` may be None: the paper's GSM has neither; and
+    ``budget``, whose density is filled in where it is given.
     """
 
+    density: float = recipes.DENSITY
     epochs: int = 0
     batch_size: int = 0
     learning_rate: float = 0.0
@@ -273,7 +282,7 @@ def resolve(config: TrainConfig) -> Resolved:
     """
     _choose("dataset", config.dataset, data.NAMES)
     _choose("model", config.model, models.MODELS)
-    _choose("method", config.method, recipes.METHODS)
+    config = dataclasses.replace(config, method=recipes.method_named(config.method))
     _choose("prune_decay", config.prune_decay, recipes.DECAYS)
     _choose("prune", config.prune, recipes.PRUNE)
     _choose("redistribute", config.redistribute, recipes.REDISTRIBUTE)
@@ -304,6 +313,7 @@ def resolve(config: TrainConfig) -> Resolved:
             f"method={config.method!r}, which ranks the weights of all layers at once "
             "and shares nothing out. Leave it out."
         )
+    config = _with_density(config)
     if config.method == "thin":
         config = dataclasses.replace(config, model=_thin_model(config))
     recipe = {
@@ -323,6 +333,45 @@ def resolve(config: TrainConfig) -> Resolved:
     resolved = Resolved(**{**recipe, **given, "base": recipe["base"]})
     _check(resolved)
     return resolved
+
+
+def _with_density(config):
+    """The run with the density that its budget asks for."""
+    if config.budget is None:
+        density = recipes.DENSITY if config.density is None else config.density
+        return dataclasses.replace(config, density=density)
+    size = sizes.parse(config.budget)
+    if config.method in ("dense", "thin"):
+        raise ValueError(
+            f"TrainConfig: budget={config.budget!r} must be left out for method="
+            f"{config.method!r}, whose size is that of its network. Leave it out, or "
+            "choose another method."
+        )
+    if config.density is not None and not isinstance(config, Resolved):
+        raise ValueError(
+            f"TrainConfig: both density={config.density!r} and budget="
+            f"{config.budget!r} are given; give one of them."
+        )
+    if config.shares == "mostafa_wang":
+        raise ValueError(
+            f"TrainConfig: budget={config.budget!r} must be left out for shares="
+            "'mostafa_wang', whose density is that of some of the layers. Leave one of "
+            "them out."
+        )
+    method = recipes.METHODS[config.method]
+    still = config.method == "sparse_momentum" and (
+        config.prune == "magnitude"
+        and config.redistribute == "none"
+        and config.grow != "global_momentum"
+    )
+    density = sizes.density(
+        size,
+        config.model,
+        config.dataset,
+        config.shares or method.shares,
+        free=method.pooled or (method.moves and not still),
+    )
+    return dataclasses.replace(config, density=density, budget=str(size))
 
 
 def _thin_model(config) -> str:
@@ -503,6 +552,7 @@ def base_of(config: Resolved) -> Resolved | None:
     return dataclasses.replace(
         config,
         **recipes.DENSE,
+        budget=None,
         drop_steps=(),
         prune_rate=plain.prune_rate,
         prune_decay=plain.prune_decay,
@@ -529,14 +579,18 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
       config: a run.
 
     Returns:
-      A nested dict of numbers, strings and lists.
+      A nested dict of numbers, strings and lists. Without a budget there is no such
+      key, as in the records of the time when there was none.
 
     Examples:
       >>> from sparse_optax.experiments import config
       >>> config.as_dict(config.TrainConfig(drop_steps=(5,)))["drop_steps"]
       [5]
     """
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    if values["budget"] is None:
+        del values["budget"]
+    return values
 
 
 def default_name(config: Resolved) -> str:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 # How a density may be shared among the layers; the last keeps the first layer, the
 # last and the shortcuts dense, and the density is that of the others.
 SHARES = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear", "mostafa_wang")
+# The share of the weights that is kept, where a run does not say.
+DENSITY = 0.05
 # The choices of sparse momentum.
 DECAYS = ("cosine", "linear", "constant")
 PRUNE = ("magnitude", "global_magnitude")
@@ -32,31 +34,33 @@ class Method(NamedTuple):
       cut_only: it reads the density after training only, so that runs at several
         densities share theirs.
       pooled: it ranks the weights of all layers at once, whatever the shares.
+      moves: it moves weights between the layers while it trains.
     """
 
     recipe: str = "scratch"
     shares: str = "uniform"
     cut_only: bool = False
     pooled: bool = False
+    moves: bool = False
 
 
 METHODS: dict[str, Method] = {
     "dense": Method(),
-    "sparse_momentum": Method(),
+    "sparse_momentum": Method(moves=True),
     "gsm": Method(recipe="gsm", pooled=True),
     "sparse_evolutionary": Method(shares="erdos_renyi"),
-    "dynamic_sparse": Method(),
+    "dynamic_sparse": Method(moves=True),
     "rigl": Method(shares="erdos_renyi_kernel"),
     "in_time_over_parameterization": Method(shares="erdos_renyi_kernel"),
     "deep_rewiring": Method(),
-    "ham": Method(),
+    "ham": Method(moves=True),
     "long_average_regrow": Method(shares="erdos_renyi_kernel"),
     "falling_budget_regrow": Method(shares="erdos_renyi_kernel"),
     "static": Method(),
     "thin": Method(),  # of a smaller model, which the run's values name
     "snip": Method(pooled=True),
     "synflow": Method(pooled=True),
-    "ticket": Method(),
+    "ticket": Method(moves=True),
     "gradual_magnitude": Method(),
     "granet": Method(shares="erdos_renyi_kernel"),
     "iterative_magnitude": Method(),
@@ -72,6 +76,68 @@ METHODS: dict[str, Method] = {
     "l1": Method(cut_only=True, pooled=True),
     "l2": Method(cut_only=True, pooled=True),
 }
+
+# The functions of the library that the methods are, where the name is another.
+FUNCTIONS = {
+    "sparse_momentum": "sparse_momentum_regrow",
+    "static": "static_sparse",
+    "snip": "snip_masks",
+    "synflow": "synflow_masks",
+    "magnitude": "magnitude_masks",
+    "fisher": "fisher_masks",
+    "optimal_brain_damage": "optimal_brain_damage_masks",
+    "l1": "add_l1_decay",
+}
+# What else the methods are called, in small letters.
+COMMON_NAMES = {
+    "sparse_momentum": ("snfs",),
+    "sparse_evolutionary": ("set",),
+    "dynamic_sparse": ("dsr",),
+    "in_time_over_parameterization": ("itop",),
+    "deep_rewiring": ("deepr", "deep_r"),
+    "static": ("random",),
+    "ticket": ("lottery_ticket",),
+    "gradual_magnitude": ("gmp",),
+    "iterative_magnitude": ("imp",),
+    "ac_dc": ("acdc",),
+    "straight_through_magnitude": ("ste",),
+    "top_kast": ("topkast",),
+    "network_surgery": ("dns",),
+    "optimal_brain_damage": ("obd",),
+    "layerwise_obs": ("lobs", "l_obs"),
+}
+_NAMED = {
+    **{name: name for name in METHODS},
+    **{function: name for name, function in FUNCTIONS.items()},
+    **{short: name for name, others in COMMON_NAMES.items() for short in others},
+}
+
+
+def method_named(text: str) -> str:
+    """The method of a name: its own, that of its function, or a common one.
+
+    Args:
+      text: the name, in upper or lower case, with ``-`` or ``_``.
+
+    Returns:
+      A key of :data:`METHODS`.
+
+    Raises:
+      ValueError: for an unknown name, listing all.
+
+    Examples:
+      >>> from sparse_optax.experiments import recipes
+      >>> recipes.method_named("DEEP-R"), recipes.method_named("snip_masks")
+      ('deep_rewiring', 'snip')
+    """
+    name = str(text).strip().lower().replace("-", "_")
+    if name not in _NAMED:
+        raise ValueError(
+            f"TrainConfig: method={text!r}; choose one of {', '.join(METHODS)}, or a "
+            "common name that `sparse-optax methods` lists."
+        )
+    return _NAMED[name]
+
 
 DENSE: dict[str, Any] = dict(method="dense", density=1.0)
 _PLAIN: dict[str, Any] = dict(

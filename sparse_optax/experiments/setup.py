@@ -10,6 +10,7 @@ import optax
 import sparse_optax
 from sparse_optax import budgets, schedules
 from sparse_optax.experiments.config import Resolved
+from sparse_optax.experiments.sizes import SHARES
 
 Params = Any
 # Images whose gradients are held at a time.
@@ -212,15 +213,11 @@ def rate(setup: Setup) -> optax.Schedule:
 def budget(setup: Setup, density: float | None = None) -> Any:
     """The run's density, or another, in the shares that the run asks for."""
     density = setup.config.density if density is None else density
-    kinds = {
-        "erdos_renyi": budgets.erdos_renyi,
-        "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
-        "linear": budgets.linear,
-    }
     if setup.config.shares == "mostafa_wang" and density < 1:
         return mostafa_wang(setup.params, density)
-    make = kinds.get(setup.config.shares)
-    return density if make is None or density == 1 else make(density)
+    # A uniform density is the density itself.
+    even = setup.config.shares == "uniform" or density == 1
+    return density if even else SHARES[setup.config.shares](density)
 
 
 def mostafa_wang(params: Params, density: float) -> Any:

@@ -34,9 +34,11 @@ from sparse_optax.experiments import (
     models,
     recipes,
     records,
+    sizes,
     units,
 )
 from sparse_optax.experiments import config as configs
+from sparse_optax.experiments.checkpoints import joined, parted
 from sparse_optax.experiments.setup import Build, Setup
 
 # Shares of |w| under these are recorded every epoch: what GSM drives to zero.
@@ -254,14 +256,14 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     # Where the density is read after training only, all of them go on from one run.
     shared = None
     if recipes.METHODS[config.method].cut_only:
-        whole = dataclasses.replace(config, density=1.0)
+        whole = dataclasses.replace(config, density=1.0, budget=None)
         shared = setting.runs / configs.default_name(whole)
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
     with folder.lock(wait=lambda: stage == "base" and setting.clock.left() > 0):
         if setting.fresh:
             folder.start_again()
-        elif (done := folder.finished(_joined(*start[1:]))) is not None:
-            return Trained(done[1], *_parted(done[0]), None)
+        elif (done := folder.finished(joined(*start[1:]))) is not None:
+            return Trained(done[1], *parted(done[0]), None)
         return _train_stage(config, setting, stage, draw, start, keys, folder)
 
 
@@ -370,11 +372,6 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _joined(params: Any, stats: Any) -> Any:
-    """The form of weights in files: statistics are one more layer, if there are any."""
-    return {**params, "stats": stats} if stats else params
-
-
 def _stored(params: Any, masks: Any) -> Any:
     """Masks of the weights that a file holds: those that are kept or not zero. Nothing
     is lost where a method has no masks, and no kept weight is forgotten.
@@ -389,13 +386,6 @@ def _stored(params: Any, masks: Any) -> Any:
     if masks is None:
         masks = jax.tree.map(lambda x: hole, params)
     return jax.tree.map(join, params, eligible, masks)
-
-
-def _parted(weights: Any) -> tuple[Any, Any]:
-    """Parameters and statistics of what :func:`_joined` made."""
-    params = dict(weights)
-    stats = params.pop("stats", {})
-    return params, stats
 
 
 class _Run(NamedTuple):
@@ -421,13 +411,13 @@ class _Run(NamedTuple):
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
         # Of the start: what trained is the code of then.
         history["environment"] = records.environment()
-        like = (_joined(params, stats), opt_state)
+        like = (joined(params, stats), opt_state)
         note = self.setting.on_note
         restored = None if folder is None else folder.restore(like, note)
         first = 0
         if restored is not None:
             first, (weights, opt_state), history = restored
-            params, stats = _parted(weights)
+            params, stats = parted(weights)
         state = params, stats, opt_state
 
         images = jax.device_put((dataset.train_x, dataset.train_y))
@@ -460,14 +450,14 @@ class _Run(NamedTuple):
                     due = number % self.setting.checkpoint_every == 0
                     due |= time.monotonic() - kept_at >= _SAVE_SECONDS
                     if folder is not None and (due or number == config.epochs):
-                        folder.save(number, (_joined(*state[:2]), state[2]), history)
+                        folder.save(number, (joined(*state[:2]), state[2]), history)
                         saved, kept_at = number, time.monotonic()
                     self.setting.on_epoch(
                         Progress(self.stage, number, config.epochs, metrics)
                     )
                     if asked or clock.over():
                         if folder is not None and saved < number:
-                            weights = _joined(*state[:2])
+                            weights = joined(*state[:2])
                             folder.save(number, (weights, state[2]), history)
                             saved = number
                         if asked:
@@ -484,7 +474,7 @@ class _Run(NamedTuple):
         record = self._record(results, layers, history)
         if folder is not None:
             masks = None if self.plan.masks is None else self.plan.masks(opt_state)
-            folder.finish(_joined(params, stats), record, _stored(params, masks))
+            folder.finish(joined(params, stats), record, _stored(params, masks))
         return Trained(record, params, stats, opt_state)
 
     def _stopped(
@@ -662,6 +652,12 @@ class _Run(NamedTuple):
             results["dead_units"] = counts.dead
             results["removed_units"] = counts.removed
             results["wasted_weights"] = counts.wasted
+        stored = _stored(params, masks)
+        weights = joined(params, stats)
+        results["file_bytes"] = sparse_optax.export.sparse_bytes(weights, stored)
+        if self.config.budget and sizes.parse(self.config.budget).unit == "FLOPs":
+            kept = {layer["name"]: layer["kept"] for layer in layers}
+            results["flops"] = sizes.flops(self.config.model, self.config.dataset, kept)
         skipped = optax.tree.get(opt_state, "skipped", None)
         if skipped is not None:
             results["skipped_cycles"] = int(skipped)
