@@ -35,7 +35,8 @@ run can reach its goal, and whether it did).
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
 units, N:M), ``schedules``, ``regrowth`` (the engine and its rules: ``regrow``),
-``selection`` (the k largest of a tree, exactly), ``export``, ``report``.
+``selection`` (the k largest of a tree, exactly), ``export``, ``report``, ``plot``
+(pictures, which need matplotlib: ``pip install "sparse_optax[plot]"``).
 """
 
 from importlib.metadata import version as _version
@@ -44,6 +45,7 @@ from sparse_optax import budgets as budgets
 from sparse_optax import export as export
 from sparse_optax import masks as masks
 from sparse_optax import patterns as patterns
+from sparse_optax import plot as plot
 from sparse_optax import regrowth as regrowth
 from sparse_optax import report as report
 from sparse_optax import schedules as schedules
@@ -140,6 +142,7 @@ __all__ = [
     "one_shot_magnitude",
     "optimal_brain_damage_masks",
     "patterns",
+    "plot",
     "random_masks_like",
     "regrow",
     "regrowth",

@@ -35,6 +35,7 @@ ORDER = (
     "regrowth/",
     "methods/",
     "report/",
+    "plot.py",
     "__init__.py",
     "experiments/",
 )
@@ -42,6 +43,7 @@ ORDER = (
 CORE_NEEDS = {"jax", "optax", "numpy", "sparse_optax"}
 # Asked for inside a function, by those who convert to it; see the import test below.
 ON_DEMAND = {"export/model.py": {"scipy"}, "contraction.py": {"flax"}}
+ON_DEMAND |= {"plot.py": {"matplotlib"}}
 
 
 def _files():

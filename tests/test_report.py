@@ -824,3 +824,77 @@ def test_one_summary_for_each_member():
         assert report.table(summary).count("hold the same masks") == 1
     with refuses("summary", "opt_state", "3 members", "leading axis"):
         report.summary(PARAMS, state)
+
+
+# --- metrics --------------------------------------------------------------------------
+def _trained(make, params=PARAMS, steps=3, **options):
+    """Parameters and state after a few updates."""
+    tx = make(optax.sgd(0.1), density=0.5, update_period=2, update_stop=9, **options)
+    state = tx.init(params)
+    for i in range(steps):
+        grads = jax.tree.map(lambda x: jnp.cos(x * (i + 1)), params)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def same_as_scalars(found, scalars):
+    """Every metric is a scalar of the summary with the same number."""
+    assert {"density/total", "kept/total"} <= found.keys() <= scalars.keys()
+    for name, value in found.items():
+        assert np.shape(value) == ()
+        want = scalars[name]
+        near = pytest.approx(want, rel=1e-6)
+        assert float(value) == (near if name.startswith("density") else want), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_metrics_under_jit_are_the_scalars_of_the_summary(packed):
+    made = _trained(sparse_optax.rigl, key=0, packed=packed)
+    found = jax.jit(report.metrics)(*made)
+    same_as_scalars(found, report.summary(*made).scalars())
+    assert float(found["grown/total"]) > 0
+    assert {"removed/Dense_0/kernel", "skipped/total", "misplaced/total"} <= set(found)
+    assert found["kept/total"].dtype == jnp.int32
+
+
+def test_metrics_of_given_masks_of_no_masks_and_of_gsm():
+    same_as_scalars(report.metrics(PARAMS), report.summary(PARAMS).scalars())
+    params = jax.tree.map(jnp.asarray, HAND)
+    found = jax.jit(lambda p, m: report.metrics(p, masks=m))(params, NOW)
+    same_as_scalars(found, report.summary(params, masks=NOW).scalars())
+    assert int(found["outside/conv/kernel"]) == 1
+    tx = sparse_optax.gsm_mask(0.5)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    found = jax.jit(report.metrics)(PARAMS, state)
+    same_as_scalars(found, report.summary(PARAMS, state).scalars())
+    assert int(found["passed/total"]) == 13
+
+
+def test_metrics_of_stacked_layers():
+    params = {"layers": {"kernel": jnp.arange(24.0).reshape(2, 4, 3) - 5}}
+    stacked = {"layers/kernel": 0}
+    made = _trained(sparse_optax.rigl, params, key=0, stacked=stacked)
+    found = jax.jit(lambda *x: report.metrics(*x, stacked=stacked))(*made)
+    scalars = report.summary(*made, stacked=stacked).scalars()
+    same_as_scalars(found, scalars)
+    assert int(found["kept/layers/kernel[1]"]) == 6
+
+
+def test_metrics_of_members_have_their_axis():
+    params = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+
+    def start(key, p):
+        tx = sparse_optax.static_sparse(optax.sgd(0.1), density=0.2, key=key)
+        return report.metrics(p, tx.init(p))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = jax.jit(jax.vmap(start))(keys, params)
+    assert found["kept/total"].tolist() == [5, 5]
+
+
+def test_metrics_refuses():
+    with refuses("metrics", "`opt_state`", "no sparse method"):
+        report.metrics(PARAMS, optax.sgd(0.1).init(PARAMS))
+    with refuses("metrics", "`masks`", "no layers here"):
+        report.metrics(PARAMS, masks={"x": jnp.ones((2, 2), bool)})

@@ -130,7 +130,10 @@ def _summary(
     """The summary of one network."""
     seen = _read_state(opt_state)
     kept = seen.masks if masks is None else named_masks(masks)
-    layers = _counted_layers(params, opt_state, masks, where, stacked, kept, seen)
+    wanted = None
+    if opt_state is not None or masks is not None:
+        wanted = kept.keys() | seen.passed.keys()
+    layers = counted_layers(params, wanted, where, stacked)
     given = {"masks": kept, "previous_masks": {}, "explored": {}}
     for argument, tree in (("previous_masks", previous_masks), ("explored", explored)):
         if tree is not None:
@@ -319,16 +322,20 @@ def _numbers(value: Any) -> np.ndarray:
 
 
 # --- arguments ------------------------------------------------------------------------
-def _counted_layers(params, opt_state, masks, where, stacked, kept, seen) -> Layers:
-    """The layers with masks and those of GSM, else those that `where` chooses."""
-    if opt_state is None and masks is None:
+def counted_layers(
+    params: PyTree,
+    wanted: Collection[str] | None,
+    where: Where | None,
+    stacked: Mapping[str, int] | None,
+) -> Layers:
+    """The layers of these names, with masks or of GSM, or those of `where` if None."""
+    if wanted is None:
         return layers_of(params, where, stacked)
     if where is not None:
         raise ArgumentError(
             f"`where`={where!r} is given beside `opt_state` or `masks`, which say "
             "which leaves count; it must be None. Leave `where` out."
         )
-    wanted = kept.keys() | seen.passed.keys()
     flat, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
     chosen = [n in wanted and not is_hole(x) for n, x in zip(names, flat, strict=True)]
     _check_names("masks", wanted, [n for n, c in zip(names, chosen, strict=True) if c])
@@ -408,7 +415,7 @@ def _tally(operands, *, axes, units) -> list[dict[str, jax.Array]]:
     """Counts along the axis of layers, or along axis 0: a whole leaf may pass 2^31."""
     result = []
     for arrays, axis, unit in zip(operands, axes, units, strict=True):
-        x, mask, before, ever = (_front(array, axis) for array in arrays)
+        x, mask, before, ever = (front(array, axis) for array in arrays)
         there = is_nonzero(x)
         kept = there if mask is None else mask
         counts = {"kept": slice_counts(kept)}
@@ -430,7 +437,8 @@ def _tally(operands, *, axes, units) -> list[dict[str, jax.Array]]:
     return result
 
 
-def _front(array: Any, axis: int | None) -> Any:
+def front(array: Any, axis: int | None) -> Any:
+    """A mask or weights with the axis of layers first; None for None."""
     if array is None:
         return None
     array = unpack(array)
