@@ -1,6 +1,7 @@
 """The command line: train, reproduce, tables, and what wrong input prints."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -20,16 +21,22 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("flax")
 
+import rich.console
+
 from sparse_optax.experiments import (
     checkpoints,
     cli,
+    compare,
     plots,
+    progress,
     readme,
+    recipes,
     records,
     reproduce,
     train,
 )
 from sparse_optax.experiments import config as configs
+from sparse_optax.experiments import page as pages
 from sparse_optax.experiments.tables import QUEUE, TABLES, common, methods_lenet300
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -121,6 +128,11 @@ def test_main_job_is_sparse_momentum_on_digits():
         ),
         (["reproduce"], ["mnist_lenet300", "gsm_lenet300", "--jobs"]),
         (["tables"], ["--check"]),
+        ([], ["compare", "report", "methods", "--version"]),
+        (["compare"], ["results/<name>.json", "--plot"]),
+        (["report"], ["runs/<name>", "--page"]),
+        (["methods"], ["--dataset"]),
+        (["train"], ["--budget", "200KB", "10MFLOPs", "--no-dense"]),
     ],
 )
 def test_help_reads_well(command, words, capsys):
@@ -1043,3 +1055,381 @@ def test_command_is_the_entry_point():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     scripts = tomllib.loads(text)["project"]["scripts"]
     assert scripts == {"sparse-optax": "sparse_optax.experiments.command:main"}
+
+
+# -- progress ----------------------------------------------------------------------
+
+
+def quick(tmp_path, *words):
+    """A command that trains for a moment."""
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    return ["train", *words, *folders]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    assert cli.main(quick(tmp_path, "--no-dense", "--epochs", "20")) == 0
+    printed = capsys.readouterr().out
+    lines = [x for x in printed.splitlines() if re.match(r"\d+:\d\d ", x)]
+    texts = [line.partition(" ")[2] for line in lines]
+    assert texts[0] == "20 epochs to train: sparse_momentum"
+    for i, word in enumerate(("loading digits", "preparing the method", "compiling")):
+        assert texts[1 + i] == f"sparse_momentum: {word}"
+    assert texts[4] == "sparse_momentum: epoch 1 of 20, 40 steps"
+    epochs = [int(re.search(r"epoch (\d+) of 20, test", x)[1]) for x in texts[5:]]
+    assert {1, *range(2, 21, 2)} <= set(epochs)
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_steps_and_epochs_do_not_flood_a_file(monkeypatch):
+    clock, out = Clock(monkeypatch), io.StringIO()
+    display = progress.Display(rich.console.Console(file=out), 100.0)
+    with display:
+        display.on_activity(train.Activity("rigl", "compiling"))
+        for step in range(1, 401):
+            clock.now += 0.25
+            display.on_activity(train.Activity("rigl", f"step {step} of 400", True))
+        for epoch in range(1, 1001):
+            clock.now += 0.125
+            done = train.Progress("rigl", epoch, 1000, {"test_error": 2.0})
+            display.on_epoch(done)
+    lines = out.getvalue().splitlines()
+    # Each half minute of the steps; then the first epoch and each tenth of them.
+    assert lines[:3] == [
+        "0:00 rigl: compiling",
+        "0:30 rigl: epoch 1, step 120 of 400",
+        "1:00 rigl: epoch 1, step 240 of 400",
+    ]
+    assert lines[3].startswith("1:30 ")
+    assert lines[4] == "1:40 rigl: epoch 1 of 1000, test error 2.00%"
+    numbers = [int(line.split("epoch ")[1].split()[0]) for line in lines[5:]]
+    assert numbers == list(range(100, 1001, 100))
+
+
+def test_bars_in_a_terminal():
+    out = io.StringIO()
+    console = rich.console.Console(file=out, force_terminal=True, width=100)
+    with progress.Display(console, progress.time.monotonic()) as display:
+        display.line("60 epochs of dense, then 40 epochs of magnitude")
+        display.on_activity(train.Activity("magnitude", "loading digits"))
+        display.on_activity(train.Activity("base", "compiling"))
+        display.on_activity(train.Activity("base", "going on after epoch 2 of 4"))
+        display.on_epoch(train.Progress("base", 4, 4, {"test_error": 7.5}))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "0:00 60 epochs of dense, then 40" in shown
+    assert "after base" in shown
+    assert re.search(r"base .*4/4 .*test error 7.50%", shown)
+    assert "base: going on after epoch 2 of 4" in shown
+
+
+def test_quiet_shows_nothing():
+    out = io.StringIO()
+    with progress.Display(rich.console.Console(file=out), 0.0, quiet=True) as display:
+        display.line("x")
+        display.on_activity(train.Activity("rigl", "compiling"))
+        display.on_epoch(train.Progress("rigl", 1, 1, {"test_error": 1.0}))
+    assert out.getvalue() == ""
+    assert display.trained
+
+
+def test_a_run_that_goes_on_says_so(tmp_path, monkeypatch, capsys):
+    words = ["--no-dense", "--epochs", "4", "--checkpoint-every", "1"]
+    show = progress.Display.on_epoch
+
+    def stop(display, done):
+        show(display, done)
+        if done.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(progress.Display, "on_epoch", stop)
+        assert cli.main(quick(tmp_path, *words)) == 130
+    assert "stopped after epoch 2 of 4; the same command" in capsys.readouterr().err
+    assert cli.main(quick(tmp_path, *words)) == 0
+    printed = capsys.readouterr().out
+    assert "sparse_momentum: going on after epoch 2 of 4\n" in printed
+    assert "epoch 3 of 4, 40 steps" in printed
+
+
+def test_two_stages_say_how_many_epochs_there_are(tmp_path, capsys):
+    words = ["--no-dense", "--method", "magnitude", "--epochs", "2", "--drop-epochs"]
+    words = [*words, "1", "--base.epochs", "3"]
+    assert cli.main(quick(tmp_path, *words)) == 0
+    told = "3 epochs of dense, then 2 epochs of magnitude: 5 epochs to train\n"
+    assert told in capsys.readouterr().out
+    # Another density starts from the same base.
+    assert cli.main(quick(tmp_path, *words, "--density", "10%")) == 0
+    told = "3 epochs of dense (there already), then 2 epochs of magnitude: 2 epochs"
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert "base:" not in printed
+    assert cli.main(quick(tmp_path, *words)) == 0
+    told = "2 epochs of magnitude (there already): nothing to train"
+    assert told in capsys.readouterr().out
+
+
+def test_the_dense_network_is_named_beside_it(tmp_path, capsys):
+    """Trained once, with the same epochs and seed; then read."""
+    words = ["--method", "static", "--density", "4%", "--epochs", "2", "--seed", "3"]
+    assert cli.main(quick(tmp_path, *words)) == 0
+    printed = capsys.readouterr().out
+    assert "dense: epoch 2 of 2" in printed
+    (path,) = tmp_path.glob("runs/*-dense-*/record.json")
+    dense = records.read(path)
+    assert (dense.config["seed"], dense.config["epochs"]) == (3, 2)
+    (path,) = (tmp_path / "results").glob("*.json")
+    ours = records.read(path).results["test_error"]
+    theirs = dense.results["test_error"]
+    line = f"dense {theirs:.2f}%, yours {ours:.2f}% with 4% of the weights (25 times f"
+    assert line in printed
+    # What its record says makes the same run.
+    assert cli.main([*dense.command.split()[1:], *quick(tmp_path)[1:]]) == 0
+    assert "there already" in capsys.readouterr().out
+    other = ["--method", "static", "--density", "5%", *words[4:]]
+    assert cli.main(quick(tmp_path, *other)) == 0
+    printed = capsys.readouterr().out
+    assert "dense: epoch" not in printed
+    assert f"dense {theirs:.2f}%, yours" in printed
+
+
+def test_without_a_dense_record_the_command_for_one_is_named(tmp_path, capsys):
+    words = ["--no-dense", "--method", "static", "--epochs", "1", "--seed", "2"]
+    assert cli.main(quick(tmp_path, *words)) == 0
+    assert "not known: train --method dense --data" in capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/*-dense-*"))
+
+
+def test_a_dense_record_of_a_table_is_found(tmp_path):
+    """Also one that lacks values which came later, and no other one."""
+    wanted = configs.dense_of(configs.resolve(configs.TrainConfig(dataset="mnist")))
+    values = configs.as_dict(wanted)
+    del values["grow"]
+    path = tmp_path / "mnist_lenet300" / "dense_s0.json"
+    records.write(path, record("dense_s0", 1.4, values))
+    where = (tmp_path / "runs", tmp_path / "train")
+    assert compare.find_dense(wanted, *where).results["test_error"] == 1.4
+    other = dataclasses.replace(wanted, seed=1)
+    assert compare.find_dense(other, *where) is None
+    path.write_text("no record")
+    assert compare.find_dense(wanted, *where) is None
+
+
+def test_the_dense_run_beside_a_run():
+    def dense(**values):
+        return configs.dense_of(configs.resolve(configs.TrainConfig(**values)))
+
+    plain = configs.resolve(configs.TrainConfig(method="dense"))
+    for method in recipes.METHODS:
+        density = 0.05 if method == "thin" else 0.3
+        found = dense(method=method, density=density, gate=0.2, l1=0.5)
+        assert found == plain, method
+    drops = dense(drop_steps=(50, 60), learning_rate=0.5, shares="linear")
+    wanted = configs.TrainConfig(method="dense", drop_steps=(50, 60), learning_rate=0.5)
+    assert drops == configs.resolve(wanted)
+
+
+def test_something_is_shown_before_the_libraries_are_loaded(tmp_path):
+    """The first line of a process, and a version without the libraries."""
+    path = Path(train.__file__).with_name("command.py")
+    code = (
+        f"import runpy, sys; sys.modules['jax'] = None; sys.argv[0] = 'sparse-optax'\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-c", code, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run("train")
+    assert done.stdout == "0:00 loading the libraries\n"
+    assert done.returncode == 1
+    assert "needs the package 'jax'" in done.stderr
+    for words in (["train", "--quiet"], ["train", "--help"], ["compare"]):
+        assert run(*words).stdout == ""
+    done = run("--version")
+    assert re.fullmatch(r"sparse-optax \d+\.\d+\.\d+\S*\n", done.stdout)
+    assert done.returncode == 0
+
+
+# -- names -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("set", "sparse_evolutionary"),
+        ("snfs", "sparse_momentum"),
+        ("gmp", "gradual_magnitude"),
+        ("dns", "network_surgery"),
+        ("obd", "optimal_brain_damage"),
+        ("DEEP-R", "deep_rewiring"),
+        ("sparse_momentum_regrow", "sparse_momentum"),
+        ("rigl", "rigl"),
+    ],
+)
+def test_methods_have_common_names(tmp_path, monkeypatch, name, method):
+    seen = []
+
+    def stop(config, **_):
+        seen.append(config.method)
+        raise ValueError("would train")
+
+    monkeypatch.setattr(train, "train", stop)
+    assert cli.main(quick(tmp_path, "--method", name)) == 1
+    assert seen == [method]
+    assert configs.resolve(configs.TrainConfig(method=name)).method == method
+
+
+def test_names_of_methods_are_those_of_functions():
+    """Each is a function of the library, by its own name or by the one listed."""
+    import sparse_optax
+
+    without = {"dense", "thin", "ticket", "l2"}
+    for name in set(recipes.METHODS) - without:
+        function = recipes.FUNCTIONS.get(name, name)
+        found = getattr(sparse_optax, function, None)
+        assert found or getattr(sparse_optax.masks, function), name
+        assert recipes.method_named(function) == name
+    common = [x for names in recipes.COMMON_NAMES.values() for x in names]
+    assert len(set(common)) == len(common)
+    assert not set(common) & set(recipes.METHODS)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_methods_are_listed_with_their_defaults(dataset, capsys):
+    assert cli.main(["methods", "--dataset", dataset]) == 0
+    printed = capsys.readouterr().out
+    for name in recipes.METHODS:
+        assert f"\n{name} " in printed
+    assert "Also called set." in printed
+    lines = {x.split()[0]: x.split()[1:] for x in printed.splitlines() if x.strip()}
+    epochs = ["60", "+", "40"] if dataset == "digits" else ["46", "+", "54"]
+    assert lines["network_surgery"] == ["uniform", *epochs, "0.01"]
+
+
+# -- compare and report ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folders of runs: of sparse momentum, of GSM, and the dense one beside them."""
+    folder = tmp_path_factory.mktemp("finished")
+    short = ["--epochs", "4"]
+    gsm = ["--method", "gsm", "--density", "10%", *short, "--drop-epochs", "3"]
+    gsm += ["--base.epochs", "2", "--base.drop-epochs", "1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(quick(folder, *short)) == 0
+        assert cli.main(quick(folder, *gsm, "--no-dense")) == 0
+    return folder
+
+
+def of(folder, method):
+    return next(folder.glob(f"runs/*-{method}-*"))
+
+
+def test_compare_prints_a_table_and_draws_a_plot(finished, tmp_path, capsys):
+    (record_path,) = finished.glob("results/*-gsm-*.json")
+    plot = tmp_path / "compare.png"
+    paths = [str(of(finished, "sparse_momentum")), str(record_path)]
+    assert cli.main(["compare", *paths, "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    ours, theirs = (compare.read(path) for path in paths)
+    rows = [line.split() for line in printed.splitlines() if "%" in line]
+    error = f"{ours.results['test_error']:.2f}%"
+    assert rows[0][:7] == ["sparse", "momentum", "5%", error, "2,510", "5%", "20"]
+    assert rows[0][8] == f"{ours.results['file_bytes']:,}"
+    assert rows[1][:3] == ["gsm", "10%", f"{theirs.results['test_error']:.2f}%"]
+    assert "2 + 4" in printed
+    assert plot.read_bytes().startswith(PNG)
+
+
+def test_the_plot_holds_every_run(finished):
+    found = [compare.read(of(finished, m)) for m in ("sparse_momentum", "dense")]
+    named = dict(zip(compare.labels(found), found, strict=True))
+    left, right = plots.comparison(named).axes
+    shown = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert list(shown["sparse momentum 5%"]) == found[0].history["test_error"]
+    assert "dense" in shown
+    layers = {line.get_label(): line.get_ydata() for line in right.lines}
+    assert list(layers["dense"]) == [100, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare"], "compare: no RECORD is given"),
+        (
+            ["compare", "nowhere"],
+            "nowhere must be a record or the folder of a",
+        ),
+        (["report"], "report: no RUN is given"),
+        (["report", "."], ". must be a record or the folder"),
+        (["compare", "x.json"], "x.json is not a results record"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.json").write_text("{}")
+    assert cli.main(words) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(finished, tmp_path, capsys):
+    path = tmp_path / "page.html"
+    runs = [str(of(finished, m)) for m in ("sparse_momentum", "gsm")]
+    words = ["--page", str(path), "--results", str(finished / "results")]
+    assert cli.main(["report", *runs, *words]) == 0
+    text = path.read_text()
+    assert str(path) in capsys.readouterr().out
+    assert not re.search(r"https?://|<script|<link|url\(", text)
+    sources = re.findall(r'src="([^"]{30})', text)
+    assert all(x.startswith("data:image/svg+xml;base64,") for x in sources)
+    captions = re.findall(r"<figcaption>([^<]*)", text)
+    counts = {caption.split()[0]: captions.count(caption) for caption in captions}
+    # The overview; errors and masks of both; densities and moves of one, decay of one.
+    assert len(captions) == 1 + 2 + 1 + 1 + 1 + 4, counts
+    ours = compare.read(runs[0])
+    assert f"yours {ours.results['test_error']:.2f}% with 5% of the weights" in text
+    for layer in ours.layers:
+        assert f"<td>{layer['name']}</td>" in text
+        assert f"<td>{layer['kept']:,}</td>" in text
+
+
+def test_a_report_of_a_record_without_its_run(finished, tmp_path, monkeypatch):
+    """No masks, and nothing is made up."""
+    monkeypatch.chdir(tmp_path)
+    (path,) = finished.glob("results/*-gsm-*.json")
+    assert cli.main(["report", str(path)]) == 0
+    text = Path("report.html").read_text()
+    assert "First layer" not in text
+    assert "gsm" in text
+
+
+def test_a_page_escapes_what_it_is_given():
+    made = record(config={"method": "<b>", "dataset": "d", "model": "m"})
+    made = dataclasses.replace(made, command="<i>&")
+    text = pages.render([pages.Run(made)])
+    assert "<b>" not in text
+    assert "&lt;i&gt;&amp;" in text
+
+
+def test_the_first_mask_is_that_of_the_weights(finished):
+    folder = of(finished, "sparse_momentum")
+    made = compare.read(folder)
+    mask = pages.first_mask(folder, made)
+    assert mask.shape == (64, 300)
+    assert mask.sum() == made.layers[0]["kept"]
+    assert pages.first_mask(finished, made) is None

@@ -66,7 +66,7 @@ def flags(tmp_path, *words):
 @pytest.mark.parametrize("method", ["sparse_momentum", "static", "l2", "snip"])
 def test_the_file_of_a_run_has_at_most_the_bytes(tmp_path, capsys, method):
     """The file on the disk, and it is filled to a tenth."""
-    words = ["--method", method, "--epochs", "2", "--budget", "20KB"]
+    words = ["--no-dense", "--method", method, "--epochs", "2", "--budget", "20KB"]
     assert cli.main(flags(tmp_path, *words)) == 0
     (file,) = (tmp_path / "runs").glob("*/weights.sparse")
     (path,) = (tmp_path / "results").glob("*.json")

@@ -318,13 +318,44 @@ def test_python_loop_equals_scan(monkeypatch):
     monkeypatch.setitem(
         models.MODELS, "lenet-300-100", entry._replace(convolutional=True)
     )
-    looped = train.train(dataclasses.replace(SPARSE, epochs=2), runs=None)
+    told = []
+    looped = train.train(
+        dataclasses.replace(SPARSE, epochs=2), runs=None, on_activity=told.append
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         scanned.params,
         looped.params,
     )
     assert looped.record.results["kept"] == scanned.record.results["kept"]
+    # Every step is told of once it has been taken, in both epochs.
+    steps = [activity.text for activity in told if activity.brief]
+    assert steps == 2 * [f"step {i} of 40" for i in range(1, 39)]
+
+
+def test_a_record_says_what_each_layer_kept_and_moved(monkeypatch):
+    """After each epoch, against the masks that the method holds then."""
+    seen = []
+    masks = train._Run._masks
+
+    def look(run, opt_state):
+        found = masks(run, opt_state)
+        seen.append({name: np.array(x["kernel"]) for name, x in found.items()})
+        return found
+
+    with monkeypatch.context() as context:
+        context.setattr(train._Run, "_masks", look)
+        trained = train.train(dataclasses.replace(SPARSE, epochs=4), runs=None)
+    history = trained.record.history
+    assert len(seen) == 5  # at the start and after each epoch
+    for name in seen[0]:
+        kept = [int(x[name].sum()) for x in seen[1:]]
+        moved = [int((b[name] & ~a[name]).sum()) for a, b in itertools.pairwise(seen)]
+        assert history[f"kept/{name}/kernel"] == kept
+        assert history[f"moved/{name}/kernel"] == moved
+    assert any(history["moved/fc1/kernel"])
+    dense = train.train(configs.TrainConfig(method="dense", epochs=1), runs=None)
+    assert not any("/" in name for name in dense.record.history)
 
 
 def test_lenet5_trains(monkeypatch):

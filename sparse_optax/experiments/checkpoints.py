@@ -51,6 +51,11 @@ def parted(weights: Any) -> tuple[Any, Any]:
     return params, stats
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a run has left its weights and its record in a folder."""
+    return (path / _CHECKSUMS).exists()
+
+
 class RunFolder:
     """Where a run keeps what it needs to go on after a kill.
 
@@ -202,9 +207,9 @@ class RunFolder:
         Raises:
           ValueError: where one of the files is damaged or missing.
         """
-        path = self.path / _CHECKSUMS
-        if not path.exists():
+        if not is_finished(self.path):
             return None
+        path = self.path / _CHECKSUMS
         # The checkpoints of a run that was killed while it deleted them.
         self._tidy()
         try:

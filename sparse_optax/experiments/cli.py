@@ -1,22 +1,34 @@
-"""The command ``sparse-optax``: train one network, reproduce a table, render tables."""
+"""The command ``sparse-optax``: train, compare, report; reproduce and render tables."""
 
 import contextlib
 import dataclasses
 import os
 import signal
 import sys
+import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import rich.console
 import rich.progress
 import rich.table
 import tyro
 
+from sparse_optax.experiments import (
+    compare,
+    readme,
+    recipes,
+    records,
+    reproduce,
+    sizes,
+    train,
+)
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments import readme, records, reproduce, sizes, train
+from sparse_optax.experiments.progress import Display
 from sparse_optax.experiments.tables import TABLES
+from sparse_optax.export.file import write_atomically
 
 if TYPE_CHECKING:
     TableName = str
@@ -24,6 +36,10 @@ else:
     TableName = Literal[(*TABLES, "all")]
 
 _DEFAULTS = configs.TrainConfig()
+# Data sets whose dense network takes seconds.
+_CHEAP = ("digits",)
+# What the builder of another method does.
+_PURPOSE = {"thin": "No pruning of a smaller network, of as many weights as are kept."}
 
 
 class _Output:
@@ -75,7 +91,8 @@ class Train:
     Without an argument: LeNet-300-100 on scikit-learn's digits, by sparse momentum,
     with 5% of the weights. A run that was killed goes on from its last checkpoint; one
     that has finished is not trained again. Ctrl-C stops it after the epoch that it is
-    in, a second Ctrl-C at once.
+    in, a second Ctrl-C at once. In the end the dense network is named beside it, where
+    it was trained before; on the digits, where it takes seconds, it is trained.
 
     Attributes:
       config: the run.
@@ -83,6 +100,7 @@ class Train:
       runs: folder of checkpoints, final weights and the plot.
       checkpoint_every: epochs between two checkpoints.
       fresh: start again even where a checkpoint or a finished run is found.
+      no_dense: train no dense network for comparison.
       quiet: print nothing but the path of the record.
     """
 
@@ -91,10 +109,11 @@ class Train:
     runs: Path = Path("runs")
     checkpoint_every: int = 10
     fresh: bool = False
+    no_dense: bool = False
     quiet: bool = False
 
-    def run(self) -> None:
-        """Trains with a progress bar, then prints the layers and the paths."""
+    def run(self, started: float) -> None:
+        """Trains and shows how far it is, then prints the layers and the paths."""
         from sparse_optax.experiments import plots
 
         config = configs.resolve(self.config)
@@ -102,30 +121,20 @@ class Train:
         record_path = self.results / f"{name}.json"
         plot = self.runs / name / "plot.png"
         records.check_file(plot)
-        with _progress(disable=self.quiet) as bar:
-            tasks = {}
-
-            def on_epoch(progress: train.Progress) -> None:
-                if progress.stage not in tasks:
-                    tasks[progress.stage] = bar.add_task(
-                        progress.stage, total=progress.epochs, error=""
-                    )
-                error = progress.metrics["test_error"]
-                bar.update(
-                    tasks[progress.stage],
-                    completed=progress.epoch,
-                    error=f"test error {error:.2f}%",
-                )
-
+        with Display(_console, started, quiet=self.quiet) as display:
+            display.line(_plan(train.stages(config, self.runs, fresh=self.fresh)))
             trained = train.train(
                 config,
                 runs=self.runs,
                 record_path=record_path,
                 checkpoint_every=self.checkpoint_every,
                 fresh=self.fresh,
-                on_epoch=on_epoch,
+                on_epoch=display.on_epoch,
+                on_activity=display.on_activity,
                 on_note=_note,
             )
+            again = not display.trained
+            dense = self._dense(config, display)
         try:
             plots.save(plots.figure(trained.record), plot)
         except OSError as error:
@@ -137,13 +146,152 @@ class Train:
         if self.quiet:
             print(record_path, file=_output)
             return
-        _print_record(trained.record)
-        if not tasks:
+        _print_record(trained.record, dense)
+        if again:
             _console.print("This run had finished before; --fresh trains it again.")
         weights = self.runs / name / "weights.sparse"
         _console.print(f"weights {weights}", soft_wrap=True)
         _console.print(f"record  {record_path}", soft_wrap=True)
         _console.print(f"plot    {plot}", soft_wrap=True)
+
+    def _dense(
+        self, config: configs.Resolved, display: Display
+    ) -> records.Record | None:
+        """The dense run beside it, from before or, where that takes seconds, trained.
+
+        None for a dense run, and where there is none.
+        """
+        if config.method == "dense" or self.quiet:
+            return None
+        wanted = configs.dense_of(config)
+        found = compare.find_dense(wanted, self.runs, self.results)
+        if found is not None or self.no_dense or wanted.dataset not in _CHEAP:
+            return found
+        display.line("the dense network, for comparison")
+        return train.train(
+            wanted,
+            runs=self.runs,
+            command="sparse-optax train " + _flags_of_dense(wanted),
+            on_epoch=display.on_epoch,
+            on_activity=display.on_activity,
+            on_note=_note,
+        ).record
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Put finished runs side by side: a table, and one plot of all of them.
+
+    Attributes:
+      records: records (results/<name>.json) or folders of finished runs (runs/<name>).
+      plot: the picture, a PNG file: errors by epoch and, of one network, the share of
+        the weights that each layer keeps.
+    """
+
+    records: tyro.conf.Positional[tuple[Path, ...]]
+    plot: Path = Path("compare.png")
+
+    def run(self, started: float) -> None:
+        """Prints the table and draws the plot."""
+        from sparse_optax.experiments import plots
+
+        del started
+        _need_some("compare", "RECORD", self.records)
+        found = [compare.read(path) for path in self.records]
+        canvas = plots.comparison(dict(zip(compare.labels(found), found, strict=True)))
+        plots.save(canvas, self.plot)
+        _console.print(compare.table(found))
+        _console.print(f"plot    {self.plot}", soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs, which opens without a network.
+
+    It shows the error by epoch beside the dense network's, what each layer keeps and
+    what it moves in each epoch, the masks of the first layer, and a table of layers.
+
+    Attributes:
+      runs: folders of finished runs (runs/<name>), or records, which have no masks.
+      page: the page.
+      results: folder of the records, where that of a dense run is looked for.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    page: Path = Path("report.html")
+    results: Path = Path("results/train")
+
+    def run(self, started: float) -> None:
+        """Writes the page."""
+        from sparse_optax.experiments import page
+
+        del started
+        _need_some("report", "RUN", self.runs)
+        records.check_file(self.page)
+        found = []
+        for path in self.runs:
+            record = compare.read(path)
+            folder = path if path.is_dir() else Path("runs") / path.stem
+            first = page.first_mask(folder, record)
+            found.append(page.Run(record, self._dense(record, folder.parent), first))
+        content = page.render(found).encode()
+        try:
+            write_atomically(self.page, lambda file: file.write(content))
+        except OSError as error:
+            raise ValueError(
+                f"report: the page {self.page} cannot be written "
+                f"({error.strerror or error}). Make room, or choose another file with "
+                "--page."
+            ) from error
+        _console.print(f"page    {self.page}", soft_wrap=True)
+
+    def _dense(self, record: records.Record, runs: Path) -> records.Record | None:
+        """The record of the dense run beside a run, where there is one."""
+        known = {field.name for field in dataclasses.fields(configs.Resolved)}
+        values = {k: _tuples(v) for k, v in record.config.items() if k in known}
+        values["base"] = configs.ResolvedBase(**values.get("base", {}))
+        try:
+            wanted = configs.dense_of(configs.Resolved(**values))
+        except (ValueError, TypeError):  # of a data set or a model that is not here
+            return None
+        return compare.find_dense(wanted, runs, self.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Methods:
+    """List the methods of `sparse-optax train`, their names and their defaults.
+
+    Attributes:
+      dataset: whose recipe the defaults are of.
+    """
+
+    dataset: configs.DatasetName = "digits"
+
+    def run(self, started: float) -> None:
+        """Prints the table."""
+        del started
+        plain = configs.resolve(configs.TrainConfig(dataset=self.dataset))
+        _console.print(
+            f"Recipe of {self.dataset}: density {plain.density:g}, batches of "
+            f"{plain.batch_size}, momentum {plain.momentum:g}, weight decay "
+            f"{plain.weight_decay:g}; gsm and the methods after a base have their own. "
+            "shares: how the density is shared among the layers; epochs: of the base, "
+            "then of the method; rate: the learning rate at the start.\n"
+        )
+        form = "{:31} {:18} {:>9}  {:>5}"
+        _console.print(form.format("method", "shares", "epochs", "rate"))
+        for name in recipes.METHODS:
+            *row, text = _method_row(name, self.dataset)
+            _console.print(form.format(name, *row))
+            indent = " " * 4
+            _console.print(
+                textwrap.fill(
+                    text,
+                    _console.width,
+                    initial_indent=indent,
+                    subsequent_indent=indent,
+                )
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +320,9 @@ class Reproduce:
     results: Path = Path("results")
     runs: Path = Path("runs")
 
-    def run(self) -> None:
+    def run(self, started: float) -> None:
         """Runs what is missing, then prints the table."""
+        del started
         if self.table == "all":
             if self.hours is None:
                 raise ValueError(
@@ -257,8 +406,9 @@ class Tables:
     results: Path = Path("results")
     check: bool = False
 
-    def run(self) -> None:
+    def run(self, started: float) -> None:
         """Renders every table that has a record."""
+        del started
         files = {self.readme: readme.render, self.choices: readme.choices}
         for path in files:  # both, before one is changed
             readme.read_page(path)
@@ -292,7 +442,78 @@ def _progress(*, disable: bool) -> rich.progress.Progress:
     )
 
 
-def _print_record(record) -> None:
+def _plan(stages: list[train.Stage]) -> str:
+    """What is trained, and for how long, before it begins."""
+    texts = [
+        f"{stage.config.epochs} epochs of {stage.config.method}"
+        + (" (there already)" if stage.done else "")
+        for stage in stages
+    ]
+    left = sum(stage.config.epochs for stage in stages if not stage.done)
+    if not left:
+        return f"{texts[-1]}: nothing to train"
+    if len(stages) == 1:
+        return f"{left} epochs to train: {stages[0].config.method}"
+    return f"{', then '.join(texts)}: {left} epochs to train"
+
+
+def _flags_of_dense(wanted: configs.Resolved) -> str:
+    """The flags that make a dense run."""
+    plain = configs.resolve(
+        configs.TrainConfig(
+            dataset=wanted.dataset, model=wanted.model, method="dense", seed=wanted.seed
+        )
+    )
+    flags = [f"--dataset {wanted.dataset}", f"--model {wanted.model}"]
+    flags += ["--method dense", f"--seed {wanted.seed}"]
+    for field in dataclasses.fields(configs.Resolved):
+        value = getattr(wanted, field.name)
+        if field.name in ("base", "budget") or value == getattr(plain, field.name):
+            continue
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags.append(f"--{field.name.replace('_', '-')} {text}")
+    return " ".join(flags)
+
+
+def _need_some(command: str, name: str, given: Sequence[Path]) -> None:
+    if not given:
+        raise ValueError(
+            f"{command}: no {name} is given; give one or more, such as runs/<name> or "
+            "results/train/<name>.json."
+        )
+
+
+def _tuples(value: Any) -> Any:
+    """A value of JSON as a run has it."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _method_row(name: str, dataset: str) -> tuple[str, ...]:
+    """Defaults, purpose and names of a method."""
+    from sparse_optax.experiments import methods
+
+    function = recipes.FUNCTIONS.get(name)
+    others = [*recipes.COMMON_NAMES.get(name, ()), *([function] if function else [])]
+    purpose = _PURPOSE.get(name) or (methods.BUILDERS[name].__doc__ or "")
+    method = recipes.METHODS[name]
+    model = "thin-lenet-0.05" if name == "thin" else "lenet-300-100"
+    run = configs.resolve(
+        configs.TrainConfig(dataset=dataset, model=model, method=name)
+    )
+    earlier = configs.base_of(run)
+    base = f"{earlier.epochs} + " if earlier is not None else ""
+    shares = "one pool" if method.pooled else run.shares
+    if name in ("dense", "thin"):
+        shares = "-"
+    text = purpose.partition("\n")[0].replace("``", "")
+    if others:
+        text += f" Also called {', '.join(others)}."
+    return shares, f"{base}{run.epochs}", f"{run.learning_rate:g}", text
+
+
+def _print_record(record, dense: records.Record | None = None) -> None:
     table = rich.table.Table(title=record.name)
     for column in ("layer", "shape", "weights", "kept", "non-zero", "density"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -320,6 +541,16 @@ def _print_record(record) -> None:
             f"{gap['alive']:,} weights alive of {gap['kept']:,} to keep"
         )
     _console.print(f"test error            {results['test_error']:.2f}%")
+    if dense is not None:
+        beside = compare.sentence(record, dense)
+        _console.print(f"beside all weights    {beside}", soft_wrap=True)
+    elif record.config["method"] != "dense":
+        config = record.config
+        _console.print(
+            "beside all weights    not known: train --method dense "
+            f"--dataset {config['dataset']} --seed {config['seed']}",
+            soft_wrap=True,
+        )
     _print_sizes(record)
     _console.print(
         f"time                  {record.wall_seconds:.1f} s, "
@@ -339,18 +570,21 @@ def _print_sizes(record) -> None:
             _console.print(f"{title:21s} {record.results[column]:,} {unit}{most}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, started: float | None = None
+) -> int:
     """Runs the command; wrong input ends in one line, not in a traceback.
 
     Args:
       arguments: words of the command line; those of the process by default.
+      started: when the command was given, by ``time.monotonic``; now by default.
 
     Returns:
       The exit status: 0, 1 after an error, 130 after Ctrl-C.
     """
     _output.error = None
     try:
-        status = _run(arguments)
+        status = _run(arguments, time.monotonic() if started is None else started)
     except SystemExit:  # of --help and of words that are no flags
         _output.flush()
         if _output.error is None:
@@ -369,18 +603,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, started: float) -> int:
     try:
         command = tyro.cli(
             Annotated[Train, tyro.conf.subcommand("train")]
+            | Annotated[Compare, tyro.conf.subcommand("compare")]
+            | Annotated[Report, tyro.conf.subcommand("report")]
+            | Annotated[Methods, tyro.conf.subcommand("methods")]
             | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
             | Annotated[Tables, tyro.conf.subcommand("tables")],
             prog="sparse-optax",
-            description="Sparse training in JAX: experiments and the papers' tables.",
+            description="Sparse training in JAX: experiments and the papers' tables. "
+            "sparse-optax --version says which version this is.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        command.run()
+        command.run(started)
     except (ValueError, OSError, RuntimeError) as error:
         _note(str(error))
         return 1

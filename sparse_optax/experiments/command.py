@@ -1,6 +1,9 @@
-"""The entry point of ``sparse-optax``: says which packages are missing."""
+"""The entry point of ``sparse-optax``: answers at once, and says what is missing."""
 
+import contextlib
+import importlib.metadata
 import sys
+import time
 
 
 def main() -> int:
@@ -9,7 +12,12 @@ def main() -> int:
     Returns:
       The exit status.
     """
+    started, words = time.monotonic(), sys.argv[1:]
+    if words == ["--version"]:
+        print(f"sparse-optax {importlib.metadata.version('sparse_optax')}")
+        return 0
     try:
+        _say_loading(words)
         from sparse_optax.experiments import cli
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "sparse_optax":
@@ -21,7 +29,18 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    return cli.main()
+    except KeyboardInterrupt:
+        print("sparse-optax: stopped before anything was done.", file=sys.stderr)
+        return 130
+    return cli.main(started=started)
+
+
+def _say_loading(words: list[str]) -> None:
+    """Tells of the seconds that the libraries take, where progress is shown."""
+    if words[:1] == ["train"] and not {"-h", "--help", "--quiet"} & set(words):
+        # What cannot be written is told of in the end.
+        with contextlib.suppress(OSError):
+            print("0:00 loading the libraries", flush=True)
 
 
 if __name__ == "__main__":

@@ -572,6 +572,40 @@ def base_of(config: Resolved) -> Resolved | None:
     )
 
 
+def dense_of(config: Resolved) -> Resolved:
+    """The dense run that a run is judged by.
+
+    Args:
+      config: a resolved run.
+
+    Returns:
+      Its network with all weights: trained in the same way where the method starts from
+      fresh weights, else by the recipe of the data set, for the same seed.
+
+    Examples:
+      >>> from sparse_optax.experiments import config
+      >>> run = config.resolve(config.TrainConfig(method="rigl", epochs=7))
+      >>> dense = config.dense_of(run)
+      >>> dense.method, dense.density, dense.epochs
+      ('dense', 1.0, 7)
+    """
+    thin = config.method == "thin"
+    same: dict[str, Any] = {
+        "dataset": config.dataset,
+        "model": "lenet-300-100" if thin else config.model,
+        "split": config.split,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+    if recipes.METHODS[config.method].recipe == "scratch":
+        names = ("epochs", "batch_size", "learning_rate", "drop_factor", "momentum")
+        names = (*names, "nesterov", "weight_decay", "decay", "init", "optimizer")
+        names = (*names, "schedule", "warmup_epochs", "augment", "pixels")
+        drops = "drop_steps" if config.drop_steps else "drop_epochs"
+        same |= {name: getattr(config, name) for name in (*names, drops)}
+    return resolve(TrainConfig(method="dense", **same))
+
+
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The run as JSON would give it back: tuples are lists.
 

@@ -1,41 +1,61 @@
-"""Pictures of a record: error by epoch, density by layer, small weights by epoch."""
+"""Pictures of records: error by epoch, density by layer and epoch, what is left."""
 
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sparse_optax import plot
 from sparse_optax.experiments.records import Record, check_writable
 from sparse_optax.export.file import write_atomically
 
 # Colours told apart by most readers, in grey as well.
 COLOURS = ("#0b5394", "#cc6600", "#38761d", "#741b47", "#666666")
+# Layers that a legend names in letters of the usual size.
+_LEGEND = 8
+# Bars are told apart in grey by what fills them.
+_HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 _THRESHOLDS = ("below_1e-03", "below_1e-04", "below_1e-06")
 
 
 def errors(
-    axes: Axes, records: Mapping[str, Record], *, colours: Sequence[str] = COLOURS
+    axes: Axes, records: Mapping[str, Record], *, colours: Sequence[str] | None = None
 ) -> None:
     """Draws the test error of each epoch, a line a record.
 
     Args:
       axes: where to draw.
       records: records by the name they get in the legend.
-      colours: one a record, repeated where there are more.
+      colours: one a record, repeated where there are more; by default those of
+        :func:`plot.styles`.
     """
     highest = 0.0
-    for (label, record), colour in zip(
-        records.items(), itertools.cycle(colours), strict=False
+    ways = plot.styles(len(records), markers=False)
+    colours = colours or [way["color"] for way in ways]
+    for (label, record), colour, way in zip(
+        records.items(), itertools.cycle(colours), ways, strict=False
     ):
         history = record.history
-        axes.plot(history["epoch"], history["test_error"], color=colour, label=label)
+        line = way["linestyle"]
+        axes.plot(
+            history["epoch"],
+            history["test_error"],
+            color=colour,
+            linestyle=line,
+            label=label,
+        )
         if record.base is not None:
             base = record.base["results"]["test_error"]
             axes.axhline(
-                base, color=colour, linestyle=":", label=f"{label}, dense before"
+                base,
+                color=colour,
+                linestyle=line,
+                linewidth=0.7,
+                label=f"{label}, dense before",
             )
             highest = max(highest, base)
         # The first epochs tower over the rest: the scale is that of the second half.
@@ -74,7 +94,16 @@ def layers(
     ):
         shares = [100 * layer["kept"] / layer["weights"] for layer in record.layers]
         places = [j + (i - (len(records) - 1) / 2) * height for j in range(len(names))]
-        bars = axes.barh(places, shares, height, color=colour, label=label)
+        hatch = _HATCHES[i % len(_HATCHES)]
+        bars = axes.barh(
+            places,
+            shares,
+            height,
+            color=colour,
+            label=label,
+            hatch=hatch,
+            edgecolor="w",
+        )
         axes.bar_label(bars, fmt="%.3g%%", padding=3)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="weights kept (%)")
     axes.invert_yaxis()
@@ -84,23 +113,112 @@ def layers(
 
 
 def small_weights(axes: Axes, record: Record) -> None:
-    """Draws the share of weights below 1e-3, 1e-4 and 1e-6 after each epoch.
+    """Draws the share of weights left above 1e-3, 1e-4 and 1e-6 after each epoch.
 
     Args:
       axes: where to draw.
-      record: a record; the dashed line is the share that it removes in the end.
+      record: a record; the thin line is the share that it keeps in the end. Once no
+        more than this are left, its cut costs nothing.
     """
-    for name, colour in zip(_THRESHOLDS, COLOURS, strict=False):
+    left = {}
+    for name in _THRESHOLDS:
         exponent = int(name.removeprefix("below_1e"))
-        share = [100 * value for value in record.history[name]]
-        label = f"|w| < $10^{{{exponent}}}$"
-        axes.plot(record.history["epoch"], share, color=colour, label=label)
-    removed = 100 * (1 - record.config["density"])
-    axes.axhline(
-        removed, color="black", linestyle="--", linewidth=0.8, label="cut at the end"
+        shares = [1 - value for value in record.history[name]]
+        left[f"|w| > $10^{{{exponent}}}$"] = shares
+    density = record.config["density"]
+    plot.decay(left, density, steps=record.history["epoch"], axes=axes)
+    axes.set(xlabel="epoch", ylim=(50 * density, 130))
+
+
+def densities(axes: Axes, record: Record) -> bool:
+    """Draws the density of each layer after each epoch.
+
+    Args:
+      axes: where to draw.
+      record: a record.
+
+    Returns:
+      Whether there is anything to draw: the counts of each epoch, of a method that has
+      masks while it trains.
+    """
+    counts = {layer["name"]: layer["weights"] for layer in record.layers}
+    lines = {
+        name.removesuffix("/kernel"): [kept / weights for kept in column]
+        for name, weights in counts.items()
+        if None not in (column := record.history.get(f"kept/{name}", [None]))
+    }
+    if not lines:
+        return False
+    plot.densities(lines, steps=record.history["epoch"], axes=axes)
+    axes.set_xlabel("epoch")
+    if len(lines) > _LEGEND:
+        axes.legend(frameon=False, fontsize="xx-small", ncols=2)
+    return True
+
+
+def moved(axes: Axes, record: Record) -> bool:
+    """Draws how many weights of each layer came since the epoch before.
+
+    Args:
+      axes: where to draw.
+      record: a record.
+
+    Returns:
+      Whether there is anything to draw.
+    """
+    columns = {
+        layer["name"].removesuffix("/kernel"): column
+        for layer in record.layers
+        if None not in (column := record.history.get(f"moved/{layer['name']}", [None]))
+    }
+    if not any(map(any, columns.values())):
+        return False
+    ways = plot.styles(len(columns), markers=False)
+    for (name, column), way in zip(columns.items(), ways, strict=True):
+        axes.plot(record.history["epoch"], column, label=name, **way)
+    axes.set(xlabel="epoch", ylabel="weights that are new", ylim=(0, None))
+    small = len(columns) > _LEGEND
+    axes.legend(
+        frameon=False,
+        fontsize="xx-small" if small else "small",
+        ncols=2 if small else 1,
     )
-    axes.set(xlabel="epoch", ylabel="share of the weights (%)", ylim=(0, 103))
-    axes.legend(frameon=False, loc="lower right")
+    return True
+
+
+def _shares(axes: Axes, records: Mapping[str, Record]) -> None:
+    """Draws the share of weights that each layer keeps, a line a record."""
+    for (label, record), way in zip(
+        records.items(), plot.styles(len(records)), strict=True
+    ):
+        names = [layer["name"].removesuffix("/kernel") for layer in record.layers]
+        shares = [100 * layer["kept"] / layer["weights"] for layer in record.layers]
+        axes.plot(names, [share or math.nan for share in shares], label=label, **way)
+    axes.set(ylabel="weights kept (%)", yscale="log", ylim=(None, 130))
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.tick_params(axis="x", rotation=90 if len(names) > _LEGEND else 0)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def comparison(records: Mapping[str, Record]) -> Figure:
+    """Runs in one picture: errors by epoch and, of one network, densities by layer.
+
+    Args:
+      records: records by the name they get in the legend.
+
+    Returns:
+      A figure.
+    """
+    names = {tuple(layer["name"] for layer in r.layers) for r in records.values()}
+    panels = 2 if len(names) == 1 and names != {()} else 1
+    canvas = Figure(figsize=(6.2 * panels, 4.2), layout="constrained")
+    axes = canvas.subplots(1, panels, squeeze=False)[0]
+    errors(axes[0], records)
+    if panels == 2:
+        _shares(axes[1], records)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return canvas
 
 
 def figure(record: Record) -> Figure:

@@ -49,6 +49,8 @@ _CHUNK = 1000
 _SAVE_SECONDS = 300
 # Images of the rehearsal of a method: errors do not depend on how many there are.
 _REHEARSED = 8
+# Steps that may wait in the queue of the device while another one is taken.
+_QUEUED = 2
 # Columns of the layers that are summed, and what the sums are called.
 _TOTALS = {"weights": "weights", "kept": "kept", "nonzero": "nonzeros"}
 
@@ -83,6 +85,32 @@ class Progress(NamedTuple):
     epoch: int
     epochs: int
     metrics: dict[str, Any]
+
+
+class Activity(NamedTuple):
+    """Handed to ``on_activity`` before whatever may take its time.
+
+    Attributes:
+      stage: as in :class:`Progress`.
+      text: what is done now.
+      brief: whether it is one of many steps of an epoch.
+    """
+
+    stage: str
+    text: str
+    brief: bool = False
+
+
+class Stage(NamedTuple):
+    """A training of its own: the method, or the base that it starts from.
+
+    Attributes:
+      config: its run.
+      done: whether it has finished before.
+    """
+
+    config: configs.Resolved
+    done: bool
 
 
 class Stopped(KeyboardInterrupt):
@@ -126,6 +154,7 @@ def train(
     hours: float | None = None,
     command: str | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
+    on_activity: Callable[[Activity], None] | None = None,
     on_note: Callable[[str], None] = warnings.warn,
 ) -> Trained:
     """Trains a network as ``config`` says, and evaluates it after each epoch.
@@ -148,6 +177,8 @@ def train(
       hours: how long the call may train, at least one epoch; None for no limit.
       command: what reproduces the run, for the record; the running command otherwise.
       on_epoch: called after each epoch.
+      on_activity: called before what may take its time: loading, compiling, an epoch,
+        and each step where they are taken one by one.
       on_note: called with a line that tells of a damaged checkpoint that was passed
         over; by default it becomes a warning.
 
@@ -176,6 +207,8 @@ def train(
         )
     if record_path is not None:
         records.check_file(record_path)
+    tell = on_activity or (lambda activity: None)
+    tell(Activity(resolved.method, f"loading {resolved.dataset}"))
     dataset = data.load(resolved.dataset, split=resolved.split, pixels=resolved.pixels)
     _check_steps(resolved, len(dataset.train_x))
     setting = _Setting(
@@ -186,9 +219,10 @@ def train(
         command or records.command_line(),
         _Clock(hours),
         on_epoch or (lambda progress: None),
+        tell,
         on_note,
     )
-    trained = _train(resolved, setting, stage=config.method)
+    trained = _train(resolved, setting, stage=resolved.method)
     if record_path is not None:
         record = dataclasses.replace(
             trained.record, name=Path(record_path).stem, command=setting.command
@@ -196,6 +230,32 @@ def train(
         records.write(record_path, record)
         trained = trained._replace(record=record)
     return trained
+
+
+def stages(
+    config: configs.Resolved, runs: str | Path, *, fresh: bool = False
+) -> list[Stage]:
+    """What a run trains, in this order: its base, where it has one, then itself.
+
+    Args:
+      config: a resolved run.
+      runs: folder of the runs.
+      fresh: whether finished ones are trained again.
+
+    Returns:
+      One stage or more. No base is trained for a run that has finished.
+
+    Examples:
+      >>> from sparse_optax.experiments import config, train
+      >>> run = config.resolve(config.TrainConfig(method="magnitude"))
+      >>> [(x.config.method, x.config.epochs, x.done) for x in train.stages(run, "no")]
+      [('dense', 60, False), ('magnitude', 40, False)]
+    """
+    path = Path(runs) / configs.default_name(config)
+    done = checkpoints.is_finished(path) and not fresh
+    earlier = None if done else configs.base_of(config)
+    before = [] if earlier is None else stages(earlier, runs, fresh=fresh)
+    return [*before, Stage(config, done)]
 
 
 def _check_steps(config: configs.Resolved, images: int) -> None:
@@ -235,6 +295,7 @@ class _Setting(NamedTuple):
     command: str
     clock: _Clock
     on_epoch: Callable[[Progress], None]
+    on_activity: Callable[[Activity], None]
     on_note: Callable[[str], None]
 
 
@@ -303,6 +364,7 @@ def _train_stage(config, setting, stage, draw, start, keys, folder) -> Trained:
         params, stats = base.params, base.stats
         _check_base(base)
     images = dataset.train_x, dataset.train_y
+    setting.on_activity(Activity(stage, "preparing the method"))
     plan = _plan(config, setup(params, stats, images))
     run = _Run(config, setting, stage, apply, plan, order_key, base)
     return run.train(params, stats, folder)
@@ -388,6 +450,32 @@ def _stored(params: Any, masks: Any) -> Any:
     return jax.tree.map(join, params, eligible, masks)
 
 
+def _movement(before: Any, after: Any) -> tuple[dict[str, int], Any]:
+    """How many weights each layer keeps, and how many of them it did not before."""
+    paths = jax.tree_util.tree_leaves_with_path(after)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
+    ]
+    kept, moved = jax.device_get(_counted(before, after))
+    columns = (("kept", kept), ("moved", moved))
+    counts = {
+        f"{column}/{name}": int(number)
+        for column, numbers in columns
+        for name, number in zip(names, numbers, strict=True)
+    }
+    return counts, after
+
+
+@jax.jit
+def _counted(before: Any, after: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    came = [
+        jnp.logical_and(b, jnp.logical_not(a)) for a, b in zip(old, new, strict=True)
+    ]
+    kept, moved = ([jnp.sum(x, dtype=jnp.int32) for x in xs] for xs in (new, came))
+    return kept, moved
+
+
 class _Run(NamedTuple):
     """One stage: the epochs of one optimizer."""
 
@@ -418,9 +506,11 @@ class _Run(NamedTuple):
         if restored is not None:
             first, (weights, opt_state), history = restored
             params, stats = parted(weights)
+            self._tell(f"going on after epoch {first} of {config.epochs}")
         state = params, stats, opt_state
 
         images = jax.device_put((dataset.train_x, dataset.train_y))
+        self._tell("compiling")
         evaluate = self._evaluator()
         start = time.perf_counter()
         run_epoch = self._epoch_function(state, images)
@@ -428,6 +518,10 @@ class _Run(NamedTuple):
         history["compile_seconds"] += compiled - start
         saved, kept_at = first, time.monotonic()
         clock = self.setting.clock
+        masks = self._masks(opt_state)
+        steps = len(images[0]) // config.batch_size
+        if first < config.epochs:
+            self._tell(f"epoch {first + 1} of {config.epochs}, {steps} steps")
         try:
             with _interrupts() as asked:
                 for epoch in range(first, config.epochs):
@@ -437,10 +531,12 @@ class _Run(NamedTuple):
                     key = jax.random.fold_in(self.order_key, epoch)
                     state, loss = jax.block_until_ready(run_epoch(state, key, *images))
                     seconds = time.perf_counter() - begin
+                    counts, masks = _movement(masks, self._masks(state[2]))
                     metrics = {
                         "epoch": epoch + 1,
                         "train_loss": _short(float(loss)),
                         **evaluate(*state[:2]),
+                        **counts,
                         "seconds": _short(seconds),
                     }
                     history["epochs"].append(metrics)
@@ -476,6 +572,16 @@ class _Run(NamedTuple):
             masks = None if self.plan.masks is None else self.plan.masks(opt_state)
             folder.finish(joined(params, stats), record, _stored(params, masks))
         return Trained(record, params, stats, opt_state)
+
+    def _tell(self, text: str, *, brief: bool = False) -> None:
+        self.setting.on_activity(Activity(self.stage, text, brief))
+
+    def _masks(self, opt_state: Any) -> Any:
+        """The masks of the method, in arrays of their own; None where it has none."""
+        if self.plan.masks is None:
+            return None
+        # The state is donated to the next epoch.
+        return jax.tree.map(jnp.copy, self.plan.masks(opt_state))
 
     def _stopped(
         self, kind: type[Stopped], epoch: int, saved: int, folder: Any
@@ -547,6 +653,11 @@ class _Run(NamedTuple):
             for number, rows in enumerate(np.asarray(order(key))):
                 state, loss = one(state, key, np.int32(number), rows, x, y)
                 losses.append(loss)
+                # Steps are queued: what is told is a step that has been taken.
+                if number >= _QUEUED:
+                    losses[number - _QUEUED].block_until_ready()
+                    taken = number - _QUEUED + 1
+                    self._tell(f"step {taken} of {steps}", brief=True)
             return state, jnp.stack(losses).mean()
 
         return looped
@@ -665,7 +776,8 @@ class _Run(NamedTuple):
 
     def _record(self, results, layers, history):
         columns = {
-            name: [metrics[name] for metrics in history["epochs"]]
+            # Epochs from before a column existed have none.
+            name: [metrics.get(name) for metrics in history["epochs"]]
             for name in history["epochs"][-1]
         }
         base = None

@@ -1,0 +1,189 @@
+"""Finished runs beside one another, and beside the dense network."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import rich.box
+import rich.table
+
+from sparse_optax.experiments import config as configs
+from sparse_optax.experiments import records
+from sparse_optax.experiments.records import Record
+
+# What a run folder and the results folders call a record of a dense run.
+_DENSE = "*dense*.json"
+
+
+def read(path: str | Path) -> Record:
+    """Reads a record from its file, or from the folder of its run.
+
+    Args:
+      path: ``results/<name>.json`` or ``runs/<name>``.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: where there is no record, or a damaged one.
+    """
+    path = Path(path)
+    file = path / "record.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"compare: {path} must be a record or the folder of a finished run; there "
+            f"is no file {file}. Give results/<name>.json or runs/<name>."
+        )
+    return records.read(file)
+
+
+def find_dense(
+    wanted: configs.Resolved, runs: str | Path, results: str | Path
+) -> Record | None:
+    """The record of a dense run, where it has been trained before.
+
+    Args:
+      wanted: the run, see :func:`config.dense_of`.
+      runs: folder of the runs.
+      results: folder of the records; those beside it are searched as well, where
+        ``sparse-optax reproduce`` writes.
+
+    Returns:
+      The record, or None.
+    """
+    name = configs.default_name(wanted)
+    likely = [Path(runs) / name / "record.json", Path(results) / f"{name}.json"]
+    beside = sorted(Path(results).absolute().parent.glob(f"*/{_DENSE}"))
+    values = configs.as_dict(wanted)
+    for path in [*likely, *beside]:
+        if not path.is_file():
+            continue
+        try:
+            record = records.read(path)
+        except ValueError:
+            continue  # of another kind, or damaged: it is not asked for
+        # Older records lack values that do not matter to a dense run.
+        config = record.config
+        if "dataset" in config and all(values.get(k) == v for k, v in config.items()):
+            return record
+    return None
+
+
+def share(kept: int, weights: int) -> str:
+    """How much is kept, in words.
+
+    Args:
+      kept: kept weights.
+      weights: all weights.
+
+    Returns:
+      The text.
+
+    Examples:
+      >>> from sparse_optax.experiments import compare
+      >>> compare.share(2510, 50200)
+      '5% of the weights (20 times fewer)'
+    """
+    if kept >= weights:
+        return "all weights"
+    fewer = f" ({weights / kept:.3g} times fewer)" if kept else ""
+    return f"{100 * kept / weights:.3g}% of the weights{fewer}"
+
+
+def sentence(record: Record, dense: Record) -> str:
+    """What a run lost against the dense network, and what it saved.
+
+    Args:
+      record: the run.
+      dense: the dense run.
+
+    Returns:
+      One line.
+    """
+    ours, theirs = record.results, dense.results
+    return (
+        f"dense {theirs['test_error']:.2f}%, yours {ours['test_error']:.2f}% with "
+        f"{share(ours['kept'], theirs['weights'])}"
+    )
+
+
+def labels(found: Sequence[Record]) -> list[str]:
+    """A short and unique name for each record.
+
+    Args:
+      found: records.
+
+    Returns:
+      Method and density, and the seed, the network or more where these are not enough.
+
+    Examples:
+      >>> from sparse_optax.experiments import compare, records
+      >>> def run(method, seed):
+      ...     config = {"method": method, "density": 0.05, "seed": seed}
+      ...     return records.Record(
+      ...         *("run", "command", config, seed, None, None, {}, {}, 1.0, 1.0, 0.1),
+      ...         *(40, {"test_error": 2.5}, [], None, {}),
+      ...     )
+      >>> compare.labels([run("rigl", 0), run("snip", 0)])
+      ['rigl 5%', 'snip 5%']
+      >>> compare.labels([run("rigl", 0), run("rigl", 1)])
+      ['rigl 5%, seed 0', 'rigl 5%, seed 1']
+    """
+    keys = ("budget", "seed", "dataset", "model", "epochs", "shares", "grow", "split")
+    names = [_label(record) for record in found]
+    for key in keys:
+        if len(set(names)) == len(names):
+            return names
+        # Only those that are called the same, and where it tells them apart.
+        values: dict[str, set[str]] = {}
+        for name, record in zip(names, found, strict=True):
+            values.setdefault(name, set()).add(str(record.config.get(key)))
+        names = [
+            f"{name}, {key} {record.config.get(key)}" if len(values[name]) > 1 else name
+            for name, record in zip(names, found, strict=True)
+        ]
+    if len(set(names)) < len(names):
+        names = [f"{name} (#{i})" for i, name in enumerate(names, 1)]
+    return names
+
+
+def _label(record: Record) -> str:
+    method = str(record.config.get("method", record.name)).replace("_", " ")
+    density = record.config.get("density", 1.0)
+    return method if density == 1 else f"{method} {100 * density:.3g}%"
+
+
+def table(found: Sequence[Record]) -> rich.table.Table:
+    """Records as a table, in the order that they are given in.
+
+    Args:
+      found: records.
+
+    Returns:
+      A table of rich: test error, weights, bytes of the file, epochs (of the base and
+      of the method) and seconds of training of each.
+    """
+    made = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column("run", overflow="fold")
+    columns = ("error", "kept", "share", "fewer", "file bytes", "epochs", "time")
+    for column in columns:
+        made.add_column(column, justify="right")
+    for label, record in zip(labels(found), found, strict=True):
+        made.add_row(label, *_cells(record))
+    return made
+
+
+def _cells(record: Record) -> Iterable[str]:
+    results = record.results
+    kept, weights = results["kept"], results["weights"]
+    size = results.get("file_bytes")
+    base = 0 if record.base is None else record.base["config"]["epochs"]
+    epochs = len(record.history["epoch"])
+    return (
+        f"{results['test_error']:.2f}%",
+        f"{kept:,}",
+        f"{100 * kept / weights:.3g}%",
+        f"{weights / kept:.3g} x" if kept else "-",
+        "-" if size is None else f"{size:,}",
+        f"{base} + {epochs}" if base else str(epochs),
+        f"{record.wall_seconds:.1f} s",
+    )
