@@ -3,14 +3,16 @@
     python docs/images/methods.py
 
 Reads ``results/methods_lenet300`` and ``results/mnist_lenet300`` and writes
-``methods.png`` next to this file. The lines are geometric means over the seeds, because
-the axis of errors is logarithmic. The bands are their 95% intervals (Student's
-distribution of the logarithms), where there are three seeds or more. Methods without a
-record are left out.
+``methods.png`` next to this file, a panel for each method. The points are geometric
+means over the seeds, because the axis of errors is logarithmic. The bars are their 95%
+intervals (Student's distribution of the logarithms), where there are three seeds or
+more. The dashed line in each panel is sparse momentum, the grey line the dense network
+with its interval. Methods without a record are left out.
 """
 
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,47 +38,54 @@ def band(errors: list[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def panel(axes: Axes, records: dict, methods: tuple[str, ...]) -> None:
-    """One line and one band per method, over the density on a logarithmic axis."""
-    dense, low, high = band(table.errors(records, "dense", 1.0))
-    axes.axhspan(low, high, color="#bbbbbb", lw=0)
-    axes.axhline(dense, color="#666666", lw=1, label="dense")
-    for method in methods:
-        found = {
-            density: errors
-            for density in sorted(table.DENSITIES)
-            if (errors := table.errors(records, method, density))
-        }
-        if not found:
-            continue
+def line(axes: Axes, records: dict, method: str, **style: Any) -> bool:
+    """Mean and interval of a method at each density; whether there is a record."""
+    found = {
+        density: errors
+        for density in sorted(table.DENSITIES)
+        if (errors := table.errors(records, method, density))
+    }
+    if found:
         means, low, high = np.array([band(errors) for errors in found.values()]).T
-        width = 2.0 if method == REFERENCE else 1.0
-        density = 100 * np.array(list(found))
-        (line,) = axes.plot(
-            density, means, marker="o", ms=3, lw=width, label=table.LABELS[method]
-        )
-        axes.fill_between(density, low, high, color=line.get_color(), alpha=0.15)
+        bars = [means - low, high - means] if style.get("marker") else None
+        axes.errorbar(100 * np.array(list(found)), means, bars, **style)
+    return bool(found)
+
+
+def panel(axes: Axes, records: dict, method: str) -> bool:
+    """One method before the reference and the dense network, on logarithmic axes."""
+    dense, low, high = band(table.errors(records, "dense", 1.0))
+    axes.axhspan(low, high, color="#cccccc", lw=0)
+    axes.axhline(dense, color="#666666", lw=0.8)
+    if method != REFERENCE:
+        line(axes, records, REFERENCE, color="#666666", lw=1, ls="--")
+    own = dict(color="#0b5394", lw=1.5, marker="o", ms=4, capsize=2)
+    drawn = line(axes, records, method, **own)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks([1, 2, 5, 20], ["1", "2", "5", "20"], minor=False)
     axes.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
     axes.minorticks_off()
+    axes.set_xlim(0.8, 25)
     axes.set_ylim(1, 12)
-    axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
+    axes.set_title(table.LABELS[method], fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn
 
 
 def main() -> None:
-    """Draws all methods that have records."""
+    """Draws all methods that have records, a row of panels for each family."""
     records = readme.read_table(table.TABLE, RESULTS)
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    for ax, (family, methods) in zip(axes.flat, table.FAMILIES.items(), strict=True):
-        extra = () if REFERENCE in methods else (REFERENCE,)
-        panel(ax, records, (*extra, *methods))
-        ax.set_title(family, fontsize="medium")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("test error (%)")
-    for ax in axes[1]:
-        ax.set_xlabel("weights kept (%)")
+    columns = max(map(len, table.FAMILIES.values()))
+    figure = Figure(figsize=(2.0 * columns, 9.6), layout="constrained")
+    rows = figure.subfigures(len(table.FAMILIES), 1)
+    for row, (family, methods) in zip(rows, table.FAMILIES.items(), strict=True):
+        row.suptitle(family, fontsize="medium", x=0.01, ha="left")
+        axes = row.subplots(1, columns, sharey=True)
+        for place, ax in enumerate(axes):
+            if place >= len(methods) or not panel(ax, records, methods[place]):
+                ax.set_visible(False)
+        axes[0].set_ylabel("test error (%)")
+    rows[-1].supxlabel("weights kept (%)", fontsize="medium")
     plots.save(figure, HERE / "methods.png")
 
 
