@@ -352,7 +352,7 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", stop)
-    monkeypatch.setattr(reproduce, "run_rows", stop)
+    monkeypatch.setattr(reproduce, "run_jobs", stop)
     folders = [f"--{name}={tmp_path / name}" for name in ("results", "runs")]
     assert cli.main(["train", *folders]) == 130
     assert (
