@@ -46,8 +46,8 @@ def quick(monkeypatch):
         data, "load", lambda *_, **__: data.Dataset(x, y, x, y, x, y, 2, "none")
     )
 
-    def create(name, in_shape, classes, *, key, init):
-        del name, in_shape, classes, init
+    def create(name, in_shape, classes, *, key, init, dtype):
+        del name, in_shape, classes, init, dtype
         kernel = jax.random.normal(key, (4, 3))
         params = {"fc1": {"bias": jnp.zeros(3), "kernel": kernel}}
         return (lambda params, stats, x, **_: (x, stats)), params, {}
