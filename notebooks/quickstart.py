@@ -173,7 +173,7 @@ plt.show()
 #
 # After GSM many weights are almost zero. The cut sets them to zero. It costs nothing if
 # no more weights are alive than are kept. It costs little if the weights that are cut
-# are small. The figure shows the share of small weights after each epoch. `gsm_gap`
+# are small. The figure shows the weights left above three sizes. `gsm_gap`
 # counts the weights that are alive.
 
 # %%
