@@ -20,6 +20,7 @@ run can reach its goal, and whether it did).
 ``static_sparse`` trains under given or random masks: those of ``snip_masks``,
 ``synflow_masks``, ``fisher_masks``, ``optimal_brain_damage_masks``, of
 ``masks.magnitude_masks``, or of another run. ``layerwise_obs`` prunes one layer.
+``ticket_masks``, ``rewind`` and ``score_tickets`` are for lottery tickets.
 
 **Beside the method, in the optimizer:**
 ``ham``, ``add_l1_decay``, ``clip_by_active_norm``.
@@ -85,7 +86,9 @@ from sparse_optax.methods import one_shot_magnitude as one_shot_magnitude
 from sparse_optax.methods import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
 )
+from sparse_optax.methods import rewind as rewind
 from sparse_optax.methods import rigl as rigl
+from sparse_optax.methods import score_tickets as score_tickets
 from sparse_optax.methods import snip_masks as snip_masks
 from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
@@ -94,6 +97,7 @@ from sparse_optax.methods import (
     straight_through_magnitude as straight_through_magnitude,
 )
 from sparse_optax.methods import synflow_masks as synflow_masks
+from sparse_optax.methods import ticket_masks as ticket_masks
 from sparse_optax.methods import top_kast as top_kast
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
@@ -147,9 +151,11 @@ __all__ = [
     "regrow",
     "regrowth",
     "report",
+    "rewind",
     "rigl",
     "save_sparse",
     "schedules",
+    "score_tickets",
     "selection",
     "set_masks",
     "shuffle_masks",
@@ -160,6 +166,7 @@ __all__ = [
     "static_sparse",
     "straight_through_magnitude",
     "synflow_masks",
+    "ticket_masks",
     "top_kast",
 ]
 

@@ -701,3 +701,124 @@ def test_wrong_input_of_the_surgeon(changes, argument, value, allowed):
         sparse_optax.layerwise_obs(
             settings.pop("kernel"), settings.pop("inputs"), **settings
         )
+
+
+# --- lottery tickets ------------------------------------------------------------------
+
+DRIFT = [
+    {name: RNG.normal(size=WEIGHTS[name]["kernel"].shape) for name in KERNELS}
+    for _ in range(3)
+]
+
+
+def _grow(params, masks, drifts):
+    """Training that moves kept weights by known amounts, and biases by one."""
+    drift = next(drifts)
+    out = {}
+    for name in KERNELS:
+        mask = masks[name]["kernel"]
+        kernel = params[name]["kernel"]
+        np.testing.assert_array_equal(np.asarray(kernel)[~np.asarray(mask)], 0)
+        moved = kernel + jnp.where(mask, jnp.float32(drift[name]), 0)
+        out[name] = {"bias": params[name]["bias"] + 1, "kernel": moved}
+    return out
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_tickets_are_found_round_by_round(scope):
+    """Each round starts again from the same weights, on those that are left."""
+    seen = []
+
+    def train(params, masks):
+        seen.append(params)
+        return _grow(params, masks, drifts)
+
+    drifts = iter(DRIFT)
+    found = sparse_optax.ticket_masks(train, PARAMS, 0.2, rounds=3, scope=scope)
+
+    start = [np.float32(WEIGHTS[name]["kernel"]) for name in KERNELS]
+    kept = [np.ones(w.shape, bool) for w in start]
+    sizes = [w.size for w in start]
+    for r, drift in enumerate(DRIFT, 1):
+        for w, k, name in zip(start, kept, KERNELS, strict=True):
+            got = np.asarray(seen[r - 1][name]["kernel"])
+            np.testing.assert_array_equal(got, np.where(k, w, 0))
+            np.testing.assert_array_equal(
+                seen[r - 1][name]["bias"], np.float32(WEIGHTS[name]["bias"])
+            )
+        score = [
+            np.where(k, np.abs(w + np.float32(drift[name])), -1.0)
+            for w, k, name in zip(start, kept, KERNELS, strict=True)
+        ]
+        if scope == "global":
+            final = sum(sizes) // 5
+            count = rounds_of.floor_power(sum(sizes), final, Fraction(r, 3))
+            kept = oracles.top_k(score, final if r == 3 else count)
+        else:
+            counts = [
+                n // 5 if r == 3 else rounds_of.floor_power(n, n // 5, Fraction(r, 3))
+                for n in sizes
+            ]
+            kept = [
+                oracles.top_k([s], k)[0] for s, k in zip(score, counts, strict=True)
+            ]
+    assert len(seen) == 3
+    for name, mask in zip(KERNELS, kept, strict=True):
+        np.testing.assert_array_equal(found[name]["kernel"], mask)
+
+
+def test_rewinding_takes_every_parameter_back():
+    """To the type of the trained ones; weights without a mask go back whole."""
+    trained = jax.tree.map(lambda x: (x + 1).astype(jnp.bfloat16), PARAMS)
+    mask = {"fc1": {"kernel": PARAMS["fc1"]["kernel"] > 0}}
+    back = sparse_optax.rewind(trained, PARAMS, mask)
+    for name in KERNELS:
+        for part, value in PARAMS[name].items():
+            wanted = value.astype(jnp.bfloat16)
+            if (name, part) == ("fc1", "kernel"):
+                wanted = jnp.where(value > 0, wanted, 0)
+            assert back[name][part].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(back[name][part], wanted)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    plain = {"bias": jnp.zeros(3), "kernel": jnp.ones((2, 3))}
+    back = sparse_optax.rewind(
+        state, plain, {"kernel": jnp.arange(6).reshape(2, 3) > 2}
+    )
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    np.testing.assert_array_equal(back["kernel"][...], [[0, 0, 0], [1, 1, 1]])
+
+
+def test_tickets_are_scored_from_the_same_weights():
+    ticket = masks.magnitude_masks(PARAMS, 0.3)
+    random = sparse_optax.random_masks_like(0, ticket)
+    got = {}
+
+    def score(params, mask):
+        got[len(got)] = params
+        return float(sum(jnp.sum(jnp.abs(params[n]["kernel"])) for n in KERNELS))
+
+    named = {"ticket": ticket, "random": random}
+    found = sparse_optax.score_tickets(score, PARAMS, named)
+    for i, (name, mask) in enumerate(named.items()):
+        wanted = sum(
+            np.abs(WEIGHTS[n]["kernel"][np.asarray(mask[n]["kernel"])]).sum()
+            for n in KERNELS
+        )
+        assert found[name] == pytest.approx(wanted, rel=1e-5)
+        np.testing.assert_array_equal(got[i]["fc1"]["bias"], PARAMS["fc1"]["bias"])
+    assert found["ticket"] > found["random"]
+
+
+def test_wrong_arguments_of_tickets():
+    with refuses("rewind", "initial", "fc2"):
+        sparse_optax.rewind(PARAMS, {"fc1": PARAMS["fc1"]}, masks.fill({}, {}))
+    with refuses("ticket_masks", "train", "None"):
+        sparse_optax.ticket_masks(None, PARAMS, 0.5, rounds=1)
+    with refuses("ticket_masks", "rounds", "0", "at least 1"):
+        sparse_optax.ticket_masks(lambda p, m: p, PARAMS, 0.5, rounds=0)
+    with refuses("score_tickets", "candidates", "{}"):
+        sparse_optax.score_tickets(lambda p, m: 0, PARAMS, {})
+    both = {d: masks.magnitude_masks(PARAMS, d) for d in (0.2, 0.4)}
+    with refuses("score_tickets", "candidates", "7"):
+        sparse_optax.score_tickets(lambda p, m: 0, PARAMS, both)

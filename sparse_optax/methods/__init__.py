@@ -20,6 +20,9 @@ from sparse_optax.methods.iterative_magnitude import (
 )
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
 from sparse_optax.methods.long_average import long_average_regrow as long_average_regrow
+from sparse_optax.methods.lottery_ticket import rewind as rewind
+from sparse_optax.methods.lottery_ticket import score_tickets as score_tickets
+from sparse_optax.methods.lottery_ticket import ticket_masks as ticket_masks
 from sparse_optax.methods.network_surgery import network_surgery as network_surgery
 from sparse_optax.methods.optimal_brain_damage import (
     optimal_brain_damage_masks as optimal_brain_damage_masks,
