@@ -8,6 +8,8 @@ README.md in this folder explains the algebra and how to write a rule.
 - ``cycle``: prune, redistribute, grow, as one pure function.
 - ``rules``: ``Evidence``, what a rule sees, and ``Rule``, what it is.
 - ``prune``, ``redistribute``, ``grow``: the rules.
+- ``at_once``: one search for prune and growth where both rank hidden weights.
+- ``exchange``: a prune in one pool and an exchange within layers, for GraNet.
 - ``under_pattern``: the rules that keep the number of weights under a pattern.
 - ``allocate``: whole counts for each layer, in integer arithmetic.
 - ``restart``: the moments of weights that have just grown, as ``init`` gives them.
