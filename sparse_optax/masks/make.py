@@ -147,7 +147,7 @@ _MIX = (16, 0x85EBCA6B), (13, 0xC2B2AE35)
 def _hashed(words: jax.Array, like: Any) -> jax.Array:
     shape = tuple(like.shape)
     x = positions(shape, row_major(shape, False), jnp.zeros([], jnp.uint32))
-    x = jnp.broadcast_to(x, shape)
+    x = jnp.zeros_like(like, jnp.uint32) + x  # with the sharding of the leaf
     for j in range(2):
         x = x ^ words[j]
         for shift, factor in _MIX:
