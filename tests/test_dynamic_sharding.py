@@ -23,7 +23,7 @@ from sparse_optax.regrowth import grow, prune, redistribute
 
 @not_on_eight
 def test_in_a_process_with_eight_devices():
-    run_on_eight_devices(__file__, passed=10)
+    run_on_eight_devices(__file__, passed=14)
 
 
 SPECS = P("x", "y"), P("x", None, "y")
@@ -94,19 +94,21 @@ def test_deep_rewiring_on_a_mesh(kind):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-HIDDEN = {
+EACH_UPDATE = {
     "straight_through_magnitude": {},
     "network_surgery": {"gamma": 0.5},
     "top_kast": {"backward_density": 0.6, "penalty": 0.0},
+    "sparse_evolutionary": {"update_period": 1, "key": 0},
+    "granet": {"update_period": 1, "update_stop": 6, "key": 0},
 }
 
 
 @on_eight
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("method", HIDDEN)
+@pytest.mark.parametrize("method", EACH_UPDATE)
 def test_choosing_at_every_update_on_a_mesh(method, kind):
     """Steps of a power of two, so that the weights are exact; masks with many ties."""
-    options = {"density": 0.3, "stacked": {"1": 0}, **HIDDEN[method]}
+    options = {"density": 0.3, "stacked": {"1": 0}, **EACH_UPDATE[method]}
     tx = getattr(sparse_optax, method)(optax.sgd(0.5), **options)
     grads = [[jnp.round(2 * x) / 4 for x in _arrays(seed)] for seed in range(1, 7)]
 
