@@ -68,6 +68,9 @@ def each_step():
         "Top-KAST": sparse_optax.top_kast(
             sgd(), density=DENSITY, backward_density=2 * DENSITY
         ),
+        "DEEP-R without noise": sparse_optax.deep_rewiring(
+            sgd(), density=DENSITY, learning_rate=RATE, gradient_noise=0.0, key=0
+        ),
         "DEEP-R": sparse_optax.deep_rewiring(
             sgd(), density=DENSITY, learning_rate=RATE, key=0
         ),
