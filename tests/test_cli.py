@@ -23,6 +23,7 @@ pytest.importorskip("flax")
 
 import rich.console
 
+import sparse_optax
 from sparse_optax.experiments import (
     checkpoints,
     cli,
@@ -33,11 +34,25 @@ from sparse_optax.experiments import (
     recipes,
     records,
     reproduce,
+    setup,
     train,
 )
 from sparse_optax.experiments import config as configs
 from sparse_optax.experiments import page as pages
-from sparse_optax.experiments.tables import QUEUE, TABLES, common, methods_lenet300
+from sparse_optax.experiments.tables import (
+    QUEUE,
+    TABLES,
+    ablation_networks,
+    cifar10_lee,
+    cifar10_short,
+    common,
+    costs,
+    gsm_networks,
+    methods_lenet300,
+    text_transformer,
+    ticket_gsm,
+    wrn28_mostafa,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -726,6 +741,145 @@ def test_variants_of_gsm_start_from_the_base_row():
             assert base == configs.resolve(rows[needed].config)
 
 
+# -- published numbers and costs -----------------------------------------------------
+
+
+def test_hours_are_measured_steps_times_steps():
+    """A hundred epochs of 540 steps; GSM after its base; what is shared once."""
+    lenet = configs.TrainConfig(dataset="mnist", model="lenet-5-caffe", split="full")
+    seconds = costs.STEPS["lenet-5-caffe"][1]
+    np.testing.assert_allclose(costs.hours(lenet), 100 * 600 * seconds / 3600)
+    gsm = dataclasses.replace(lenet, method="gsm")
+    # Batches of 256: 234 steps an epoch, 2.56 times as long.
+    epoch = 234 * 2.56 * seconds / 3600
+    np.testing.assert_allclose(costs.hours(gsm), (100 + 240) * epoch)
+    runs = [gsm, dataclasses.replace(gsm, gate=0.01)]
+    np.testing.assert_allclose(costs.together(runs), (100 + 2 * 240) * epoch)
+    assert costs.told(None) == "not run"
+    assert costs.told(1234.5) == "not run: 1,234 hours"
+    assert costs.told(0.26) == "not run: 0.3 hours"
+
+
+def test_every_row_knows_its_cost():
+    for table in TABLES.values():
+        for row in table.rows:
+            assert (costs.hours(row.config) or 0) > 0
+
+
+PUBLISHED = (
+    *(cifar10_lee, wrn28_mostafa, ablation_networks, gsm_networks, ticket_gsm),
+    *(cifar10_short, text_transformer),
+)
+
+
+@pytest.mark.parametrize("module", PUBLISHED, ids=lambda m: m.TABLE.name)
+def test_a_line_without_a_record_says_what_it_costs(module):
+    lines = readme.render_table(module.TABLE, {}).splitlines()
+    cells = [line.split(" | ") for line in lines if "not run" in line]
+    assert len(cells) == len(module.LINES)
+    for (group, line), found in zip(module.LINES.items(), cells, strict=True):
+        runs = [row.config for row in module.ROWS if row.group == group]
+        assert runs
+        assert found[0] == f"| {line.label}"
+        assert found[2] == costs.told(costs.together(runs))
+
+
+def test_a_published_number_stands_beside_ours():
+    made = {
+        f"vgg16-d_{method}_s{seed}": record(
+            f"vgg16-d_{method}_s{seed}", error + seed / 99
+        )
+        for seed in range(3)
+        for method, error in (("sparse_momentum", 6.5), ("snip", 7.0))
+    }
+    lines = readme.render_table(cifar10_lee.TABLE, made).splitlines()
+    ours, snip = (line for line in lines if "vgg16-d" in line and "not run" not in line)
+    result = common.compare([6.5 + s / 99 for s in range(3)], common.Paper(6.49, 0.045))
+    interval = f"{result.low:+.2f} … {result.high:+.2f}, matches"
+    assert ours.endswith(f"| 6.49 ± 0.045 | {interval} |")
+    # No error of SNIP is known, so that there is a difference and no interval.
+    assert snip.endswith("| 7.09 | -0.08 |")
+
+
+def test_numbers_of_the_papers_are_those_of_the_papers():
+    """Some of each table, typed a second time from its source."""
+    paper = {
+        ("cifar10_lee", "wrn-22-8_sparse_momentum"): (4.96, 0.042),
+        ("cifar10_lee", "alexnet-s_dense"): (12.95, 0.056),
+        ("cifar10_lee", "vgg16-like_snip"): (8.00, None),
+        ("wrn28_mostafa", "dense"): (5.30, 0.05),
+        ("wrn28_mostafa", "sparse_momentum_d0.1"): (6.39, 0.05),
+        ("wrn28_mostafa", "static_d0.5"): (5.72, 0.06),
+        ("wrn28_mostafa", "deep_rewiring_d0.3"): (7.50, 0.10),
+        ("ablation_networks", "lenet-5-caffe"): (0.69, 0.021),
+        ("ablation_networks", "vgg16-d_size_momentum"): (7.28, np.hypot(0.045, 0.082)),
+        ("gsm_networks", "lenet-5-caffe_300x_plain"): (0.94, None),
+        ("gsm_networks", "densenet-40_8x_plain"): (5.98, None),
+        ("ticket_gsm", "lenet-300-100_60x_magnitude"): (2.61, None),
+        ("ticket_gsm", "lenet-5-caffe_300x_gsm"): (1.12, None),
+    }
+    modules = {module.TABLE.name: module for module in PUBLISHED}
+    for (table, group), number in paper.items():
+        found = modules[table].LINES[group].paper
+        assert (found.mean, found.se) == number
+    assert sum(line.paper is not None for line in cifar10_lee.LINES.values()) == 24
+    assert sum(line.paper is not None for line in wrn28_mostafa.LINES.values()) == 31
+
+
+def test_runs_that_can_be_shared_are():
+    def names(table):
+        return {row.name: configs.resolve(row.config) for row in TABLES[table].rows}
+
+    name = configs.default_name
+    for table in ("cifar10_short", "text_transformer"):
+        rows = names(table)
+        assert name(configs.base_of(rows["gsm_d0.1_s0"])) == name(rows["dense_s0"])
+    tickets, first = names("ticket_gsm"), names("gsm_lenet300")
+    for finder, row in (("gsm", "plain_s1"), ("magnitude", "base_s1")):
+        found = configs.base_of(tickets[f"lenet-300-100_60x_{finder}_s1"])
+        assert name(found) == name(first[row])
+    networks = names("gsm_networks")
+    for ticket, row in (
+        ("resnet-56_10x_gsm_s1", "resnet-56_10x_plain_s1"),
+        ("lenet-5-caffe_125x_random_s0", "lenet-5-caffe_125x_plain_s0"),
+    ):
+        assert name(configs.base_of(tickets[ticket])) == name(networks[row])
+    dense = configs.base_of(tickets["resnet-56_10x_magnitude_s0"])
+    assert name(dense) == name(configs.base_of(networks["resnet-56_10x_plain_s0"]))
+    surgery = configs.base_of(networks["resnet-56_10x_network_surgery_s0"])
+    assert name(surgery) == name(dense)
+
+
+def test_gsm_of_the_short_schedules_can_reach_zero():
+    """ln(w_0 / w) of a passive weight, as the pages of the tables say."""
+    for table, steps, said in (
+        ("cifar10_short", 351, 6),
+        ("text_transformer", 183, 10),
+    ):
+        rows = {row.name: configs.resolve(row.config) for row in TABLES[table].rows}
+        run = rows["gsm_d0.1_s0"]
+        decay = sparse_optax.gsm_log_decay(
+            setup.learning_rate(run, steps),
+            run.momentum,
+            run.weight_decay,
+            steps * run.epochs,
+            decoupled=run.optimizer == "adamw",
+        )
+        np.testing.assert_allclose(decay, said, rtol=0.06)
+
+
+def test_what_is_not_run_is_listed_with_its_cost(tmp_path):
+    finish(TABLES["mnist_lenet5"], tmp_path, lambda row: 1.0)
+    page = readme.render(tmp_path)
+    done, _, others = page.partition("### Not run yet")
+    assert done.count("###") == 1
+    table = TABLES["cifar10_lee"]
+    cost = costs.told(costs.together(row.config for row in table.rows))
+    line = f"| {table.title} | {len(table.rows)} | {cost} | `sparse-optax reproduce"
+    assert line in others
+    assert "mnist_lenet5" not in others
+
+
 # -- comparison --------------------------------------------------------------------
 
 
@@ -794,6 +948,7 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
     assert text.startswith("# Title\n")
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
+    text, _, _ = text.partition("### Not run yet")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     verdicts = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines[2:]}
     assert verdicts == {

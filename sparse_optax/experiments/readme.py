@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparse_optax.experiments import records
-from sparse_optax.experiments.tables import TABLES, common, methods_lenet300
+from sparse_optax.experiments.tables import TABLES, common, costs, methods_lenet300
 from sparse_optax.experiments.tables.common import Table
 from sparse_optax.export.file import write_atomically
 
@@ -45,27 +45,35 @@ def render_table(table: Table, found: dict[str, records.Record]) -> str:
 
 
 def render(results: str | Path) -> str:
-    """Markdown of every table that has a record.
+    """Markdown of every table that has a record, and what the others would cost.
 
     Args:
       results: folder of the records.
 
     Returns:
-      A heading and a table each.
+      A heading and a table each; where there is one, a list of the others at the end.
 
     Examples:
       >>> from sparse_optax.experiments import readme
       >>> readme.render("no such folder")
       ''
     """
-    sections = []
+    sections, others = [], []
     for table in TABLES.values():
         found = read_table(table, results)
-        if any(row.name in found for row in table.rows if row.table is None):
+        own = [row for row in table.rows if row.table is None]
+        if not any(row.name in found for row in own):
+            cost = costs.told(costs.together(row.config for row in own))
+            command = f"`sparse-optax reproduce {table.name}`"
+            others.append([table.title, str(len(own)), cost, command])
+        else:
             sections.append(
                 f"### {table.title}\n\n{render_table(table, found)}\n\n"
                 f"`sparse-optax reproduce {table.name}`"
             )
+    if sections and others:
+        header = ["table", "runs", "on two processor cores", "command"]
+        sections.append(f"### Not run yet\n\n{common.markdown(header, others)}")
     return "\n\n".join(sections)
 
 

@@ -236,7 +236,8 @@ GSM_RECIPES: dict[str, dict[str, Any]] = {
     # Decoupled decay carries a passive weight to exp(-sum(rate * decay)) of itself.
     "topics": _TEXT
     | dict(
-        weight_decay=10.0,
+        weight_decay=2.5,
+        init="torch",
         base=dict(
             epochs=15,
             batch_size=32,
