@@ -36,12 +36,14 @@ run can reach its goal, and whether it did).
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
 units, N:M), ``schedules``, ``regrowth`` (the engine and its rules: ``regrow``),
-``selection`` (the k largest of a tree, exactly), ``export``, ``report``, ``plot``
-(pictures, which need matplotlib: ``pip install "sparse_optax[plot]"``).
+``selection`` (the k largest of a tree, exactly), ``export``, ``report``,
+``analysis`` (sensitivity of layers, specialization of channels, saliencies compared),
+``plot`` (pictures, which need matplotlib: ``pip install "sparse_optax[plot]"``).
 """
 
 from importlib.metadata import version as _version
 
+from sparse_optax import analysis as analysis
 from sparse_optax import budgets as budgets
 from sparse_optax import export as export
 from sparse_optax import masks as masks
@@ -118,6 +120,7 @@ __all__ = [
     "RegrowState",
     "ac_dc",
     "add_l1_decay",
+    "analysis",
     "budgets",
     "clip_by_active_norm",
     "compact",

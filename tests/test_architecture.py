@@ -35,6 +35,7 @@ ORDER = (
     "regrowth/",
     "methods/",
     "report/",
+    "analysis/",
     "plot.py",
     "__init__.py",
     "experiments/",

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-GUIDES = ("recipes", "fine-tuning", "low-rank-adapters", "deploy")
+GUIDES = ("recipes", "fine-tuning", "low-rank-adapters", "deploy", "analysis")
 
 
 def blocks(guide):

@@ -56,7 +56,9 @@ def _lines():
             ("magnitude", "magnitude's", dict(finder="magnitude"), magnitude),
             ("random", "random", dict(finder="gsm", ticket="random"), None),
         ):
-            paper = accuracy and common.Paper(round(100 - accuracy, 2))
+            paper = None
+            if accuracy is not None:
+                paper = common.Paper(round(100 - accuracy, 2))
             line = published.Line(f"{model} at {size}, {label}", options | more, paper)
             yield f"{model}_{size}_{name}", line
 

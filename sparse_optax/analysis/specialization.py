@@ -1,0 +1,111 @@
+"""Class specialization of channels (Figure 3 of sparse momentum)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_optax import checks
+from sparse_optax.checks import ArgumentError, boundary
+
+
+class Specialization(NamedTuple):
+    """What ``channel_specialization`` returns, by layer.
+
+    Attributes:
+      shares: Of each channel's activity the share of each class. # shape=(c, classes)
+      largest: The largest of them: 1 / classes if a channel is equally active for all
+        classes, 1 if for one only. NaN for a channel that is never active. # shape=(c,)
+    """
+
+    shares: dict[str, np.ndarray]
+    largest: dict[str, np.ndarray]
+
+    def means(self) -> dict[str, float]:
+        """Mean specialization of the active channels of each layer."""
+        return {
+            name: float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+            for name, values in self.largest.items()
+        }
+
+
+@boundary("channel_specialization")
+def channel_specialization(
+    activations: Callable[[Any], dict[str, jax.Array]],
+    batches: Iterable[tuple[Any, Any]],
+    classes: int,
+) -> Specialization:
+    r"""Whether each channel serves one class or all of them.
+
+    With the activity of a channel c for a class k, over all examples and all places of
+    the map, and its share:
+
+    .. math:: A_{ck} = \sum_{n: y_n = k} \sum_{ij} |a_{nijc}|, \quad
+              s_{ck} = A_{ck} / \sum_l A_{cl}
+
+    the specialization of the channel is the largest of its shares. Classes should have
+    as many examples each.
+
+    Args:
+      activations: ``activations(inputs)`` gives the outputs of layers by name, shape
+        (b, ..., c). It is compiled once for all batches of one shape.
+      batches: An iterable of ``(inputs, labels)``; labels are whole numbers below
+        ``classes``, shape (b,).
+      classes: Number of classes, at least 1.
+
+    Returns:
+      A ``Specialization``.
+
+    Raises:
+      ValueError: If no batch comes, a label is not below ``classes``, or an argument
+        does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.analysis import channel_specialization
+      >>> images = jnp.array([[1.0, 1.0], [3.0, -1.0]])  # two examples, two channels
+      >>> batch = images, jnp.array([0, 1])
+      >>> found = channel_specialization(lambda x: {"layer": x}, [batch], 2)
+      >>> found.largest["layer"].tolist()
+      [0.75, 0.5]
+
+    References:
+      Dettmers and Zettlemoyer, `Sparse Networks from Scratch
+      <https://arxiv.org/abs/1907.04840>`_, 2019.
+    """
+    checks.whole("classes", classes, 1, cure="Give the number of classes.")
+
+    @jax.jit
+    def activity(inputs, labels):
+        member = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+
+        def of(values):
+            places = tuple(range(1, values.ndim - 1))
+            one = jnp.abs(values.astype(jnp.float32)).sum(places)
+            return jnp.einsum("bk,bc->ck", member, one)
+
+        return {name: of(values) for name, values in activations(inputs).items()}
+
+    sums: dict[str, np.ndarray] = {}
+    for inputs, labels in batches:
+        numbers = np.asarray(labels)
+        if numbers.size and not (0 <= numbers.min() and numbers.max() < classes):
+            raise ArgumentError(
+                f"`batches` holds labels from {int(numbers.min())} to "
+                f"{int(numbers.max())}; they must be from 0 to {classes - 1}. Give all "
+                "classes with `classes`."
+            )
+        for name, part in activity(inputs, labels).items():
+            # Sums over many batches are beyond the digits of float32.
+            sums[name] = sums.get(name, 0.0) + np.asarray(part, np.float64)
+    if not sums:
+        raise ArgumentError("`batches` is empty; give at least one batch.")
+    shares = {}
+    for name, activity_of in sums.items():
+        whole = activity_of.sum(1, keepdims=True)
+        shares[name] = np.divide(
+            activity_of, whole, out=np.full_like(activity_of, np.nan), where=whole > 0
+        )
+    return Specialization(shares, {name: s.max(1) for name, s in shares.items()})

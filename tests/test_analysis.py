@@ -1,0 +1,361 @@
+"""Questions about a network and a run, against NumPy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import refuses
+
+import sparse_optax
+from sparse_optax import analysis
+
+RNG = np.random.default_rng(0)
+SHAPES = {"fc1": (5, 7), "fc2": (7, 3)}
+
+
+def network(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=shape[1]), jnp.float32),
+        }
+        for name, shape in SHAPES.items()
+    }
+
+
+def forward(params, x):
+    x = jnp.tanh(x @ params["fc1"]["kernel"] + params["fc1"]["bias"][None])
+    return x @ params["fc2"]["kernel"] + params["fc2"]["bias"][None]
+
+
+def batches(count=3, size=6):
+    return [
+        (
+            RNG.normal(size=(size, 5)).astype(np.float32),
+            RNG.integers(3, size=size).astype(np.int32),
+        )
+        for _ in range(count)
+    ]
+
+
+def loss(params, batch):
+    x, y = batch
+    z = forward(params, x)
+    right = jnp.take_along_axis(z, y[:, None], 1)[:, 0]
+    return (jax.nn.logsumexp(z, axis=1) - right).mean()
+
+
+# --- ranks ----------------------------------------------------------------------------
+
+
+def test_rank_correlation_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    x = RNG.normal(size=40)
+    for y in (x + RNG.normal(size=40), np.round(x), -x, RNG.integers(3, size=40)):
+        found = analysis.rank_correlation(x, y)
+        assert found.value == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert found.count == 40
+
+
+def test_interval_of_a_rank_correlation_covers():
+    """Of 400 samples with a known correlation about 95% hold it."""
+    rng = np.random.default_rng(1)
+    cover = np.array([[1, 0.6], [0.6, 1]])
+    # Spearman's correlation of two normal variables with this Pearson correlation.
+    true = 6 / np.pi * np.arcsin(0.3)
+    hits = 0
+    for _ in range(400):
+        x, y = rng.multivariate_normal([0, 0], cover, size=30).T
+        found = analysis.rank_correlation(x, y)
+        hits += found.low <= true <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_rank_correlations_that_say_little():
+    found = analysis.rank_correlation([1, 2, 3], [3, 1, 2])
+    assert found.value == pytest.approx(-0.5)
+    assert np.isnan([found.low, found.high]).all()
+    assert np.isnan(analysis.rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]).value)
+    assert analysis.rank_correlation(range(9), range(9))[:3] == (1, 1, 1)
+    with refuses("rank_correlation", "x", "2", "as many"):
+        analysis.rank_correlation([1, 2], [1, 2, 3])
+    with refuses("rank_correlation", "y", "NaN", "finite"):
+        analysis.rank_correlation([1, 2], [1, np.nan])
+
+
+# --- specialization -------------------------------------------------------------------
+
+
+def test_specialization_against_a_loop():
+    maps = [RNG.normal(size=(6, 4, 4, 5)).astype(np.float32) for _ in range(3)]
+    labels = [RNG.integers(3, size=6) for _ in range(3)]
+    for x in maps:
+        x[..., 2] = 0  # a channel that is never active
+    maps[0][labels[0] != 1, ..., 3] = 0  # and one that serves one class
+    for x in maps[1:]:
+        x[..., 3] = 0
+
+    def layers(x):
+        return {"map": x, "mean": x.mean((1, 2))}
+
+    found = analysis.channel_specialization(layers, zip(maps, labels, strict=True), 3)
+    for name in ("map", "mean"):
+        sums = np.zeros((5, 3))
+        for x, y in zip(maps, labels, strict=True):
+            x = x if name == "map" else x.mean((1, 2))
+            for image, label in zip(x, y, strict=True):
+                sums[:, label] += np.abs(image).reshape(-1, 5).sum(0)
+        active = sums.sum(1) > 0
+        wanted = sums[active] / sums[active].sum(1, keepdims=True)
+        np.testing.assert_allclose(found.shares[name][active], wanted, rtol=1e-5)
+        np.testing.assert_allclose(
+            found.largest[name][active], wanted.max(1), rtol=1e-5
+        )
+        assert np.isnan(found.largest[name][2])
+        assert found.largest[name][3] == 1
+        assert found.means()[name] == pytest.approx(wanted.max(1).mean(), rel=1e-5)
+
+
+def test_specialization_of_wrong_input():
+    x = np.zeros((2, 3), np.float32)
+    with refuses("channel_specialization", "batches", "from 0 to 5", "from 0 to 4"):
+        analysis.channel_specialization(
+            lambda x: {"a": x}, [(x, np.array([0, 5]))], classes=5
+        )
+    with refuses("channel_specialization", "batches", "empty", "at least one"):
+        analysis.channel_specialization(lambda x: {"a": x}, [], 2)
+    with refuses("channel_specialization", "classes", "0"):
+        analysis.channel_specialization(lambda x: {"a": x}, [], 0)
+
+
+# --- sensitivity ----------------------------------------------------------------------
+
+
+def test_sensitivity_prunes_one_layer_at_a_time_by_magnitude():
+    params, held = network(), batches()
+    densities = (0.2, 1.0, 0.5)
+    found = analysis.layer_sensitivity(loss, params, held, densities)
+    assert found.names == ("fc1/kernel", "fc2/kernel")
+    assert found.densities == (1.0, 0.5, 0.2)
+
+    def mean(params):
+        return np.mean([loss(params, batch) for batch in held])
+
+    assert found.dense == pytest.approx(mean(params), rel=1e-6)
+    for row, name in enumerate(SHAPES):
+        for column, density in enumerate(found.densities):
+            kernel = np.asarray(params[name]["kernel"])
+            kept = max(1, int(density * kernel.size + 1e-9))
+            cut = np.sort(np.abs(kernel).ravel())[-kept]
+            pruned = np.where(np.abs(kernel) >= cut, kernel, 0)
+            assert np.count_nonzero(pruned) == kept
+            other = params | {name: params[name] | {"kernel": jnp.asarray(pruned)}}
+            assert found.values[row, column] == pytest.approx(mean(other), rel=1e-5)
+    assert found.values[:, 0] == pytest.approx(found.dense)
+    wanted = (found.values - found.dense).sum(1) / 3
+    np.testing.assert_allclose(found.damage(), wanted)
+
+
+def test_sensitivity_compiles_one_function_for_all_layers():
+    traces = []
+
+    def counted(params, batch):
+        traces.append(1)
+        return loss(params, batch)
+
+    analysis.layer_sensitivity(counted, network(), batches(), (0.5, 0.2, 0.1))
+    assert len(traces) == 1
+
+
+def test_a_prediction_of_sensitivity_is_compared_by_rank():
+    values = np.array([[1.0, 2.0], [3.0, 9.0], [1.0, 1.5], [5.0, 5.0]])
+    found = analysis.Sensitivity(tuple("abcd"), (0.5, 0.1), 1.0, values)
+    predicted = dict(a=0.2, b=0.7, c=0.1, d=0.9)
+    # Damage 0.5, 5, 0.25 and 4: the two largest are the other way round.
+    assert found.agreement(predicted).value == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=r"no number for \['d'\].*Give those too"):
+        found.agreement({key: predicted[key] for key in "abc"})
+
+
+def test_surviving_densities_are_a_budget():
+    params = network()
+    masks = sparse_optax.masks.magnitude_masks(params, 0.3)
+    sparse = sparse_optax.sparsify(params, masks)
+    found = analysis.surviving_densities(sparse)
+    wanted = {
+        f"{name}/kernel": np.count_nonzero(sparse[name]["kernel"]) / np.prod(shape)
+        for name, shape in SHAPES.items()
+    }
+    assert found == pytest.approx(wanted)
+    counts = sparse_optax.budgets.uniform(
+        0.3, overrides={"fc1/kernel": found["fc1/kernel"]}
+    ).counts(params)
+    for name, shape in SHAPES.items():
+        kept = round(wanted[f"{name}/kernel"] * np.prod(shape))
+        assert int(counts[name]["kernel"]) == kept
+    tiny = jax.tree.map(lambda w: 1e-5 * w, params)
+    assert set(analysis.surviving_densities(tiny).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(densities=(0.5, 0.0)), ("densities", "0.0")),
+        (dict(densities=()), ("densities", "empty", "at least one")),
+        (dict(batches=[]), ("batches", "empty", "at least one")),
+    ],
+)
+def test_sensitivity_of_wrong_input(options, words):
+    given = dict(batches=batches(1), densities=(0.5,)) | options
+    with refuses("layer_sensitivity", *words):
+        analysis.layer_sensitivity(loss, network(), **given)
+
+
+# --- re-activation --------------------------------------------------------------------
+
+
+def test_reactivation_against_sets():
+    masks = RNG.random(size=(6, 20)) < 0.3
+    trees = [{"a": jnp.asarray(m[:8].reshape(2, 4)), "b": m[8:]} for m in masks]
+    found = analysis.reactivation(iter(trees))
+    ever = set(np.flatnonzero(masks[0]))
+    for step, (before, now) in enumerate(itertools.pairwise(masks)):
+        fresh = set(np.flatnonzero(now)) - set(np.flatnonzero(before))
+        assert found.taken_up[step] == pytest.approx(len(fresh) / 20)
+        assert found.first_time[step] == pytest.approx(len(fresh - ever) / 20)
+        ever |= set(np.flatnonzero(now))
+        assert found.explored[step] == pytest.approx(len(ever) / 20)
+
+
+def test_reactivation_is_what_the_gate_counts():
+    params = network()
+    gate = sparse_optax.gsm_mask(0.3, track_reactivated=True)
+    state, masks, counted = gate.init(params), [], []
+    for batch in batches(4):
+        gradient = jax.grad(loss)(params, batch)
+        _, state = gate.update(gradient, state, params)
+        masks.append(state.gsm_active)
+        counted.append(int(state.gsm_reactivated))
+    found = analysis.reactivation(masks)
+    weights = sum(np.prod(shape) for shape in SHAPES.values())
+    np.testing.assert_allclose(found.taken_up * weights, counted[1:])
+    assert max(counted[1:]) > 0
+
+
+def test_reactivation_of_wrong_input():
+    with refuses("reactivation", "masks", "two"):
+        analysis.reactivation([{"a": np.ones(3, bool)}])
+    with refuses("reactivation", "masks", "3 and of 4", "same weights"):
+        analysis.reactivation([{"a": np.ones(3, bool)}, {"a": np.ones(4, bool)}])
+
+
+# --- decay ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.98, 0.99])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_short_formula_against_a_loop(beta, nesterov):
+    rate, decay, steps = 5e-3, 5e-4, 3000
+    w, z = 1.0, 0.0
+    for _ in range(steps):
+        z = beta * z + decay * w
+        w -= rate * (decay * w + beta * z if nesterov else z)
+    found = analysis.passive_decay_error(rate, beta, decay, steps, nesterov=nesterov)
+    assert found.exact == pytest.approx(-np.log(w), rel=1e-8)
+    assert found.formula == pytest.approx(
+        -steps * np.log1p(-rate * decay / (1 - beta)), rel=1e-12
+    )
+    assert found.error == pytest.approx(found.formula / -np.log(w) - 1, abs=1e-8)
+    assert abs(found.error) < 0.05
+
+
+def test_where_the_short_formula_does_not_hold():
+    assert np.isnan(analysis.passive_decay_error(0.1, 0.9, 0.0, 10).error)
+    # Beyond (1 - sqrt(beta))^2 the weight swings about zero.
+    assert analysis.passive_decay_error(0.05, 0.99, 5e-3, 2000).error > 1
+    with refuses("passive_decay_error", "momentum", "1"):
+        analysis.passive_decay_error(0.1, 1.0, 0.1, 10)
+
+
+# --- saliencies -----------------------------------------------------------------------
+
+
+def test_saliencies_against_numpy():
+    """Gradients of each example written out by hand."""
+    params, held = network(), batches()
+    w1, b1, w2, b2 = (
+        np.asarray(params[layer][name], np.float64)
+        for layer in ("fc1", "fc2")
+        for name in ("kernel", "bias")
+    )
+    fisher, curvature, taylor = ([np.zeros_like(w1), np.zeros_like(w2)] for _ in "abc")
+    examples = 0
+    for x, y in held:
+        mean = [np.zeros_like(w1), np.zeros_like(w2)]
+        for row, label in zip(x.astype(np.float64), y, strict=True):
+            hidden = np.tanh(row @ w1 + b1)
+            z = hidden @ w2 + b2
+            p = np.exp(z) / np.exp(z).sum()
+
+            def pull(v, row=row, hidden=hidden):
+                back = (w2 @ v) * (1 - hidden**2)
+                return [np.outer(row, back), np.outer(hidden, v)]
+
+            gradient = pull(p - np.eye(3)[label])
+            examples += 1
+            for i, g in enumerate(gradient):
+                fisher[i] += g**2
+                mean[i] += g / len(x)
+            for c in range(3):
+                for i, g in enumerate(pull(np.eye(3)[c] - p)):
+                    curvature[i] += p[c] * g**2
+        for i, g in enumerate(mean):
+            taylor[i] += g**2 / len(held)
+    weights = [w1, w2]
+
+    def flat(parts):
+        return np.concatenate([part.ravel() for part in parts])
+
+    wanted = {
+        "magnitude": flat([np.abs(w) for w in weights]),
+        "taylor": flat([w**2 * t for w, t in zip(weights, taylor, strict=True)]),
+        "fisher": flat(
+            [w**2 * f / examples / 2 for w, f in zip(weights, fisher, strict=True)]
+        ),
+        "optimal_brain_damage": flat(
+            [w**2 * h / examples / 2 for w, h in zip(weights, curvature, strict=True)]
+        ),
+    }
+    found = analysis.compare_saliencies(forward, params, held)
+    assert found.names == tuple(wanted)
+    for name, scores in wanted.items():
+        np.testing.assert_allclose(found.scores[name], scores, rtol=1e-3, atol=1e-9)
+    for i, one in enumerate(found.names):
+        for j, other in enumerate(found.names):
+            value = analysis.rank_correlation(found.scores[one], found.scores[other])
+            assert found.ranks[i, j] == pytest.approx(value.value)
+    assert np.diag(found.ranks) == pytest.approx(1)
+
+
+def test_taylor_of_single_examples_is_fisher():
+    """E[T^2] = w^2 E[g^2]: one criterion but for a factor of two."""
+    params = network()
+    x, y = batches(1, 12)[0]
+    alone = [(x[i : i + 1], y[i : i + 1]) for i in range(12)]
+    found = analysis.compare_saliencies(forward, params, alone)
+    np.testing.assert_allclose(
+        found.scores["taylor"], 2 * found.scores["fisher"], rtol=1e-4, atol=1e-12
+    )
+    assert found.ranks[1, 2] > 0.9999
+    together = analysis.compare_saliencies(forward, params, [(x, y)])
+    assert together.ranks[1, 2] < 0.999
+
+
+def test_saliencies_of_wrong_input():
+    with refuses("compare_saliencies", "forward", r"\(1,\)", "a row for each"):
+        analysis.compare_saliencies(
+            lambda params, x: forward(params, x).sum(1), network(), batches(1)
+        )
