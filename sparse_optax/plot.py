@@ -158,17 +158,9 @@ def densities(
       >>> [line.get_label() for line in axes.lines]
       ['fc1', 'fc2']
     """
-    lines = _columns(history)
-    axes = _axes(axes)
-    for (label, values), way in zip(
-        lines.items(), styles(len(lines), markers=False), strict=True
-    ):
-        when = _steps(steps, len(values))
-        axes.plot(when, [100 * x for x in values], label=label, **way)
-    axes.set(xlabel="step" if steps is not None else "time", ylabel="weights kept (%)")
-    _percent(axes)
-    axes.legend(frameon=False, fontsize="small")
-    return axes
+    axes = _over_time(_columns(history), steps, axes)
+    axes.set(ylabel="weights kept (%)")
+    return _percent(axes)
 
 
 @boundary("decay")
@@ -210,20 +202,16 @@ def decay(
       'log'
     """
     number("density", density, 0, 1, ends="(]", cure="Give the share that is kept.")
-    lines = _columns(left)
-    axes = _axes(axes)
-    for (label, values), way in zip(
-        lines.items(), styles(len(lines), markers=False), strict=True
-    ):
-        shown = [100 * x if x > _NOTHING else math.nan for x in values]
-        axes.plot(_steps(steps, len(values)), shown, label=label, **way)
+    lines = {
+        label: [x if x > _NOTHING else math.nan for x in values]
+        for label, values in _columns(left).items()
+    }
+    axes = _over_time(lines, steps, axes)
     axes.axhline(
         100 * density, color="black", linewidth=0.8, label="what the cut keeps"
     )
-    axes.set(xlabel="step" if steps is not None else "time", ylabel="weights left (%)")
-    _percent(axes)
-    axes.legend(frameon=False, fontsize="small")
-    return axes
+    axes.set(ylabel="weights left (%)")
+    return _percent(axes)
 
 
 @boundary("error_by_density")
@@ -310,12 +298,27 @@ def _axes(axes: Any) -> Any:
     return axes
 
 
-def _percent(axes: Any) -> None:
-    """A logarithmic axis of percent, in plain numbers."""
+def _over_time(
+    lines: Mapping[str, Sequence[float]], steps: Sequence[float] | None, axes: Any
+) -> Any:
+    """Shares over time in percent, a line each."""
+    axes = _axes(axes)
+    ways = styles(len(lines), markers=False)
+    for (label, values), way in zip(lines.items(), ways, strict=True):
+        shown = [100 * x for x in values]
+        axes.plot(_steps(steps, len(values)), shown, label=label, **way)
+    axes.set(xlabel="step" if steps is not None else "time")
+    return axes
+
+
+def _percent(axes: Any) -> Any:
+    """A logarithmic axis of percent, in plain numbers, and the names of the lines."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 130))
+    axes.legend(frameon=False, fontsize="small")
+    return axes
 
 
 def _steps(steps: Sequence[float] | None, length: int) -> list[float]:

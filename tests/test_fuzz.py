@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from helpers import kept, stepper
 
 import sparse_optax
 from sparse_optax import selection
@@ -135,13 +136,13 @@ def taking_part(params):
     return [w for w, takes in zip(flat, chosen, strict=True) if takes]
 
 
-def count(masks):
+def count(state):
     """Active weights of each leaf."""
-    return [int(np.sum(m)) for m in jax.tree.leaves(masks)]
+    return [int(m.sum()) for m in kept(state)]
 
 
 def check_program(number):
-    """Trains one program. Returns what it was, for the message of a failure."""
+    """Trains one program and checks it at each step."""
     rng = np.random.default_rng(number)
     params = tree(rng)
     method = list(METHODS)[rng.integers(len(METHODS))]
@@ -155,37 +156,28 @@ def check_program(number):
         density = 0.5
     build = getattr(sparse_optax, method)
     tx = WRAPPERS[wrapper](build(inner, density=density, **METHODS[method]))
-
-    @jax.jit
-    def step(params, state, gradient):
-        updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    masks = sparse_optax.get_masks(state)
-    wanted, forms = count(masks), (form(params), form(state))
+    step, state = stepper(tx), tx.init(params)
+    wanted, forms = count(state), (form(params), form(state))
     assert sum(wanted) == sparse_optax.budgets.count(density, sum(sizes))
     if method != "top_kast":  # whose layers are one pool
         # Each keeps one at least, which others give.
-        for kept, size in zip(wanted, sizes, strict=True):
-            assert 1 <= kept
-            assert abs(kept - density * size) <= len(sizes)
+        for number_kept, size in zip(wanted, sizes, strict=True):
+            assert 1 <= number_kept
+            assert abs(number_kept - density * size) <= len(sizes)
     compiled = []
     broken_at = rng.integers(STEPS) if rng.random() < 0.3 else None
     for t in range(STEPS):
         params, state = step(params, state, gradients(rng, params, t == broken_at))
         compiled.append(step._cache_size())
         assert (form(params), form(state)) == forms
-        found = count(sparse_optax.get_masks(state))
         # Layers may exchange weights; together they keep the number.
-        assert sum(found) == sum(wanted)
+        assert sum(count(state)) == sum(wanted)
     # The second step may compile once more: what `init` gives is not committed.
     assert compiled[-1] == compiled[1]
     if wrapper == "accumulation":
         assert int(state.gradient_step) == STEPS // 2
-    masks = jax.tree.leaves(sparse_optax.get_masks(state))
-    for w, m in zip(taking_part(params), masks, strict=True):
-        missing = np.asarray(w.astype(jnp.float32))[~np.asarray(m)]
+    for w, m in zip(taking_part(params), kept(state), strict=True):
+        missing = np.asarray(w.astype(jnp.float32))[~m]
         # What is not finite shows; no subtraction makes it zero.
         assert (missing[np.isfinite(missing)] == 0).all()
         if broken_at is None:

@@ -1,7 +1,7 @@
 """A sparse model in memory: kept values and masks by name, its size, its matrices."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -219,18 +219,23 @@ def _mask_of(leaf: SparseLeaf) -> Any:
     return leaf.mask
 
 
+def by_parameter(masks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Masks under the names of the parameters, all of which must be there."""
+    named = dict(zip(suffixed(masks, names), masks.values(), strict=True))
+    if unknown := sorted(named.keys() - set(names)):
+        raise ArgumentError(
+            f"`masks` holds {unknown}, which `params` does not; the "
+            f"parameters are {list(names)}. Pass masks made for these parameters."
+        )
+    return named
+
+
 def pair_masks(params: PyTree, masks: PyTree) -> list[tuple[str, Any, Any]]:
     """Name, leaf and mask (or None) of every leaf of params that is no hole."""
     _refuse_gsm(masks)
     leaves = named_leaves(params)
     names = [name for name, _ in leaves]
-    named = kept_masks(masks)
-    named = dict(zip(suffixed(named, names), named.values(), strict=True))
-    if unknown := sorted(named.keys() - set(names)):
-        raise ArgumentError(
-            f"`masks` holds {unknown}, which `params` does not; the "
-            f"parameters are {names}. Pass masks made for these parameters."
-        )
+    named = by_parameter(kept_masks(masks), names)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ArgumentError(
             f"several leaves of `params` are named {twice}; each name must "

@@ -14,6 +14,7 @@ from sparse_optax.methods.long_average import by_kernel
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.schedules.timing import check_density_stop
 
 
 @boundary("falling_budget_regrow")
@@ -106,10 +107,7 @@ def falling_budget_regrow(
     if end is None:
         end = max(3 * int(update_stop) // 5 // update_period, 1) * update_period
         end = min(end, last)
-    checks.updates("density_stop", end, 1)
-    if end > last:
-        cure = f"No cycle comes after {last}: lower it or raise update_stop."
-        checks.fail("density_stop", density_stop, f"at most {last}", cure)
+    check_density_stop(end, last)
 
     def make(final: float) -> optax.Schedule:
         initial = float(np.float32(min(1.0, initial_factor * final)))

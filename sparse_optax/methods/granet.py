@@ -14,6 +14,7 @@ from sparse_optax.patterns import SINGLE, Pattern, pattern_of
 from sparse_optax.regrowth import exchange, grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
 from sparse_optax.regrowth.start import resets_of
+from sparse_optax.schedules.timing import check_density_stop
 
 
 @boundary("granet")
@@ -123,10 +124,7 @@ def granet(
     end = last if density_stop is None else density_stop
     cure = "Use 1.0 to start dense."
     checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
-    checks.updates("density_stop", end, 1)
-    if end > last:
-        cure = f"No cycle comes after {last}: lower it or raise update_stop."
-        checks.fail("density_stop", density_stop, f"at most {last}", cure)
+    check_density_stop(end, last)
 
     def make(final):
         initial = float(np.float32(initial_density))  # as ``final`` is

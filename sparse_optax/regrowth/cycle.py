@@ -119,19 +119,20 @@ def cycle(
     added, grown, grow_state = _grown(evidence, grow, grow_state, to_grow)
     new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, added, strict=True))
 
-    go = jnp.logical_and(ok, enabled)
+    none = jnp.zeros_like(removed)
+    after = Cycle(new, kept, removed, grown, ok, (prune_state, share_state, grow_state))
+    otherwise = Cycle(before, before, none, none, ok, states)
+    return _if_ok(jnp.logical_and(ok, enabled), after, otherwise)
 
-    def if_ok(after: Any, otherwise: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(go, a, b), after, otherwise)
 
-    return Cycle(
-        masks=if_ok(new, before),
-        kept=if_ok(kept, before),
-        removed=if_ok(removed, jnp.zeros_like(removed)),
-        grown=if_ok(grown, jnp.zeros_like(removed)),
-        ok=ok,
-        states=if_ok((prune_state, share_state, grow_state), states),
+def _if_ok(go: jax.Array, after: Cycle, otherwise: Cycle) -> Cycle:
+    """The result of a cycle, or that of none; ``ok`` says why."""
+    chosen = jax.tree.map(
+        lambda a, b: jnp.where(go, a, b),
+        after._replace(ok=()),
+        otherwise._replace(ok=()),
     )
+    return chosen._replace(ok=after.ok)
 
 
 def _at_once(
@@ -147,18 +148,9 @@ def _at_once(
         pairs = list(zip(new, before, strict=True))
         counts = tally_layers(pairs, evidence.layer_axes, _all_and_stayed)
         number, staying = (x.astype(jnp.int32) for x in counts)
-
-    def if_ok(after: Any, otherwise: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(go, a, b), after, otherwise)
-
-    return Cycle(
-        masks=if_ok(new, before),
-        kept=if_ok(kept, before),
-        removed=if_ok(evidence.active - staying, none),
-        grown=if_ok(number - staying, none),
-        ok=ok,
-        states=if_ok((state, *states[1:]), states),
-    )
+    removed, grown = evidence.active - staying, number - staying
+    after = Cycle(new, kept, removed, grown, ok, (state, *states[1:]))
+    return _if_ok(go, after, Cycle(before, before, none, none, ok, states))
 
 
 def _all_and_stayed(mask: jax.Array, before: jax.Array) -> tuple[jax.Array, ...]:
@@ -258,11 +250,7 @@ def _whole(shares: Any, sizes: jax.Array) -> jax.Array:
 
 def _grown(evidence: Evidence, grow: Rule, state: Any, counts: jax.Array):
     """Masks of the new weights, their number per layer, and the rule's state."""
-    if evidence.within is not None:
-        # Weights that may not be active look full, so that no rule grows them.
-        pairs = zip(evidence.masks, evidence.within, strict=True)
-        taken = tuple(jnp.logical_or(m, jnp.logical_not(may)) for m, may in pairs)
-        evidence = evidence._replace(masks=taken)
+    evidence = evidence._replace(masks=evidence.taken(evidence.masks))
     added, state = grow.apply(_keyed(evidence._replace(counts=counts), 2), state)
     if evidence.masks and not grow.exact:
         missing = [jnp.logical_not(k) for k in evidence.masks]

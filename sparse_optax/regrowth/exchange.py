@@ -19,11 +19,8 @@ def _exchange(evidence: Evidence, state: tuple) -> tuple[tuple[jax.Array, ...], 
     lost = allocate.floor_fraction(evidence.need("rate", rule), number)
     pairs = zip(evidence.params, left, strict=True)
     stay = evidence.select(pairs, number - lost, active_magnitude)
-    taken = stay
-    if evidence.within is not None:  # what may not be active looks full
-        pairs = zip(stay, evidence.within, strict=True)
-        taken = tuple(jnp.logical_or(m, jnp.logical_not(may)) for m, may in pairs)
-    new, _ = grow.gradient.apply(evidence._replace(masks=taken, counts=lost), ())
+    evidence = evidence._replace(masks=evidence.taken(stay), counts=lost)
+    new, _ = grow.gradient.apply(evidence, ())
     return tuple(map(jnp.logical_or, stay, new)), state
 
 

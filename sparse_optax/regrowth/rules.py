@@ -118,6 +118,13 @@ class Evidence(NamedTuple):
         names = self.names or tuple(str(i) for i in range(len(self.masks)))
         return random_scores(key, names, self.masks)
 
+    def taken(self, masks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Masks in which weights that may not be active look so: no rule grows them."""
+        if self.within is None:
+            return masks
+        pairs = zip(masks, self.within, strict=True)
+        return tuple(jnp.logical_or(m, jnp.logical_not(may)) for m, may in pairs)
+
     def hashed_bits(self, rule: str) -> list[jax.Array]:
         """Uniform uint32 bits that cost less, for rules of every update."""
         key = self.need("key", rule)

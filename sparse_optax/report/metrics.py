@@ -1,16 +1,16 @@
 """Counts as scalars on the device, for a logger, inside a compiled step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, Where, is_hole, leaf_names
+from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.optimizer_state import kept_masks, named_masks, states_with
 from sparse_optax.masks.tree import is_nonzero, slice_counts
-from sparse_optax.report.summaries import counted_layers, front
+from sparse_optax.report.summaries import array_of, by_name, counted_layers, front
 
 # More than an int32 holds.
 _MANY = 2**31
@@ -80,9 +80,9 @@ def metrics(
     elif regrown:
         kept = kept_masks(opt_state)
     moved = {
-        "removed": _by_name(state.removed for state in regrown),
-        "grown": _by_name(state.grown for state in regrown),
-        "passed": _by_name(state.gsm_passed for state in gates),
+        "removed": by_name(state.removed for state in regrown),
+        "grown": by_name(state.grown for state in regrown),
+        "passed": by_name(state.gsm_passed for state in gates),
     }
     given = opt_state is not None or masks is not None
     wanted = kept.keys() | moved["passed"].keys() if given else None
@@ -118,7 +118,9 @@ def metrics(
         found["density/total"] = share
     for quantity in ("skipped", "misplaced"):
         if regrown:
-            numbers = [_array(getattr(state, quantity)) for state in regrown]
+            numbers = [
+                jnp.asarray(array_of(getattr(state, quantity))) for state in regrown
+            ]
             found[f"{quantity}/total"] = sum(numbers[1:], start=numbers[0])
     return found
 
@@ -156,19 +158,3 @@ def _sum(parts: Sequence[Any], size: int) -> jax.Array:
     dtype = jnp.int32 if size < _MANY else jnp.float32
     sums = [jnp.sum(part.astype(dtype)) for part in parts]
     return sum(sums[1:], start=sums[0])
-
-
-def _array(value: Any) -> jax.Array:
-    (array,) = jax.tree.leaves(value)  # flax.nnx wraps the leaves of a state
-    return jnp.asarray(array)
-
-
-def _by_name(trees: Iterable[PyTree]) -> dict[str, jax.Array]:
-    """Numbers per leaf, merged over trees of disjoint leaves."""
-    found: dict[str, jax.Array] = {}
-    for tree in trees:
-        flat = jax.tree.leaves(tree, is_leaf=is_hole)
-        for name, value in zip(leaf_names(tree), flat, strict=True):
-            if not is_hole(value):
-                found[name] = _array(value)
-    return found

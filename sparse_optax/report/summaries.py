@@ -284,13 +284,13 @@ def _read_state(opt_state: PyTree) -> _Seen:
     return _Seen(
         # Weights that stay as they are count as kept.
         masks=kept_masks(opt_state) if regrown else {},
-        removed=_by_name([s.removed for s in regrown]),
-        grown=_by_name([s.grown for s in regrown]),
-        passed=_by_name([s.gsm_passed for s in gates]),
+        removed=_numbers_by_name([s.removed for s in regrown]),
+        grown=_numbers_by_name([s.grown for s in regrown]),
+        passed=_numbers_by_name([s.gsm_passed for s in gates]),
         thresholds={
             name: float(_numbers(s.gsm_threshold))
             for s in gates
-            for name in _by_name([s.gsm_passed])
+            for name in by_name([s.gsm_passed])
         },
         skipped=_sum(int(_numbers(s.skipped)) for s in regrown),
         misplaced=_sum(int(_numbers(s.misplaced)) for s in regrown),
@@ -298,9 +298,9 @@ def _read_state(opt_state: PyTree) -> _Seen:
     )
 
 
-def _by_name(trees: Sequence[PyTree]) -> dict[str, np.ndarray]:
-    """Numbers per leaf, merged over trees of disjoint leaves."""
-    found: dict[str, np.ndarray] = {}
+def by_name(trees: Iterable[PyTree]) -> dict[str, Any]:
+    """Arrays per leaf, merged over trees of disjoint leaves."""
+    found: dict[str, Any] = {}
     for tree in trees:
         flat = jax.tree.leaves(tree, is_leaf=is_hole)
         for name, value in zip(leaf_names(tree), flat, strict=True):
@@ -312,13 +312,22 @@ def _by_name(trees: Sequence[PyTree]) -> dict[str, np.ndarray]:
                     "each leaf may have one method of a kind. Give the methods "
                     "disjoint leaves through `where` or optax.partition."
                 )
-            found[name] = _numbers(value)
+            found[name] = array_of(value)
     return found
 
 
+def _numbers_by_name(trees: Iterable[PyTree]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in by_name(trees).items()}
+
+
+def array_of(value: Any) -> Any:
+    """An array of a state, which flax.nnx wraps."""
+    (array,) = jax.tree.leaves(value)
+    return array
+
+
 def _numbers(value: Any) -> np.ndarray:
-    (array,) = jax.tree.leaves(value)  # flax.nnx wraps the leaves of a state
-    return np.asarray(array)
+    return np.asarray(array_of(value))
 
 
 # --- arguments ------------------------------------------------------------------------

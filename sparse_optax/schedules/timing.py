@@ -123,3 +123,11 @@ def last_due(update_period: int, update_start: int = 0, *, update_stop: int) -> 
     checks.updates("update_stop", update_stop, 0)
     check_some_due(update_period, update_start, update_stop)
     return (update_stop - 1) // update_period * update_period
+
+
+def check_density_stop(stop: Any, last: int) -> None:
+    """Raises unless a falling density ends at the last cycle or before it."""
+    checks.updates("density_stop", stop, 1)
+    if stop > last:
+        cure = f"No cycle comes after {last}: lower it or raise update_stop."
+        checks.fail("density_stop", stop, f"at most {last}", cure)

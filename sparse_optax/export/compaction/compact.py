@@ -27,6 +27,7 @@ from sparse_optax.export.compaction.facts import (
 )
 from sparse_optax.export.compaction.program import trace
 from sparse_optax.export.compaction.record import CompactRecord, record_of
+from sparse_optax.export.model import by_parameter
 from sparse_optax.layers import (
     PyTree,
     is_abstract,
@@ -243,13 +244,7 @@ def _kept(
     """The mask of each leaf, or None."""
     if masks is None:
         return (None,) * len(leaves)
-    named = named_masks(masks)
-    named = dict(zip(suffixed(named, names), named.values(), strict=True))
-    if unknown := sorted(named.keys() - set(names)):
-        raise ArgumentError(
-            f"`masks` holds {unknown}, which `params` does not; the parameters are "
-            f"{list(names)}. Pass masks made for these parameters."
-        )
+    named = by_parameter(named_masks(masks), names)
     found = []
     for name, x in zip(names, leaves, strict=True):
         mask = named.get(name)

@@ -105,9 +105,18 @@ def _whole(value: Value) -> Any:
     return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
-def _no_tangent(value: Value) -> np.ndarray:
-    """The tangent of an integer."""
-    return np.zeros(value.shape, jax.dtypes.float0)
+def _filled(given: Sequence[Any], moves: Sequence[bool], values: Any) -> list[Any]:
+    """Tangents of all values: those given, and between them those of integers."""
+    rest = iter(given)
+    return [
+        next(rest) if m else np.zeros(x.shape, jax.dtypes.float0)
+        for m, x in zip(moves, values, strict=True)
+    ]
+
+
+def _as_numbers(tangents: Sequence[Any]) -> list[Any]:
+    """Tangents without those of integers, which no program takes."""
+    return [jnp.zeros(()) if t.dtype == jax.dtypes.float0 else t for t in tangents]
 
 
 def _with_pushforward(eqn: Equation, boxes: Boxes, facts: Facts) -> Any:
@@ -116,13 +125,8 @@ def _with_pushforward(eqn: Equation, boxes: Boxes, facts: Facts) -> Any:
     moves = [_differentiable(x) for x in eqn.inputs]
 
     def pushforward(primals, tangents):
-        given = iter(tangents)
-        filled = [
-            next(given) if m else _no_tangent(x)
-            for m, x in zip(moves, eqn.inputs, strict=True)
-        ]
-        made = jax.jvp(eqn.call, primals, filled)[1]
-        return [jnp.zeros(()) if t.dtype == jax.dtypes.float0 else t for t in made]
+        filled = _filled(tangents, moves, eqn.inputs)
+        return _as_numbers(jax.jvp(eqn.call, primals, filled)[1])
 
     @jax.custom_jvp
     def call(*xs):
@@ -153,13 +157,8 @@ def _with_pullback(eqn: Equation, boxes: Boxes, facts: Facts) -> Any:
     moves = [_differentiable(x) for x in eqn.outputs]
 
     def pullback(primals, cotangents):
-        given = iter(cotangents)
-        filled = [
-            next(given) if m else _no_tangent(x)
-            for m, x in zip(moves, eqn.outputs, strict=True)
-        ]
-        made = jax.vjp(eqn.call, *primals)[1](filled)
-        return [jnp.zeros(()) if t.dtype == jax.dtypes.float0 else t for t in made]
+        filled = _filled(cotangents, moves, eqn.outputs)
+        return _as_numbers(jax.vjp(eqn.call, *primals)[1](filled))
 
     @jax.custom_vjp
     def call(*xs):
