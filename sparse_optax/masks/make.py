@@ -131,7 +131,9 @@ def hashed_scores(
     """
     if not likes:
         return []
-    words = jax.vmap(lambda own: jax.random.bits(own, (2,)))(_folded(key, names))
+    words = jax.vmap(lambda own: jax.random.bits(own, (2,), jnp.uint32))(
+        _folded(key, names)
+    )
     marks = as_data([[i] for i in range(len(likes))])
     return [
         _hashed(lax.dynamic_slice(words, (mark[0], 0 * mark[0]), (1, 2))[0], like)
