@@ -783,7 +783,7 @@ def test_same_key_same_weights():
         ),
         (
             lambda: make_abstract(vgg.VGG16, CIFAR, variant="E"),
-            "variant='E'; choose 'C' or 'D'",
+            "variant='E'; choose 'C', 'D' or 'like'",
         ),
         (
             lambda: make_abstract(wide_resnet.WideResNet, CIFAR, depth=18, factor=2),
