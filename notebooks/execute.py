@@ -3,6 +3,10 @@
     python notebooks/execute.py                  # all of them
     python notebooks/execute.py quickstart       # one, by name
     python notebooks/execute.py --output FOLDER  # keep the executed copies
+    python notebooks/execute.py --write          # make the notebooks from their .py
+
+Each notebook is a pair: edit the ``.py`` file, run ``--write``, look at the plots, and
+commit both. Without ``--write`` a pair whose cells differ fails.
 
 Each notebook runs in a fresh kernel of this interpreter, in an empty working folder,
 so that it cannot lean on files of the checkout. A notebook that draws nothing fails
@@ -17,6 +21,7 @@ import sys
 import tempfile
 import time
 
+import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -35,17 +40,30 @@ def count_plots(notebook: nbformat.NotebookNode) -> int:
     )
 
 
-def execute(path: pathlib.Path, output: pathlib.Path) -> str | None:
+def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """Kind and text of each cell."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def execute(path: pathlib.Path, output: pathlib.Path, write: bool) -> str | None:
     """Run one notebook and save the executed copy.
 
     Args:
-        path: The notebook.
-        output: Existing folder for the copy, under the notebook's own name.
+        path: The ``.py`` file of the pair.
+        output: Existing folder for the copy.
+        write: Whether the copy becomes the notebook of the pair.
 
     Returns:
         What went wrong, or None.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook = jupytext.read(path)
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"  # random ones would differ at each writing
+    other = path.with_suffix(".ipynb")
+    if not write:
+        if not other.exists() or cells(nbformat.read(other, 4)) != cells(notebook):
+            return f"{other.name} is not made from {path.name}; run it with --write"
+        notebook = nbformat.read(other, as_version=4)
     nbformat.validate(notebook)
     error = None
     with tempfile.TemporaryDirectory() as workdir:
@@ -59,9 +77,13 @@ def execute(path: pathlib.Path, output: pathlib.Path) -> str | None:
             client.execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as caught:
             error = str(caught)
-    nbformat.write(notebook, output / path.name)
+    nbformat.write(notebook, output / other.name)
     if error is None and count_plots(notebook) == 0:
         error = "no plot among its outputs"
+    if write and error is None:
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times of this run
+        nbformat.write(notebook, other)
     return error
 
 
@@ -70,9 +92,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks to run (default: all)")
     parser.add_argument("--output", type=pathlib.Path, help="folder for the copies")
+    parser.add_argument("--write", action="store_true", help="keep them as the pair's")
     arguments = parser.parse_args()
 
-    known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
+    scripts = sorted(set(FOLDER.glob("*.py")) - {pathlib.Path(__file__).resolve()})
+    known = {path.stem: path for path in scripts}
     names = [pathlib.Path(name).stem for name in arguments.names] or list(known)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -87,7 +111,7 @@ def main() -> int:
     failures = 0
     for name in names:
         start = time.perf_counter()
-        error = execute(known[name], output)
+        error = execute(known[name], output, arguments.write)
         failures += error is not None
         outcome = "ok" if error is None else "FAILED"
         print(f"{name}: {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
