@@ -27,6 +27,7 @@ metadata = importlib.metadata.metadata("sparse_optax")
 assert metadata["License-Expression"] == "Apache-2.0", metadata["License-Expression"]
 files = [str(file) for file in importlib.metadata.files("sparse_optax") or ()]
 assert any(file.endswith("licenses/LICENSE") for file in files), files
+assert "sparse_optax/py.typed" in files, files
 strays = [file for file in files if file.startswith(("tests", "notebooks", "docs"))]
 assert not strays, f"the wheel installs more than the package: {strays}"
 
