@@ -113,6 +113,15 @@ LONG = (
     "test_counting.py::test_totals_past_32_bits",
     "test_data.py::test_real_cifar",
     "test_dynamic_sharding.py",
+    "test_guides.py::test_a_page_with_devices_of_its_own",
+    *(
+        f"test_guides.py::test_every_block_runs_and_prints_what_it_says[{page}"
+        for page in (
+            *("continual", "reinforcement", "scan-and", "seeds-and", "tour"),
+            "transformers",
+        )
+    ),
+    "test_guides.py::test_every_program_runs_alone",
     "test_scale.py",
     "test_selection_sharding.py",
     "test_train.py::test_densities_of_a_cut_share_one_training",

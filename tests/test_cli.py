@@ -399,8 +399,7 @@ def test_a_path_that_the_locale_cannot_decode(tmp_path):
 
 def test_output_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
     """The files are written all the same, and the status says that something failed."""
-    arguments = ["tables", "--readme", str(page(tmp_path)), "--results", str(tmp_path)]
-    arguments += ["--choices", str(page(tmp_path, name="choices.md"))]
+    arguments = [*written_pages(tmp_path, page(tmp_path)), "--results", str(tmp_path)]
     finish(TABLES["mnist_lenet300"], tmp_path, lambda row: 1.5)
     with monkeypatch.context() as context, open("/dev/full", "w") as full:
         context.setattr(sys, "stdout", full)
@@ -871,8 +870,8 @@ def test_gsm_of_the_short_schedules_can_reach_zero():
 def test_what_is_not_run_is_listed_with_its_cost(tmp_path):
     finish(TABLES["mnist_lenet5"], tmp_path, lambda row: 1.0)
     page = readme.render(tmp_path)
-    done, _, others = page.partition("### Not run yet")
-    assert done.count("###") == 1
+    done, _, others = page.partition("## Not run yet")
+    assert done.count("## ") == 1
     table = TABLES["cifar10_lee"]
     cost = costs.told(costs.together(row.config for row in table.rows))
     line = f"| {table.title} | {len(table.rows)} | {cost} | `sparse-optax reproduce"
@@ -924,8 +923,19 @@ def test_compare_nothing():
 
 def page(tmp_path, inside="", name="README.md"):
     path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(f"# Title\n\n{readme.BEGIN}{inside}{readme.END}\n\nafter\n")
     return path
+
+
+def written_pages(tmp_path, path):
+    """Arguments of ``tables``: `path` gets all of them; the others are beside it."""
+    arguments = ["tables", "--page", str(path)]
+    for name in ("readme", "choices"):
+        arguments += [f"--{name}", str(page(tmp_path, name=f"{name}.md"))]
+    for name in readme.PAGES:
+        page(tmp_path, name=f"methods/{name}.md")
+    return [*arguments, "--methods", str(tmp_path / "methods")]
 
 
 def test_tables_are_written_between_the_markers(tmp_path, capsys):
@@ -936,9 +946,7 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
         results,
         lambda row: paper[row.group] + 0.01 * (row.config.seed - 4.5),
     )
-    choices = page(tmp_path, name="choices.md")
-    arguments = ["tables", "--readme", str(path), "--choices", str(choices)]
-    arguments += ["--results", str(results)]
+    arguments = [*written_pages(tmp_path, path), "--results", str(results)]
     assert cli.main([*arguments, "--check"]) == 1
     assert "run 'sparse-optax tables'" in capsys.readouterr().err
     assert "old" in path.read_text()
@@ -948,7 +956,7 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
     assert text.startswith("# Title\n")
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
-    text, _, _ = text.partition("### Not run yet")
+    text, _, _ = text.partition("## Not run yet")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     verdicts = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines[2:]}
     assert verdicts == {
@@ -968,7 +976,7 @@ def test_tables_are_written_between_the_markers(tmp_path, capsys):
 
 def test_no_page_is_written_where_one_is_missing(tmp_path, capsys):
     path = page(tmp_path, "\nold\n")
-    arguments = ["tables", "--readme", str(path), "--choices", str(tmp_path / "no.md")]
+    arguments = [*written_pages(tmp_path, path), "--choices", str(tmp_path / "no.md")]
     assert cli.main([*arguments, "--results", str(tmp_path)]) == 1
     assert "no.md does not exist" in capsys.readouterr().err
     assert "old" in path.read_text()
@@ -1004,6 +1012,27 @@ def test_reduction_is_against_the_best_other_method():
     assert methods_lenet300.reduction(made, ["ham"], 0.05) is None
     text = methods_lenet300.render(made)
     assert "| masks that move | - | - | +25.0 ± 3.6 (RigL) | - |" in text
+
+
+def test_pages_show_their_own_rows(tmp_path, monkeypatch):
+    """The README has an excerpt, and the page of a method its row and the dense one."""
+    errors = {"dense": [1.3] * 3, "rigl 0.05": [1.5, 1.6, 1.7], "ac_dc 0.05": [1.4] * 3}
+    made = of_methods(errors | {"static 0.05": [3.0] * 3})
+    monkeypatch.setattr(readme, "read_table", lambda table, results: made)
+
+    def cells(text):
+        rows = [line.split(" | ") for line in text.splitlines()[2:]]
+        return {row[0].removeprefix("| "): row[3] for row in rows}
+
+    assert cells(readme.method("rigl")(tmp_path)) == {
+        "dense, all weights": "1.30 ± 0.000 (3)",
+        "RigL": "1.60 ± 0.058 (3)",
+    }
+    excerpt = cells(readme.excerpt(tmp_path))
+    assert excerpt["static random"] == "3.00 ± 0.000 (3)"
+    assert len(excerpt) == 1 + len(readme.EXCERPT)
+    assert "AC/DC" not in excerpt
+    assert "| AC/DC |" in methods_lenet300.render(made)
 
 
 def test_choices_name_what_cannot_be_told_from_the_best():
@@ -1124,8 +1153,7 @@ def test_a_record_is_compared_with_its_row(tmp_path, capsys, change, words):
     """One row, or a copy of its neighbour, and no table is written."""
     table, path = TABLES["mnist_lenet300"], page(tmp_path, "\nold\n")
     finish(table, tmp_path, lambda row: 1.5)
-    arguments = ["tables", "--readme", str(path), "--results", str(tmp_path)]
-    arguments += ["--choices", str(page(tmp_path, name="choices.md"))]
+    arguments = [*written_pages(tmp_path, path), "--results", str(tmp_path)]
     changed = tmp_path / table.name / "d0.05_s1.json"
     altered(changed, change)
     assert cli.main(arguments) == 1

@@ -392,25 +392,34 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Write the tables into the README and the page that helps choose a method, both.
+    """Write the tables into the README and the pages of the documentation.
 
     Attributes:
-      readme: the README; like the page, it holds two marker lines.
-      choices: the page.
+      readme: the README; like the pages, it holds two marker lines.
+      page: the page of all results.
+      choices: the page that helps choose a method.
+      methods: the folder with one page a method.
       results: folder of the records.
       check: change nothing; fail where a file is not up to date.
     """
 
     readme: Path = Path("README.md")
+    page: Path = Path("docs/results.md")
     choices: Path = Path("docs/choosing-a-method.md")
+    methods: Path = Path("docs/methods")
     results: Path = Path("results")
     check: bool = False
 
     def run(self, started: float) -> None:
         """Renders every table that has a record."""
         del started
-        files = {self.readme: readme.render, self.choices: readme.choices}
-        for path in files:  # both, before one is changed
+        files = {
+            self.readme: readme.excerpt,
+            self.page: readme.render,
+            self.choices: readme.choices,
+        }
+        files |= {self.methods / f"{n}.md": readme.method(n) for n in readme.PAGES}
+        for path in files:  # all, before one is changed
             readme.read_page(path)
         for path, render in files.items():
             new = readme.update(path, self.results, check=self.check, render=render)

@@ -1,5 +1,6 @@
 """The results in Markdown files, rendered from the records."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,37 @@ from sparse_optax.export.file import write_atomically
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
+# The methods of the excerpt: of each family the lowest at 5%, and what to compare with.
+EXCERPT = (
+    *("sparse_momentum", "rigl", "sparse_evolutionary"),
+    *("static", "snip", "gradual_magnitude", "granet"),
+    *("network_surgery", "gsm", "magnitude"),
+)
+# What each page of a method shows, by the name of its file.
+PAGES = {
+    "ac_dc": ("ac_dc",),
+    "deep_rewiring": ("deep_rewiring",),
+    "dynamic_sparse": ("dynamic_sparse",),
+    "fisher_masks": ("fisher",),
+    "gradual_magnitude": ("gradual_magnitude",),
+    "granet": ("granet",),
+    "gsm": ("gsm", "magnitude", "l2"),
+    "ham": ("sparse_momentum", "ham"),
+    "in_time_over_parameterization": ("in_time_over_parameterization",),
+    "iterative_magnitude": ("iterative_magnitude",),
+    "layerwise_obs": ("layerwise_obs",),
+    "network_surgery": ("network_surgery",),
+    "one_shot_magnitude": ("one_shot_magnitude",),
+    "optimal_brain_damage_masks": ("optimal_brain_damage",),
+    "rigl": ("rigl",),
+    "snip_masks": ("snip",),
+    "sparse_evolutionary": ("sparse_evolutionary",),
+    "sparse_momentum_regrow": ("sparse_momentum", "ham"),
+    "static_sparse": ("static", "snip", "synflow", "thin"),
+    "straight_through_magnitude": ("straight_through_magnitude",),
+    "synflow_masks": ("synflow",),
+    "top_kast": ("top_kast",),
+}
 
 
 def read_table(table: Table, results: str | Path) -> dict[str, records.Record]:
@@ -68,13 +100,52 @@ def render(results: str | Path) -> str:
             others.append([table.title, str(len(own)), cost, command])
         else:
             sections.append(
-                f"### {table.title}\n\n{render_table(table, found)}\n\n"
+                f"## {table.title}\n\n{render_table(table, found)}\n\n"
                 f"`sparse-optax reproduce {table.name}`"
             )
     if sections and others:
         header = ["table", "runs", "on two processor cores", "command"]
-        sections.append(f"### Not run yet\n\n{common.markdown(header, others)}")
+        sections.append(f"## Not run yet\n\n{common.markdown(header, others)}")
     return "\n\n".join(sections)
+
+
+def excerpt(results: str | Path) -> str:
+    """The short table of the README, from the table of every method.
+
+    Args:
+      results: folder of the records.
+
+    Returns:
+      Markdown.
+
+    Examples:
+      >>> from sparse_optax.experiments import readme
+      >>> readme.excerpt("no such folder")
+      ''
+    """
+    return _lines(results, EXCERPT)
+
+
+def method(name: str) -> Callable[[str | Path], str]:
+    """What the page of a method shows.
+
+    Args:
+      name: the name of the page, a key of ``PAGES``.
+
+    Returns:
+      A function of the folder of the records to Markdown.
+
+    Examples:
+      >>> from sparse_optax.experiments import readme
+      >>> readme.method("rigl")("no such folder")
+      ''
+    """
+    return functools.partial(_lines, methods=PAGES[name])
+
+
+def _lines(results: str | Path, methods) -> str:
+    found = read_table(methods_lenet300.TABLE, results)
+    return methods_lenet300.lines_of(found, methods) if found else ""
 
 
 def choices(results: str | Path) -> str:
@@ -103,14 +174,15 @@ def read_page(path: Path) -> str:
     """
     if not path.is_file():
         raise ValueError(
-            f"tables: {path} does not exist; name it with --readme or --choices."
+            f"tables: {path} does not exist; name it with --readme, --page or "
+            "--choices, or the folder of the methods with --methods."
         )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"tables: {path} cannot be read ({error}); name another file with --readme "
-            "or --choices."
+            f"tables: {path} cannot be read ({error}); name another file with "
+            "--readme, --page, --choices or --methods."
         ) from error
     once = text.count(BEGIN) == text.count(END) == 1
     if not once or text.index(END) < text.index(BEGIN):

@@ -31,17 +31,17 @@ def metrics(
     concrete arrays. Under ``jax.vmap`` each number has the axis of the members. On a
     mesh the counts are added over its devices, with one small all-reduce.
 
-    =================  ================================================================
-    ``kept/...``       weights in the mask; without a mask those that are not zero
-    ``density/...``    their fraction of all weights
-    ``nonzero/...``    with a mask, weights that are not zero
-    ``outside/...``    those of them that the mask does not keep: 0 after an update
-    ``removed/...``    weights removed in the last cycle
-    ``grown/...``      weights grown in the last cycle
-    ``passed/...``     weights whose gradient GSM let pass at the last step
-    ``skipped/total``  cycles left out because of numbers that are not finite
+    ===================  ===============================================================
+    ``kept/...``         weights in the mask; without a mask those that are not zero
+    ``density/...``      their fraction of all weights
+    ``nonzero/...``      with a mask, weights that are not zero
+    ``outside/...``      those of them that the mask does not keep: 0 after an update
+    ``removed/...``      weights removed in the last cycle
+    ``grown/...``        weights grown in the last cycle
+    ``passed/...``       weights whose gradient GSM let pass at the last step
+    ``skipped/total``    cycles left out because of numbers that are not finite
     ``misplaced/total``  how often missing weights were not zero, see ``report.summary``
-    =================  ================================================================
+    ===================  ===============================================================
 
     Args:
       params: The parameters, of any tree type, traced or not.

@@ -306,6 +306,30 @@ def render(records):
     )
 
 
+def lines_of(records, methods) -> str:
+    """The dense network and some methods, one line each, as in the whole table.
+
+    Args:
+      records: the records by row name.
+      methods: names of the methods, keys of ``LABELS``.
+
+    Returns:
+      A Markdown table.
+
+    Examples:
+      >>> from sparse_optax.experiments.tables import methods_lenet300
+      >>> print(methods_lenet300.lines_of({}, ["rigl"]).splitlines()[3])
+      | RigL | - | - | - | - |
+    """
+    densities = sorted(DENSITIES)
+    dense = common.mean_se(errors(records, "dense", 1.0))
+    lines = [["dense, all weights", *[dense] * len(densities)]]
+    for method in methods:
+        cells = [common.mean_se(errors(records, method, d)) for d in densities]
+        lines.append([LABELS[method], *cells])
+    return common.markdown(["test error %, mean ± SE (runs)", *_columns()], lines)
+
+
 def choices(records) -> str:
     """For each family and density the best method, and those it cannot be told from.
 
