@@ -72,6 +72,11 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="with -m fuzz: put the number of cases between the marks of this file",
     )
+    parser.addoption(
+        "--add-slow",
+        action="store_true",
+        help="add the slow tests of this run to tests/slow.txt; begin with an empty cache",
+    )
 
 
 @pytest.fixture
@@ -81,10 +86,17 @@ def figures() -> collections.Counter:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Writes the figures where all tests have passed."""
-    path = session.config.getoption("--figures")
-    if not path or exitstatus or hasattr(session.config, "workerinput"):
+    """Writes the figures and the list of slow tests where all tests have passed."""
+    config = session.config
+    if exitstatus or hasattr(config, "workerinput"):
         return
+    if config.getoption("--add-slow"):
+        SLOW_LIST.write_text("".join(f"{name}\n" for name in sorted(FOUND_SLOW)))
+    if path := config.getoption("--figures"):
+        write_figures(path)
+
+
+def write_figures(path):
     start, end = "<!-- cases -->\n", "<!-- end of cases -->"
     file = pathlib.Path(path)
     before, _, rest = file.read_text().partition(start)
@@ -99,8 +111,8 @@ def pytest_sessionfinish(session, exitstatus):
 
 # --- what the default run leaves out --------------------------------------------------
 # `pytest -m exhaustive` runs the rest, and CI runs both. Left out are tests that start
-# processes or train for long, and of tables whose rows each compile a program of their
-# own all but every n-th row.
+# processes or train for long, those of slow.txt, and of tables whose rows each compile
+# a program of their own all but every n-th row.
 LONG = (
     "test_checkpoints.py::test_killed_and_restarted",
     "test_checkpoints.py::test_regrow_goes_on_at_another_density",
@@ -134,6 +146,14 @@ LONG = (
     "test_training_sharding.py",
     "test_two_processes.py",
 )
+# Tests that took more than two seconds of processor time to compile and run; the table
+# of the contract is thinned instead. `pytest -n auto --cache-clear --add-slow` adds
+# those of its run.
+SLOW_LIST = pathlib.Path(__file__).with_name("slow.txt")
+SLOW = frozenset(SLOW_LIST.read_text().splitlines())
+SLOW_SECONDS = 2.0
+FOUND_SLOW = set(SLOW)
+STARTED = pytest.StashKey[float]()
 # Of the contract every tenth pair, numbered through all properties, so that each
 # transformation and each property is met; of other tables of these files every third
 # row, or as said.
@@ -164,9 +184,38 @@ def pytest_collection_modifyitems(items):
             table, every = (file, test), ROWS.get(test, 3)
         else:
             table, every = None, 1
-        if name.startswith(LONG) or seen[table] % every:
+        slow = name in SLOW or name.startswith(LONG)
+        if slow or seen[table] % every:
             item.add_marker(pytest.mark.exhaustive)
         seen[table] += 1
+
+
+def processor_time() -> float:
+    """Seconds of this process, its threads, and the processes that it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    item.stash[STARTED] = processor_time()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Puts the processor time of a test, its fixtures included, into its last report."""
+    report = yield
+    if call.when == "teardown":
+        seconds = processor_time() - item.stash[STARTED]
+        report.user_properties.append(("processor_seconds", seconds))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    seconds = dict(report.user_properties).get("processor_seconds", 0)
+    name = report.nodeid.split("/")[-1]
+    if seconds > SLOW_SECONDS and not name.startswith("test_contract.py"):
+        FOUND_SLOW.add(name)
 
 
 @pytest.hookimpl(optionalhook=True)

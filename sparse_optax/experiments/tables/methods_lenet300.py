@@ -95,7 +95,7 @@ FAMILIES = {
 }
 # What holds sparse momentum itself is no other method.
 OURS = ("sparse_momentum", "ham")
-# Also run with the shares of RigL and GraNet: what of their lead is due to these.
+# Also run with the shares of RigL: what of its lead is due to these.
 RESHARED = ("static", "gradual_magnitude")
 SHARES = "erdos_renyi_kernel"
 # GSM with this library's remedy for its cut: the mask is fixed from this epoch on.
@@ -294,7 +294,7 @@ def render(records):
         + _budgets()
         + ".\n\n"
         + _budgeted(records)
-        + "\n\nThe same method under both budgets: GraNet, RigL and ITOP have an "
+        + "\n\nThe same method under both budgets: RigL and ITOP have an "
         "Erdos-Renyi-kernel budget above, and part of their numbers may come from "
         "it.\n\n"
         + _settled(records)
