@@ -129,7 +129,7 @@ LONG = (
     *(
         f"test_guides.py::test_every_block_runs_and_prints_what_it_says[{page}"
         for page in (
-            *("continual", "reinforcement", "scan-and", "seeds-and", "tour"),
+            *("continual", "prune", "reinforcement", "scan-and", "seeds-and", "tour"),
             "transformers",
         )
     ),

@@ -18,6 +18,7 @@ GUIDES = (
     *("budgets-and-patterns", "masks-and-reports", "questions", "moving"),
     *("mixed-precision", "tour", "transformers", "seeds-and-ensembles"),
     *("continual-learning", "reinforcement-learning", "scan-and-remat"),
+    "prune-until-lossless",
 )
 # Each block is a program of its own.
 PROGRAMS = ("four-frameworks",)
