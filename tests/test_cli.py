@@ -22,6 +22,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("flax")
 
 import rich.console
+from matplotlib.figure import Figure
 
 import sparse_optax
 from sparse_optax.experiments import (
@@ -258,7 +259,7 @@ FLAGS = {
         pytest.param(500, marks=pytest.mark.fuzz, id="many"),
     ],
 )
-def test_no_flags_end_in_a_traceback(number, tmp_path, monkeypatch, capsys):
+def test_no_flags_end_in_a_traceback(number, tmp_path, monkeypatch, capsys, figures):
     """Random flags come to the first epoch or end in one line that names one."""
 
     def stop(run, params, stats, folder):
@@ -285,6 +286,7 @@ def test_no_flags_end_in_a_traceback(number, tmp_path, monkeypatch, capsys):
         named = any(name.replace("-", "_").split(".")[0] in line for name in given)
         assert named or line.endswith("would train"), (flags, line)
     assert 0 < trained < number
+    figures["command lines of random flags"] += number
 
 
 def test_killed_process_goes_on_and_ends_the_same(tmp_path):
@@ -1547,6 +1549,76 @@ def test_the_plot_holds_every_run(finished):
     assert "dense" in shown
     layers = {line.get_label(): line.get_ydata() for line in right.lines}
     assert list(layers["dense"]) == [100, 100, 100]
+
+
+def damaged(rng, content):
+    """A record with one change: of a bit, of a value, of a name, or without its end."""
+    kind = rng.integers(4)
+    if kind < 2:
+        place, changed = int(rng.integers(len(content))), bytearray(content)
+        if kind == 0:
+            changed[place] ^= 1 << int(rng.integers(7))
+        else:
+            del changed[place:]
+        return bytes(changed)
+    whole = json.loads(content)
+    node = whole
+    while True:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        key = keys[rng.integers(len(keys))]
+        inner = node[key]
+        if isinstance(inner, dict | list) and inner and rng.random() < 0.8:
+            node = inner
+            continue
+        odd = [None, "x", -1, 0, 1.5, [], {}, True, [None], {"a": 1}, 10**400]
+        if kind == 2 or isinstance(node, list):
+            node[key] = odd[rng.integers(len(odd))]
+        else:
+            node.pop(key)
+        return json.dumps(whole).encode()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(20, id="some"), pytest.param(600, id="many", marks=pytest.mark.fuzz)],
+)
+def test_a_damaged_record_ends_in_no_traceback(
+    finished, tmp_path, monkeypatch, capsys, number, figures
+):
+    """It is shown as it stands, or one line names it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    table = TABLES["mnist_lenet300"]
+    finish(table, tmp_path, lambda row: 1.5)
+    rows = sorted((tmp_path / table.name).iterdir())
+    runs = sorted(finished.glob("results/*.json"))
+    refused = 0
+    for case in range(number):
+        rng = np.random.default_rng(case)
+        command = ["compare", "report", "reproduce"][case % 3]
+        if command == "reproduce":
+            path = rows[rng.integers(len(rows))]
+            words = [command, table.name, f"--results={tmp_path}"]
+        else:
+            source = runs[rng.integers(len(runs))]
+            path = tmp_path / source.name
+            path.write_bytes(source.read_bytes())
+            words = [command, str(path), str(runs[0])]
+        content = path.read_bytes()
+        path.write_bytes(damaged(rng, content))
+        try:
+            status = cli.main(words)
+        except BaseException as error:
+            error.add_note(f"case {case}: {command} {path.read_bytes()!r:.2000}")
+            raise
+        printed = capsys.readouterr()
+        if status:
+            (line,) = printed.err.splitlines()
+            assert str(path) in line, case
+            refused += 1
+        path.write_bytes(content)
+    assert 0 < refused < number
+    figures["damaged records, to compare, report and reproduce"] += number
 
 
 @pytest.mark.parametrize(

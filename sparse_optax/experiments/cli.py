@@ -249,12 +249,12 @@ class Report:
         """The record of the dense run beside a run, where there is one."""
         known = {field.name for field in dataclasses.fields(configs.Resolved)}
         values = {k: _tuples(v) for k, v in record.config.items() if k in known}
-        values["base"] = configs.ResolvedBase(**values.get("base", {}))
         try:
+            values["base"] = configs.ResolvedBase(**values.get("base", {}))
             wanted = configs.dense_of(configs.Resolved(**values))
-        except (ValueError, TypeError):  # of a data set or a model that is not here
+            return compare.find_dense(wanted, runs, self.results)
+        except (ValueError, TypeError, KeyError):  # of what is not known here
             return None
-        return compare.find_dense(wanted, runs, self.results)
 
 
 @dataclasses.dataclass(frozen=True)

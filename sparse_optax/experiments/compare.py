@@ -12,6 +12,10 @@ from sparse_optax.experiments.records import Record
 
 # What a run folder and the results folders call a record of a dense run.
 _DENSE = "*dense*.json"
+# Methods under which weights shrink before they are cut, and the columns of how many
+# are below 1e-3, 1e-4 and 1e-6.
+SHRINKING = ("gsm", "l1", "l2")
+THRESHOLDS = ("below_1e-03", "below_1e-04", "below_1e-06")
 
 
 def read(path: str | Path) -> Record:
@@ -33,7 +37,35 @@ def read(path: str | Path) -> Record:
             f"compare: {path} must be a record or the folder of a finished run; there "
             f"is no file {file}. Give results/<name>.json or runs/<name>."
         )
-    return records.read(file)
+    record = records.read(file)
+    lacking = _lacking(record)
+    if lacking:
+        raise ValueError(
+            f"compare: {file} lacks {', '.join(lacking)}, which are shown; delete it "
+            "and run it again."
+        )
+    return record
+
+
+def _lacking(record: Record) -> list[str]:
+    """What a record lacks of what the table, the plot and the page show."""
+    history = ["epoch", "test_error"]
+    if record.config.get("method") in SHRINKING:
+        history += THRESHOLDS
+    needed = {
+        "config": (record.config, ("dataset", "model", "method", "density")),
+        "results": (record.results, ("test_error", "weights", "kept")),
+        "history": ({k: v for k, v in record.history.items() if v}, history),
+    }
+    if record.base is not None:
+        needed["base.config"] = record.base["config"], ("epochs",)
+        needed["base.results"] = record.base["results"], ("test_error",)
+    return [
+        f"{part}.{name}"
+        for part, (there, names) in needed.items()
+        for name in names
+        if name not in there
+    ]
 
 
 def find_dense(

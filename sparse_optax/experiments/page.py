@@ -222,7 +222,7 @@ def _moved(axes: Axes, run: Run) -> bool:
 
 
 def _left(axes: Axes, run: Run) -> bool:
-    if run.record.config["method"] not in ("gsm", "l1", "l2"):
+    if run.record.config["method"] not in compare.SHRINKING:
         return False
     plots.small_weights(axes, run.record)
     return True

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparse_optax import plot
+from sparse_optax.experiments.compare import THRESHOLDS
 from sparse_optax.experiments.records import Record, check_writable
 from sparse_optax.export.file import write_atomically
 
@@ -19,7 +20,6 @@ COLOURS = ("#0b5394", "#cc6600", "#38761d", "#741b47", "#666666")
 _LEGEND = 8
 # Bars are told apart in grey by what fills them.
 _HATCHES = ("", "//", "..", "xx", "--", "\\\\")
-_THRESHOLDS = ("below_1e-03", "below_1e-04", "below_1e-06")
 
 
 def errors(
@@ -121,7 +121,7 @@ def small_weights(axes: Axes, record: Record) -> None:
         more than this are left, its cut costs nothing.
     """
     left = {}
-    for name in _THRESHOLDS:
+    for name in THRESHOLDS:
         exponent = int(name.removeprefix("below_1e"))
         shares = [1 - value for value in record.history[name]]
         left[f"|w| > $10^{{{exponent}}}$"] = shares

@@ -141,10 +141,8 @@ def read(path: str | Path) -> Record:
         record = Record(**json.loads(Path(path).read_text(encoding="utf-8")))
         for field in dataclasses.fields(Record):
             _check_kind(field.name, getattr(record, field.name), field.type)
-        for name in ("test_error", "weights", "kept"):
-            if name in record.results:
-                _check_kind(f"results.{name}", record.results[name], float)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        _check_parts(record)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"records.read: {path} is not a results record ({error}); delete it and "
             "run it again."
@@ -153,13 +151,74 @@ def read(path: str | Path) -> Record:
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Raises TypeError unless a value of JSON is of the kind that a field has."""
+    """Raises TypeError unless a value of JSON is of the kind that a field has, and a
+    number finite.
+    """
     base = typing.get_origin(kind) or kind
     if base is types.UnionType:
         base = tuple(typing.get_origin(one) or one for one in typing.get_args(kind))
     right = isinstance(value, (int, float) if base is float else base)
-    if not right or (isinstance(value, bool) and base in (int, float)):
+    if right and base in (int, float):
+        right = not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not right:
         raise TypeError(f"its {name} is {value!r:.40}")
+
+
+def _check_parts(record: Record) -> None:
+    """Raises TypeError unless the fields hold what tables, plots and pages read there.
+    A name that is missing is told by those who need it.
+    """
+    _check_config("config", record.config)
+    _check_results("results", record.results)
+    for i, layer in enumerate(record.layers):
+        _check_kind(f"layers[{i}]", layer, dict)
+        kinds = {"name": str, "shape": list, **dict.fromkeys(_COUNTS, int)}
+        for name, kind in kinds.items():
+            _check_kind(f"layers[{i}].{name}", layer.get(name), kind)
+        _check_counts(f"layers[{i}]", layer)
+    if record.base is not None:
+        for name in ("config", "results"):
+            _check_kind(f"base.{name}", record.base.get(name), dict)
+        _check_config("base.config", record.base["config"])
+        _check_results("base.results", record.base["results"])
+    length = None
+    for name, column in record.history.items():
+        _check_kind(f"history[{name!r}]", column, list)
+        length = len(column) if length is None else length
+        if len(column) != length:
+            raise TypeError(f"its history[{name!r}] has another length than the others")
+        whole = name in ("epoch", "test_error") or name.startswith("below_")
+        for value in column:
+            if whole or value is not None:
+                _check_kind(f"history[{name!r}]", value, float)
+
+
+# Of a layer, and of what results may hold those that are shown.
+_COUNTS = ("weights", "kept", "nonzero")
+_SHOWN = ("test_error", "weights", "kept", "nonzeros", "file_bytes", "flops")
+_TEXTS = ("dataset", "model", "method")
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    """Raises TypeError unless the shown values of a configuration are of their kind."""
+    for key, kind in {**dict.fromkeys(_TEXTS, str), "density": float}.items():
+        if key in config:
+            _check_kind(f"{name}.{key}", config[key], kind)
+
+
+def _check_results(name: str, results: dict[str, Any]) -> None:
+    """Raises TypeError unless the shown results are numbers."""
+    for key in (*_SHOWN, "test_error_before_cut"):
+        if key in results:
+            _check_kind(f"{name}.{key}", results[key], float)
+    _check_counts(name, results)
+
+
+def _check_counts(name: str, counts: dict[str, Any]) -> None:
+    """Raises TypeError unless there are weights, and at most all of them are kept."""
+    weights, kept = counts.get("weights", 1), counts.get("kept", 0)
+    if weights < 1 or not 0 <= kept <= counts.get("weights", kept):
+        raise TypeError(f"its {name} has {weights} weights and keeps {kept}")
 
 
 def read_folder(folder: str | Path) -> dict[str, Record]:
