@@ -64,6 +64,7 @@ def data_dir() -> pathlib.Path:
 
 # --- figures of the random tests ------------------------------------------------------
 FIGURES = collections.Counter()
+MARKS = "<!-- cases -->\n", "<!-- end of cases -->"
 
 
 def pytest_addoption(parser):
@@ -79,34 +80,46 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figures() -> collections.Counter:
     """Counts the cases of random tests, by what they try."""
     return FIGURES
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds the cases of one worker to those of the others."""
+    FIGURES.update(getattr(node, "workeroutput", {}).get("figures", {}))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Writes the figures and the list of slow tests where all tests have passed."""
     config = session.config
-    if exitstatus or hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        config.workeroutput["figures"] = dict(FIGURES)
+        return
+    if exitstatus:
         return
     if config.getoption("--add-slow"):
         SLOW_LIST.write_text("".join(f"{name}\n" for name in sorted(FOUND_SLOW)))
     if path := config.getoption("--figures"):
-        write_figures(path)
+        put_figures(pathlib.Path(path), FIGURES)
 
 
-def write_figures(path):
-    start, end = "<!-- cases -->\n", "<!-- end of cases -->"
-    file = pathlib.Path(path)
-    before, _, rest = file.read_text().partition(start)
+def put_figures(path: pathlib.Path, figures: collections.Counter) -> None:
+    """Writes a table of cases between the marks of a file."""
+    start, end = MARKS
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
     _, mark, after = rest.partition(end)
     if not mark:
         raise pytest.UsageError(f"{path} does not hold the marks {start}{end}")
+    if not figures:
+        raise pytest.UsageError("no random test has run; give -m fuzz as well")
     versions = (f"{x} {importlib.metadata.version(x)}" for x in ("jax", "optax"))
-    rows = [f"| {what} | {number:,} |" for what, number in sorted(FIGURES.items())]
+    rows = [f"| {what} | {number:,} |" for what, number in sorted(figures.items())]
     table = "\n".join([f"| {', '.join(versions)} | cases |", "|---|---:|", *rows])
-    file.write_text(f"{before}{start}{table}\n{end}{after}")
+    content = f"{before}{start}{table}\n{end}{after}"
+    path.write_text(content, encoding="utf-8")
 
 
 # --- what the default run leaves out --------------------------------------------------

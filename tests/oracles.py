@@ -28,6 +28,12 @@ grow again. What a layer cannot take is divided by the number of layers with roo
 of them gets the whole part, and the rest joins what does not fit in the next round. A
 rest smaller than the number of layers with room goes one each to the lowest of them.
 
+*Weights of each layer.* The share of layer i is ``x r_i``, at least 1 and at most
+``n_i``, where r_i is n_i under a uniform density and sum(shape) under
+Erdos-Renyi-kernel, and x is the one number for which the shares add up to ``d N``,
+which need not be whole. Their floors, and one weight more for the layers with the
+largest fractional parts (ties: the lowest layer) until there are ``floor(d N)``.
+
 *Broken numbers.* One weight or momentum that is not finite, active or missing: the
 cycle does not take place.
 
@@ -37,6 +43,7 @@ missing receives the inner update, one that was pruned in this cycle or is missi
 receives ``-params``.
 """
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -55,6 +62,34 @@ def top_k(scores, k):
     return [
         m.reshape(s.shape) for m, s in zip(np.split(kept, ends), scores, strict=True)
     ]
+
+
+# --- budgets --------------------------------------------------------------------------
+def shares(slopes, sizes, goal):
+    """The exact shares. Between two bends of x their sum is a line."""
+
+    def at(x):
+        return [
+            min(max(x * r, Fraction(1)), Fraction(n))
+            for r, n in zip(slopes, sizes, strict=True)
+        ]
+
+    bends = {Fraction(b, r) for r, n in zip(slopes, sizes, strict=True) for b in (1, n)}
+    for left, right in itertools.pairwise(sorted(bends)):
+        low, high = sum(at(left)), sum(at(right))
+        if low <= goal < high:
+            return at(left + (right - left) * (goal - low) / (high - low))
+    return [Fraction(n) for n in sizes]
+
+
+def shared(slopes, sizes, goal):
+    """Whole numbers of weights of each layer."""
+    exact = shares(slopes, sizes, Fraction(goal))
+    counts = [int(x) for x in exact]
+    order = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: int(goal) - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 # --- sparse momentum: one cycle of Algorithm 1 ----------------------------------------

@@ -293,6 +293,58 @@ def test_altered_pickle_is_not_opened(small_cifar, tmp_path):
     assert trace.exists(), "the trap does not work, so the test proves nothing"
 
 
+def harmed(rng, content: bytes) -> bytes:
+    """Some bits changed, an end cut off or added, bytes put in, or zeros."""
+    new, place = bytearray(content), int(rng.integers(len(content)))
+    kind = rng.integers(5)
+    if kind == 0:
+        for place in rng.integers(len(content), size=rng.integers(1, 4)):
+            new[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del new[place:]
+    elif kind == 2:
+        new += rng.bytes(int(rng.integers(1, 20)))
+    elif kind == 3:
+        new[place:place] = rng.bytes(int(rng.integers(1, 9)))
+    else:
+        new[place:] = bytes(len(new) - place)
+    return bytes(new)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(60, id="some"),
+        pytest.param(4000, id="many", marks=pytest.mark.fuzz),
+    ],
+)
+def test_a_damaged_file_is_named_or_read_as_it_was(
+    small_mnist, small_cifar, number, figures
+):
+    """As it was: a change of a name or a date in a header, or behind the end."""
+    rng = np.random.default_rng(0)
+    whole = {name: data.load(name) for name in ("mnist", "cifar10")}
+    files = [(f.name, p) for f in (small_mnist, small_cifar) for p in f.iterdir()]
+    refused = 0
+    for _ in range(number):
+        name, path = files[rng.integers(len(files))]
+        content = path.read_bytes()
+        path.write_bytes(harmed(rng, content))
+        found, message = whole[name], ""
+        try:
+            found = data.load(name)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        for word in (str(path), "truncated or altered", "fetch it again"):
+            assert not message or word in message
+        for a, b in zip(found, whole[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+        path.write_bytes(content)
+    assert refused > number / 2
+    figures["data files changed at random"] += number
+
+
 @pytest.fixture
 def mirror(small_mnist, tmp_path, monkeypatch):
     """The small MNIST behind a web server, an empty cache, and no variable set."""

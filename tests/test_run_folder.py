@@ -160,7 +160,9 @@ def disk():
 
 @pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("run", [RUN, TWO], ids=["one", "two"])
-def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, disk, run, every):
+def test_a_run_killed_at_any_file_operation_ends_the_same(
+    tmp_path, disk, run, every, figures
+):
     """The same command again gives the record, the weights and nothing besides."""
     command(tmp_path / "unbroken", run)
     expected = left(tmp_path / "unbroken")
@@ -175,11 +177,12 @@ def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, disk, run, e
         assert {n: x for n, x in found.items() if n not in half} == expected, allowed
         if finished:
             break
+        figures["runs killed at a file operation, then begun again"] += 1
     assert allowed > 20
 
 
 @pytest.mark.fuzz
-def test_a_run_killed_again_and_again_ends_the_same(tmp_path, disk):
+def test_a_run_killed_again_and_again_ends_the_same(tmp_path, disk, figures):
     rng = np.random.default_rng(0)
     command(tmp_path / "unbroken", TWO)
     expected = left(tmp_path / "unbroken")
@@ -188,6 +191,7 @@ def test_a_run_killed_again_and_again_ends_the_same(tmp_path, disk):
         while not disk.run(int(rng.integers(3, 30)), folder, command, run=TWO):
             kills += 1
             assert kills < 100
+        figures["runs killed at a file operation, then begun again"] += kills
         found = left(folder)
         assert expected.items() <= found.items()
         assert all("/.run.json." in name for name in found.keys() - expected)
@@ -247,7 +251,7 @@ def restored(folder, notes):
     "every",
     [pytest.param(41, id="some"), pytest.param(1, id="all", marks=pytest.mark.fuzz)],
 )
-def test_of_a_damaged_checkpoint_nothing_is_read(tmp_path, every):
+def test_of_a_damaged_checkpoint_nothing_is_read(tmp_path, every, figures):
     """The older one is used, and one line says so; without it an error does."""
     folder, older, newest = saved(tmp_path)
     notes = []
@@ -262,6 +266,7 @@ def test_of_a_damaged_checkpoint_nothing_is_read(tmp_path, every):
         assert line.startswith(f"{newest} is damaged")
         assert line.endswith("after epoch 2.")
         assert "\n" not in line
+        figures["checkpoints cut at a byte or with one bit changed"] += 1
     older.write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint can be used") as caught:
         folder.restore(STATE, notes.append)
@@ -301,7 +306,7 @@ def test_a_run_goes_on_from_the_older_checkpoint(tmp_path):
     "every",
     [pytest.param(97, id="some"), pytest.param(7, id="all", marks=pytest.mark.fuzz)],
 )
-def test_damaged_files_of_a_finished_run_are_named(tmp_path, every):
+def test_damaged_files_of_a_finished_run_are_named(tmp_path, every, figures):
     trained, _ = command(tmp_path)
     folder = checkpoints.RunFolder(
         tmp_path / "runs" / configs.default_name(configs.resolve(RUN))
@@ -314,6 +319,7 @@ def test_damaged_files_of_a_finished_run_are_named(tmp_path, every):
             with pytest.raises(ValueError, match="is missing or damaged") as caught:
                 folder.finished(trained.params)
             assert "--fresh" in str(caught.value)
+            figures["files of finished runs cut or with one bit changed"] += 1
         path.write_bytes(content)
     weights, record = folder.finished(trained.params)
     jax.tree.map(np.testing.assert_array_equal, weights, trained.params)
@@ -391,6 +397,77 @@ def test_older_checkpoints_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr(file.os, "fsync", write)
     folder.save(4, STATE, {"epochs": [{}] * 4})
     assert sorted(p.name for p in newest.parent.iterdir()) == ["3.ckpt", "4.ckpt"]
+
+
+# --- all of it in turn ----------------------------------------------------------------
+def harm(rng, path):
+    """Changes one bit of a file, cuts it or makes it longer."""
+    content = bytearray(path.read_bytes())
+    place, kind = int(rng.integers(len(content))), rng.integers(3)
+    if kind == 0:
+        content[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del content[place:]
+    else:
+        content += rng.bytes(int(rng.integers(1, 9)))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "walks",
+    [pytest.param(2, id="some"), pytest.param(60, id="many", marks=pytest.mark.fuzz)],
+)
+def test_a_walk_of_kills_full_disks_and_damage(
+    tmp_path, disk, monkeypatch, walks, figures
+):
+    """A command ends as an unbroken run does, or in one line with a cure."""
+    whole, _ = command(tmp_path / "unbroken", TWO)
+    expected, ends = left(tmp_path / "unbroken"), set()
+    for number in range(walks):
+        rng, folder = np.random.default_rng(number), tmp_path / str(number)
+        for _ in range(10):
+            event = rng.choice(["kill", "full disk", "damage", "nothing"])
+            there = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            there = [path for path in there if path.stat().st_size]
+            if event == "damage" and there:
+                harm(rng, there[rng.integers(len(there))])
+            options = dict(run=TWO, on_note=lambda line: None)
+            options["fresh"] = bool(rng.random() < 0.1)
+            try:
+                if event == "kill":
+                    done = disk.run(rng.integers(1, 40), folder, command, **options)
+                    ends.add("finished" if done else "killed")
+                    continue
+                with monkeypatch.context() as context:
+                    if event == "full disk":
+                        Full(context, int(rng.integers(8)))
+                    trained, _ = command(folder, **options)
+            except ValueError as error:
+                (line,) = str(error).splitlines()
+                assert str(folder) in line
+                full = "No space" in line
+                ends.add("full" if full else "damaged")
+                assert ("the same command again" if full else "--fresh") in line
+                if not full:
+                    command(folder, TWO, fresh=True)
+            else:
+                ends.add("finished")
+                for a, b in zip(
+                    jax.tree.leaves(trained.params),
+                    jax.tree.leaves(whole.params),
+                    strict=True,
+                ):
+                    np.testing.assert_array_equal(a, b)
+                assert trained.record.results == whole.record.results
+                assert (
+                    left(folder / "results")["run.json"] == expected["results/run.json"]
+                )
+            figures["runs through kills, full disks and damaged files: steps"] += 1
+        command(folder, TWO, fresh=True)
+        found = left(folder)
+        half = [n for n in found if n.startswith("results/.run.json.")]
+        assert {n: x for n, x in found.items() if n not in half} == expected
+    assert ends == {"finished", "killed", "full", "damaged"} or walks < 10
 
 
 # --- a limit of hours -----------------------------------------------------------------
