@@ -19,8 +19,12 @@ run can reach its goal, and whether it did).
 **Masks that stay, from one look at the network:**
 ``static_sparse`` trains under given or random masks: those of ``snip_masks``,
 ``synflow_masks``, ``fisher_masks``, ``optimal_brain_damage_masks``, of
-``masks.magnitude_masks``, or of another run. ``layerwise_obs`` prunes one layer.
-``ticket_masks``, ``rewind`` and ``score_tickets`` are for lottery tickets.
+``masks.magnitude_masks``, or of another run. ``ticket_masks``, ``rewind`` and
+``score_tickets`` are for lottery tickets.
+
+**One cut of a trained network, from the inputs of its layers:**
+``wanda_masks``, ``sparse_gpt``, ``layerwise_obs`` (one layer); ``layer_inputs`` shows
+what they see.
 
 **Beside the method, in the optimizer:**
 ``ham``, ``add_l1_decay``, ``clip_by_active_norm``.
@@ -93,6 +97,7 @@ from sparse_optax.methods import rigl as rigl
 from sparse_optax.methods import score_tickets as score_tickets
 from sparse_optax.methods import snip_masks as snip_masks
 from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
+from sparse_optax.methods import sparse_gpt as sparse_gpt
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
 from sparse_optax.methods import static_sparse as static_sparse
 from sparse_optax.methods import (
@@ -101,8 +106,10 @@ from sparse_optax.methods import (
 from sparse_optax.methods import synflow_masks as synflow_masks
 from sparse_optax.methods import ticket_masks as ticket_masks
 from sparse_optax.methods import top_kast as top_kast
+from sparse_optax.methods import wanda_masks as wanda_masks
 from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
+from sparse_optax.scoring.inputs import layer_inputs as layer_inputs
 from sparse_optax.transforms import FollowState as FollowState
 from sparse_optax.transforms import L1DecayState as L1DecayState
 from sparse_optax.transforms import add_l1_decay as add_l1_decay
@@ -141,6 +148,7 @@ __all__ = [
     "ham",
     "in_time_over_parameterization",
     "iterative_magnitude",
+    "layer_inputs",
     "layerwise_obs",
     "load_sparse",
     "long_average_regrow",
@@ -164,6 +172,7 @@ __all__ = [
     "shuffle_masks",
     "snip_masks",
     "sparse_evolutionary",
+    "sparse_gpt",
     "sparse_momentum_regrow",
     "sparsify",
     "static_sparse",
@@ -171,6 +180,7 @@ __all__ = [
     "synflow_masks",
     "ticket_masks",
     "top_kast",
+    "wanda_masks",
 ]
 
 

@@ -128,7 +128,8 @@ class TrainConfig:
         one every 100 steps at least.
       cycles: cycles in that time, which is then cut into as many equal parts.
       pattern: what becomes sparse: single weights, or two of every four inputs of a
-        unit, for method gradual_magnitude at a density of 0.5.
+        unit, at a density of 0.5, for the methods gradual_magnitude, wanda and
+        sparse_gpt.
       l1: strength of the L1 penalty of method l1.
       ticket: method ticket: the mask that the finder found, trained from its own
         initial weights; or a control: the mask shuffled within each layer, spread at
@@ -486,10 +487,11 @@ def _check(config):
     )
     need(
         config.pattern == "weights"
-        or (config.method, config.density) == ("gradual_magnitude", 0.5),
+        or (config.method in recipes.TWO_OF_FOUR and config.density == 0.5),
         "pattern",
         config.pattern,
-        "'weights', but for method='gradual_magnitude' and density=0.5",
+        "'weights', but for density=0.5 and method one of "
+        + ", ".join(recipes.TWO_OF_FOUR),
     )
     need(
         config.finder == "sparse_momentum" or config.method == "ticket",

@@ -74,6 +74,47 @@ def l2(setup: Setup) -> Build:
     return Build(shared.inner(setup), cut=_cut(setup))
 
 
+def _calibration(setup: Setup) -> list[jax.Array]:
+    return [inputs for inputs, _ in setup.batches(SCORED)]
+
+
+def _pattern(setup: Setup) -> Any:
+    two_of_four = setup.config.pattern == "2:4"
+    return sparse_optax.patterns.n_m(2, 4) if two_of_four else None
+
+
+def wanda(setup: Setup) -> Build:
+    """Dense training, then one cut by weights times the norm of their inputs."""
+
+    def cut(params):
+        masks = sparse_optax.wanda_masks(
+            setup.forward,
+            params,
+            _calibration(setup),
+            shared.budget(setup),
+            pattern=_pattern(setup),
+        )
+        return sparse_optax.sparsify(params, masks)
+
+    return Build(shared.inner(setup), cut=cut)
+
+
+def sparse_gpt(setup: Setup) -> Build:
+    """Dense training, then SparseGPT: one cut that corrects the weights that stay."""
+
+    def cut(params):
+        _, new = sparse_optax.sparse_gpt(
+            setup.forward,
+            params,
+            _calibration(setup),
+            shared.budget(setup),
+            pattern=_pattern(setup),
+        )
+        return new
+
+    return Build(shared.inner(setup), cut=cut)
+
+
 # --- masks that never change ----------------------------------------------------------
 def static(setup: Setup) -> Build:
     """Random masks."""
@@ -302,11 +343,9 @@ def granet(setup: Setup) -> Build:
 
 def gradual_magnitude(setup: Setup) -> Build:
     """Gradual magnitude pruning along the cubic schedule."""
-    two_of_four = setup.config.pattern == "2:4"
-    pattern = sparse_optax.patterns.n_m(2, 4) if two_of_four else None
     return shared.masked(
         sparse_optax.gradual_magnitude(
-            shared.inner(setup), **_pruning(setup), pattern=pattern
+            shared.inner(setup), **_pruning(setup), pattern=_pattern(setup)
         )
     )
 
@@ -402,4 +441,6 @@ BUILDERS: dict[str, Callable[[Setup], Build]] = {
     "layerwise_obs": layerwise_obs,
     "l1": l1,
     "l2": l2,
+    "wanda": wanda,
+    "sparse_gpt": sparse_gpt,
 }

@@ -23,6 +23,7 @@ PIXELS = ("channels", "half")
 # What finds the mask of a ticket, and what a weight of the mask is.
 FINDERS = ("sparse_momentum", "gsm", "magnitude")
 PATTERNS = ("weights", "2:4")
+TWO_OF_FOUR = ("gradual_magnitude", "wanda", "sparse_gpt")
 
 
 class Method(NamedTuple):
@@ -75,6 +76,8 @@ METHODS: dict[str, Method] = {
     "layerwise_obs": Method(recipe="trained"),
     "l1": Method(cut_only=True, pooled=True),
     "l2": Method(cut_only=True, pooled=True),
+    "wanda": Method(cut_only=True),
+    "sparse_gpt": Method(cut_only=True),
 }
 
 # The functions of the library that the methods are, where the name is another.
@@ -87,6 +90,7 @@ FUNCTIONS = {
     "fisher": "fisher_masks",
     "optimal_brain_damage": "optimal_brain_damage_masks",
     "l1": "add_l1_decay",
+    "wanda": "wanda_masks",
 }
 # What else the methods are called, in small letters.
 COMMON_NAMES = {
@@ -105,6 +109,7 @@ COMMON_NAMES = {
     "network_surgery": ("dns",),
     "optimal_brain_damage": ("obd",),
     "layerwise_obs": ("lobs", "l_obs"),
+    "sparse_gpt": ("sparsegpt",),
 }
 _NAMED = {
     **{name: name for name in METHODS},

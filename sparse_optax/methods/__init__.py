@@ -35,6 +35,7 @@ from sparse_optax.methods.snip import snip_masks as snip_masks
 from sparse_optax.methods.sparse_evolutionary import (
     sparse_evolutionary as sparse_evolutionary,
 )
+from sparse_optax.methods.sparse_gpt import sparse_gpt as sparse_gpt
 from sparse_optax.methods.sparse_momentum import (
     sparse_momentum_regrow as sparse_momentum_regrow,
 )
@@ -44,3 +45,4 @@ from sparse_optax.methods.straight_through import (
 )
 from sparse_optax.methods.synaptic_flow import synflow_masks as synflow_masks
 from sparse_optax.methods.top_kast import top_kast as top_kast
+from sparse_optax.methods.wanda import wanda_masks as wanda_masks

@@ -1,7 +1,7 @@
 """Gradients and other statistics of some leaves, summed over batches."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,7 @@ def total(
     batches: Iterable[Any],
 ) -> tuple[Leaves, list[Any]]:
     """Sums a statistic over batches, compiled once for all batches of one shape."""
-    # A tuple of arrays would be one batch of inputs and targets.
-    arrays = isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches)
-    if hasattr(batches, "shape") or isinstance(batches, dict) or (batches and arrays):
-        raise ArgumentError(
-            f"`batches` must be an iterable of batches; got one "
-            f"{type(batches).__name__} of arrays. Pass [batch]."
-        )
+    check_batches(batches)
     compiled = jax.jit(lambda w, batch: _widened(statistic(w, batch)))
     sums, lengths = None, []
     for batch in batches:
@@ -60,11 +54,27 @@ def total(
         part = compiled(chosen, batch)
         sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
     if sums is None:
-        raise ArgumentError(
-            "`batches` is empty; it must hold at least one batch. Pass "
-            "[batch], and a list where an iterator may be used up."
-        )
+        fail_empty()
     return sums, lengths
+
+
+def check_batches(batches: Any) -> None:
+    """Raises if what should hold batches is one batch."""
+    # A tuple of arrays would be one batch of inputs and targets.
+    arrays = isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches)
+    if hasattr(batches, "shape") or isinstance(batches, dict) or (batches and arrays):
+        raise ArgumentError(
+            f"`batches` must be an iterable of batches; got one "
+            f"{type(batches).__name__} of arrays. Pass [batch]."
+        )
+
+
+def fail_empty() -> NoReturn:
+    """Raises because no batch came."""
+    raise ArgumentError(
+        "`batches` is empty; it must hold at least one batch. Pass "
+        "[batch], and a list where an iterator may be used up."
+    )
 
 
 def length(batch: Any) -> int | None:

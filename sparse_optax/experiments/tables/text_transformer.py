@@ -6,11 +6,13 @@ epochs; loss of the validation part in bits a character. Dynamic masks move twic
 epoch. GSM passes its gate before AdamW, whose decay is not in the gradient: a passive
 weight falls by the sum of rate times decay, so that the decay is 2.5 there, exp(-10)
 in all, from the dense network and for as long again; ``alive / kept`` says whether that
-sufficed. No method was tuned.
+sufficed. Wanda and SparseGPT cut the dense network once, after 1,000 texts, and do not
+train on, as their papers do. No method was tuned.
 """
 
 from typing import Any
 
+from sparse_optax.experiments.recipes import TWO_OF_FOUR
 from sparse_optax.experiments.tables import common, costs, published
 
 SEEDS = range(2)
@@ -20,6 +22,11 @@ LABELS = {
     "rigl": "RigL",
     "sparse_momentum": "sparse momentum",
     "gsm": "GSM, decoupled decay",
+}
+CUTS = {
+    "l2": "cut by global magnitude",
+    "wanda": "Wanda",
+    "sparse_gpt": "SparseGPT",
 }
 _RECIPE: dict[str, Any] = dict(dataset="topics", model="transformer")
 
@@ -33,6 +40,13 @@ def _lines():
             options = _RECIPE | dict(method=method, density=density, cycles=2)
             name = f"{method}_d{density:g}"
             yield name, published.Line(f"{label}, {density:.0%}", options)
+    # One cut of the dense network, without training after it, at the papers' 50%.
+    for method, label in CUTS.items():
+        options = _RECIPE | dict(method=method, density=0.5)
+        yield f"{method}_d0.5", published.Line(f"{label}, 50%", options)
+        if method in TWO_OF_FOUR:
+            line = published.Line(f"{label}, 2:4", options | dict(pattern="2:4"))
+            yield f"{method}_2_4", line
 
 
 LINES = dict(_lines())
