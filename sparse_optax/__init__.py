@@ -39,7 +39,8 @@ what they see.
 
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
-units, N:M), ``schedules``, ``regrowth`` (the engine and its rules: ``regrow``),
+units, N:M), ``structured`` (whole channels and heads), ``schedules``,
+``regrowth`` (the engine and its rules: ``regrow``),
 ``selection`` (the k largest of a tree, exactly), ``export``, ``report``,
 ``analysis`` (sensitivity of layers, specialization of channels, saliencies compared),
 ``plot`` (pictures, which need matplotlib: ``pip install "sparse_optax[plot]"``).
@@ -57,6 +58,7 @@ from sparse_optax import regrowth as regrowth
 from sparse_optax import report as report
 from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
+from sparse_optax import structured as structured
 from sparse_optax.export import compact as compact
 from sparse_optax.export import load_sparse as load_sparse
 from sparse_optax.export import save_sparse as save_sparse
@@ -177,6 +179,7 @@ __all__ = [
     "sparsify",
     "static_sparse",
     "straight_through_magnitude",
+    "structured",
     "synflow_masks",
     "ticket_masks",
     "top_kast",

@@ -34,6 +34,7 @@ ORDER = (
     "scoring/",
     "regrowth/",
     "methods/",
+    "structured/",
     "report/",
     "analysis/",
     "plot.py",

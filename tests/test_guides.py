@@ -15,6 +15,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 # Pages that are one program: their blocks run in order.
 GUIDES = (
     *("recipes", "fine-tuning", "low-rank-adapters", "deploy", "analysis"),
+    "channels",
     *("budgets-and-patterns", "masks-and-reports", "questions", "moving"),
     *("mixed-precision", "tour", "transformers", "seeds-and-ensembles"),
     *("continual-learning", "reinforcement-learning", "scan-and-remat"),

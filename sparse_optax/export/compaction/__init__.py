@@ -5,6 +5,7 @@
 - ``rule``: what is said of one kind of operation.
 - ``elementwise``, ``arrangement``, ``contraction``, ``reduction``, ``nested``: rules.
 - ``analysis``: the passes forward and backward, and the smaller program.
+- ``ties``: which indices of the parameters can only go together.
 - ``record``: what went, layer by layer.
 - ``compact``: ``compact`` and what it returns.
 """
