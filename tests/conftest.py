@@ -76,7 +76,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--add-slow",
         action="store_true",
-        help="add the slow tests of this run to tests/slow.txt; begin with an empty cache",
+        help="add the slow tests of this run to tests/slow.txt; use --cache-clear",
     )
 
 
@@ -216,7 +216,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Puts the processor time of a test, its fixtures included, into its last report."""
+    """Puts the processor time of a test and its fixtures into its last report."""
     report = yield
     if call.when == "teardown":
         seconds = processor_time() - item.stash[STARTED]
