@@ -34,8 +34,9 @@ what they see.
 ``get_masks``, ``set_masks``, ``shuffle_masks``, ``random_masks_like``,
 ``save_sparse``, ``load_sparse``.
 
-**A finished model, smaller and faster:**
-``compact`` (a smaller dense model that computes the same).
+**Smaller and faster:**
+``compact`` (a smaller dense model that computes the same), ``compact_training``
+(training whose steps become faster as units die).
 
 **Modules:**
 ``budgets`` (how many weights each layer keeps), ``masks``, ``patterns`` (blocks,
@@ -60,6 +61,7 @@ from sparse_optax import schedules as schedules
 from sparse_optax import selection as selection
 from sparse_optax import structured as structured
 from sparse_optax.export import compact as compact
+from sparse_optax.export import compact_training as compact_training
 from sparse_optax.export import load_sparse as load_sparse
 from sparse_optax.export import save_sparse as save_sparse
 from sparse_optax.gsm import GsmGap as GsmGap
@@ -133,6 +135,7 @@ __all__ = [
     "budgets",
     "clip_by_active_norm",
     "compact",
+    "compact_training",
     "decay_mask",
     "deep_rewiring",
     "dynamic_sparse",

@@ -20,6 +20,7 @@ GUIDES = (
     *("mixed-precision", "tour", "transformers", "seeds-and-ensembles"),
     *("continual-learning", "reinforcement-learning", "scan-and-remat"),
     "prune-until-lossless",
+    "faster-training",
 )
 # Each block is a program of its own.
 PROGRAMS = ("four-frameworks",)

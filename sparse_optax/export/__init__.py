@@ -1,6 +1,7 @@
 """A finished sparse model: as a small file, a smaller dense model, sparse matrices.
 
-- ``compaction``: ``compact``, a smaller dense model that computes the same function.
+- ``compaction``: ``compact``, a smaller dense model that computes the same function,
+  and ``compact_training``, which trains in this form between cycles.
 - ``model``: a loaded model: dense, as masks, as BCSR and CSR matrices.
 - ``file``: ``save_sparse`` and ``load_sparse``.
 """
@@ -8,7 +9,11 @@
 from sparse_optax.export.compaction import CompactLayer as CompactLayer
 from sparse_optax.export.compaction import CompactModel as CompactModel
 from sparse_optax.export.compaction import CompactRecord as CompactRecord
+from sparse_optax.export.compaction import CompactTrained as CompactTrained
+from sparse_optax.export.compaction import CompactTraining as CompactTraining
+from sparse_optax.export.compaction import TrainingForm as TrainingForm
 from sparse_optax.export.compaction import compact as compact
+from sparse_optax.export.compaction import compact_training as compact_training
 from sparse_optax.export.file import load_sparse as load_sparse
 from sparse_optax.export.file import save_sparse as save_sparse
 from sparse_optax.export.model import SparseLeaf as SparseLeaf

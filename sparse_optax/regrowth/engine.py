@@ -12,7 +12,7 @@ from jax import lax
 
 from sparse_optax import checks, schedules
 from sparse_optax.budgets.resolve import unit_counts_of
-from sparse_optax.checks import boundary, unnamed
+from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.layers import (
     Layers,
     PackedMask,
@@ -26,7 +26,7 @@ from sparse_optax.layers import (
 )
 from sparse_optax.masks.make import Key, as_key
 from sparse_optax.masks.tree import check_shapes, layers_of_masks, pack, unpack
-from sparse_optax.patterns import Pattern, pattern_of
+from sparse_optax.patterns import SINGLE, Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import inner as inner_update
 from sparse_optax.regrowth import momentum as momenta
@@ -50,7 +50,7 @@ from sparse_optax.regrowth.start import (
 )
 from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
-from sparse_optax.schedules.timing import never_due
+from sparse_optax.schedules.timing import NoCycle, never_due
 from sparse_optax.selection.compilation import once
 from sparse_optax.selection.tally import tally
 
@@ -386,20 +386,30 @@ def _update(
 ) -> tuple[PyTree, RegrowState]:
     """One step: perhaps a cycle, then the inner update, then exact zeros."""
     checks.needs_params(params, "the update of a missing weight is minus the weight")
-    layers = layers_of_masks(state.regrow_masks, params, method.stacked, method.pattern)
+    extra = dict(extra)
+    between = _between(method, extra.pop("regrow_between", None))
+    # Without a cycle weights may be cut to a smaller tree, which fits no pattern.
+    how = (None, SINGLE) if between else (method.stacked, method.pattern)
+    layers = layers_of_masks(state.regrow_masks, params, *how)
     gradient = jax.tree.leaves(updates, is_leaf=is_hole)
     stored = jax.tree.leaves(state.regrow_masks, is_leaf=is_mask)
     check_shapes(stored, gradient, leaf_names(params))
     state = _as_stored(state)
     frozen = leaves_of(state.frozen, layers.structure.num_leaves)
-    seen = _look(method, layers, updates, state, params, frozen)
 
     # Whether the last updates left zeros where weights are missing; then perhaps a
     # cycle; then the inner update, on the newly masked weights; then exact zeros.
-    suspected, misplaced = _look_back(method, layers, state, params, seen.frozen)
-    due = _is_due(method, state.count)
-    looked = suspected < 2
-    opened = _perhaps_cycle(method, layers, state, seen, params, due, looked)
+    if between:
+        seen = _only_weights(method, layers, params, frozen)
+        suspected, misplaced = state.suspected, state.misplaced
+        due = jnp.zeros([], bool)
+        opened = _no_cycle_here(layers, state, seen, params)
+    else:
+        seen = _look(method, layers, updates, state, params, frozen)
+        suspected, misplaced = _look_back(method, layers, state, params, seen.frozen)
+        due = _is_due(method, state.count)
+        looked = suspected < 2
+        opened = _perhaps_cycle(method, layers, state, seen, params, due, looked)
     moves = opened.moves
     inner_updates = updates
     if seen.moments is not None:
@@ -428,6 +438,21 @@ def _update(
         hidden=hidden,
         frozen=state.frozen,
     )
+
+
+def _between(method: Method, given: NoCycle | None) -> bool:
+    """Whether the caller says that this update opens no cycle; tells it when one is."""
+    if given is None:
+        return False
+    if method.hidden:
+        raise ArgumentError(
+            "the method trains missing weights too, by the dense gradient at every "
+            "update, and cannot be trained compacted; it must be one that leaves "
+            "missing weights at zero. Use rigl or sparse_momentum_regrow, for instance."
+        )
+    reads = "momentum" in method.needs or method.reset_moments == "none"
+    given.tell(functools.partial(_is_due, method), reads)
+    return True
 
 
 class _Opened(NamedTuple):
@@ -487,6 +512,19 @@ def _perhaps_cycle(
         moments = _differentiable(restart, moments, entries, masked, masks)
         inner_state = restart.put(inner_state, moments)
     return _Opened(after, moves, jax.tree.unflatten(structure, masked), inner_state)
+
+
+def _no_cycle_here(
+    layers: Layers, state: RegrowState, seen: _Seen, params: PyTree
+) -> _Opened:
+    """An update of which the caller says that it opens no cycle."""
+    lean = state._replace(inner_state=(), momentum=(), hidden=(), frozen=())
+    moves = tuple(map(unpack, layers.pick(lean.regrow_masks)))
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    masked = _masked(layers, flat, seen, moves, False)
+    return _Opened(
+        lean, moves, jax.tree.unflatten(structure, masked), state.inner_state
+    )
 
 
 def _after_cycle(updates: PyTree, state: RegrowState, layers: Layers) -> PyTree:
@@ -654,6 +692,25 @@ def _as_stored(state: RegrowState) -> RegrowState:
     )
 
 
+def _only_weights(
+    method: Method, layers: Layers, params: PyTree, frozen: list[Any]
+) -> _Seen:
+    """What an update without a cycle sees."""
+    still = None
+    if method.freeze or method.within is not None:
+        still = tuple(frozen[i] for i in layers.index)
+    return _Seen(
+        params=layers.pick(params),
+        gradient=None,
+        moments=None,
+        rate=jnp.zeros([], jnp.float32),
+        goal=None,
+        cut=None,
+        within=None,
+        frozen=still,
+    )
+
+
 def _look(
     method: Method,
     layers: Layers,
@@ -682,15 +739,13 @@ def _look(
     goal = None
     if method.ramp is not None and layers.index:
         goal = goal_at(method.ramp, method.density, state.count, layers, params)
-    cut = within = still = None
-    if method.freeze or method.within is not None:
-        still = tuple(frozen[i] for i in layers.index)
+    cut = within = None
     if method.dense_until is not None and layers.index:
         final = flat_counts(unit_counts_of(method.density, layers, params))
         cut = final.astype(np.int32)
     if method.within is not None and layers.index:
         within = tuple(jnp.logical_not(frozen[i]) for i in layers.index)
-    return _Seen(
+    return _only_weights(method, layers, params, frozen)._replace(
         params=weights,
         gradient=layers.pick(updates) if "gradient" in method.needs else None,
         moments=moments,
@@ -698,7 +753,6 @@ def _look(
         goal=goal,
         cut=cut,
         within=within,
-        frozen=still,
     )
 
 

@@ -1,5 +1,6 @@
 """Timing: at which counts of finished updates there is a cycle."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,21 @@ import jax.numpy as jnp
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
+
+
+class NoCycle:
+    """Given to ``update`` as ``regrow_between``: this update opens no cycle. Each
+    method in the optimizer tells it at which counts its own cycles are due.
+    """
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[Any], jax.Array]] = []  # of counts, one per method
+        self.reads_momentum = False  # whether a rule reads that of missing weights
+
+    def tell(self, due: Callable[[Any], jax.Array], reads_momentum: bool) -> None:
+        """Adds what one method has to tell."""
+        self.due.append(due)
+        self.reads_momentum |= reads_momentum
 
 
 def _check(update_period: Any, update_start: Any, update_stop: Any) -> None:

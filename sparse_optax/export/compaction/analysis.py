@@ -5,7 +5,9 @@ number. Backward, from the results: which slices of a value anything later reads
 is needed of the parameters is the smaller model.
 """
 
+import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from sparse_optax.export.compaction.facts import (
     Facts,
     Known,
     as_numbers,
+    covers,
     cut,
     everything,
     lengths,
@@ -124,6 +127,12 @@ class Analysis(Facts):
                 if out not in self.exact:
                     self.known[out] = found
 
+    def again(self) -> "Analysis":
+        """The same knowledge, for another pass backward."""
+        other = copy.copy(self)
+        other.need, other.have, other.sums, other.targets = {}, {}, {}, {}
+        return other
+
     def _is_small(self, eqn: Equation) -> bool:
         """Whether an exact result may be kept as an array."""
         sizes = [size(x.shape) for x in (*eqn.inputs, *eqn.outputs)]
@@ -159,12 +168,16 @@ class Analysis(Facts):
             for eqn in reversed(self.program.equations):
                 if any(out in self.need for out in eqn.outputs):
                     self._read(eqn)
+            for value in self.program.inputs:
+                self.fill(value)
             if _same_boxes(self.have, self.need):
                 break
         self.folds.clear()
 
     def _read(self, eqn: Equation) -> None:
         """Adds what an equation reads."""
+        for out in eqn.outputs:
+            self.fill(out)
         wanted = [self.need.get(out) for out in eqn.outputs]
         first = eqn.outputs[0]
         try:
@@ -175,6 +188,55 @@ class Analysis(Facts):
         self.targets[first] = targets
         for value, box in zip(eqn.inputs, targets, strict=True):
             self.want(value, box)
+
+    def to_be_had(self, value: Value) -> Box | None:
+        """The box of a value that can be computed from what is needed anyway, and from
+        parameters; None if there is none.
+        """
+        makers = {out: e for e in self.program.equations for out in e.outputs}
+        return self._to_be_had(value, makers, {})
+
+    def _to_be_had(
+        self, value: Value, makers: dict[Value, Equation], found: dict[Value, Any]
+    ) -> Box | None:
+        if value in self.exact or value in self.at_hand:
+            return everything(value)
+        if value in self.need:
+            return self.need[value]
+        if value not in found:
+            found[value], eqn = None, makers[value]
+            if eqn.name not in ("dot_general", "conv_general_dilated"):
+                inputs = [self._to_be_had(x, makers, found) for x in eqn.inputs]
+                if None not in inputs:
+                    found[value] = self._made_of(value, eqn, inputs)
+        return found[value]
+
+    def _made_of(
+        self, value: Value, eqn: Equation, inputs: Sequence[Any]
+    ) -> Box | None:
+        """The box of an output that reads no more of the inputs than these boxes."""
+        masks = [mask for box in inputs for mask in box if mask is not None]
+        choices = [[None, *(m for m in masks if len(m) == n)] for n in value.shape]
+        for box in itertools.product(*choices):
+            if self._is_enough(value, eqn, box, inputs):
+                return box
+        return None
+
+    def _is_enough(
+        self, value: Value, eqn: Equation, box: Box, inputs: Sequence[Box]
+    ) -> bool:
+        """Whether boxes of the inputs are enough for a box of one output."""
+        need, self.need = self.need, {**self.need, value: box}
+        try:
+            wanted = [box if out is value else None for out in eqn.outputs]
+            targets = self.rules[eqn.outputs[0]].needed(eqn, wanted, self)
+            return _same_box(self.need[value], box) and all(
+                map(covers, inputs, targets)
+            )
+        except NoRule:
+            return False
+        finally:
+            self.need = need
 
     # --- the smaller program ----------------------------------------------------------
     def run(self, arrays: Sequence[Any]) -> list[Any]:

@@ -24,8 +24,9 @@ from sparse_optax.export.compaction.facts import (
     cut,
     everything,
     lengths,
+    union,
 )
-from sparse_optax.export.compaction.program import trace
+from sparse_optax.export.compaction.program import Program, trace
 from sparse_optax.export.compaction.record import CompactRecord, record_of
 from sparse_optax.export.model import by_parameter
 from sparse_optax.layers import (
@@ -57,7 +58,7 @@ class CompactModel:
       record: What went, layer by layer, a ``CompactRecord``.
     """
 
-    def __init__(self, source: "_Source", boxes: Sequence[Box], record: CompactRecord):
+    def __init__(self, source: "Source", boxes: Sequence[Box], record: CompactRecord):
         """Made by ``compact``."""
         self._source = source
         self._boxes = tuple(boxes)
@@ -99,7 +100,7 @@ class CompactModel:
         return _expand(self, params, into)
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """The dense model that a ``CompactModel`` is made from."""
 
     fn: Callable[..., Any]
@@ -205,7 +206,7 @@ def compact(
             checks.fail("round_to", round_to, 'an integer or "measured"', cure)
         checks.whole("round_to", round_to, 1, static=True, cure=cure)
     checks.flag("fold", fold)
-    source = _source(fn, params, masks, state, Settings(fold=fold))
+    source = source_of(fn, params, masks, state, Settings(fold=fold))
     if round_to == "measured":
         return _fastest(source, example)
     settings = source.settings._replace(round_to=int(round_to))
@@ -216,9 +217,9 @@ def compact(
 _ROUNDINGS = (1, 8, 16, 32)
 
 
-def _source(
+def source_of(
     fn: Any, params: PyTree, masks: PyTree | None, state: Any, settings: Settings
-) -> _Source:
+) -> Source:
     """The dense model, checked."""
     if state is not None and not callable(state):
         cure = 'Give lambda result: {"stats": result[1]}, for instance.'
@@ -234,11 +235,11 @@ def _source(
                 "concrete array. Call it outside of jit, with the arrays of the model "
                 "alone: eqx.filter(model, eqx.is_array) in equinox."
             )
-    kept = _kept(names, leaves, masks)
-    return _Source(fn, structure, tuple(leaves), tuple(names), kept, state, settings)
+    kept = kept_of(names, leaves, masks)
+    return Source(fn, structure, tuple(leaves), tuple(names), kept, state, settings)
 
 
-def _kept(
+def kept_of(
     names: Sequence[str], leaves: Sequence[Any], masks: PyTree | None
 ) -> tuple[np.ndarray | None, ...]:
     """The mask of each leaf, or None."""
@@ -266,6 +267,13 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
 
+class Traced(NamedTuple):
+    """The program of a function of the leaves of its parameters and arguments."""
+
+    program: Program
+    result: Any  # the tree of results
+
+
 class _Plan(NamedTuple):
     """A function analysed for arguments of certain shapes."""
 
@@ -274,8 +282,8 @@ class _Plan(NamedTuple):
     run: Callable[..., list[Any]]
 
 
-def _plan(source: _Source, args: Sequence[Any]) -> _Plan:
-    """Analyses the function for arguments of these shapes."""
+def traced_program(source: Source, args: Sequence[Any]) -> Traced:
+    """Traces the function for arguments of these shapes."""
     flat, structure = jax.tree.flatten(tuple(args))
     dense = [_abstract(x) for x in source.leaves]
     given = [x if isinstance(x, jax.ShapeDtypeStruct) else _abstract(x) for x in flat]
@@ -284,30 +292,60 @@ def _plan(source: _Source, args: Sequence[Any]) -> _Plan:
         params = jax.tree.unflatten(source.structure, leaves)
         return source.fn(params, *jax.tree.unflatten(structure, flat))
 
-    program, result = trace(whole, dense, given)
+    return Traced(*trace(whole, dense, given))
+
+
+def _plan(source: Source, args: Sequence[Any]) -> _Plan:
+    """Analyses the function for arguments of these shapes."""
+    traced = traced_program(source, args)
+    analysis = analysis_of(source, traced)
+    find_needed(source, traced, analysis)
+    return _Plan(analysis, traced.result, analysis.run)
+
+
+def analysis_of(source: Source, traced: Traced) -> Analysis:
+    """What is known of the values of a program, with the numbers of the parameters."""
+    program, n = traced.program, len(source.leaves)
     analysis = Analysis(program, source.settings)
-    inputs = program.inputs[: len(dense)]
+    inputs = program.inputs[:n]
     for i, value in enumerate(inputs):
         analysis.set_exact(value, source.leaves[i], source.kept[i])
         analysis.origin[value] = frozenset([source.names[i]])
-    analysis.at_hand.update(program.inputs[len(dense) :])
+    analysis.at_hand.update(program.inputs[n:])
     analysis.forward()
-    outputs = _state_outputs(source, result)
+    return analysis
+
+
+def find_needed(source: Source, traced: Traced, analysis: Analysis) -> None:
+    """Finds what is needed of the values of a program."""
+    program = traced.program
+    inputs = program.inputs[: len(source.leaves)]
+    outputs = _state_outputs(source, traced.result)
     boxes: list[Box | None] = [everything(x) for x in program.outputs]
     boxes = [None if i in outputs else box for i, box in enumerate(boxes)]
     while True:
         analysis.backward(boxes)
-        # A new value is needed where the old one is.
-        new = [
-            analysis.need.get(inputs[outputs[i]]) if i in outputs else box
-            for i, box in enumerate(boxes)
-        ]
+        # A new value is needed where the old one is, and comes where all that it is
+        # made of is there anyway: statistics that only a later evaluation reads.
+        new = list(boxes)
+        for i, leaf in outputs.items():
+            new[i] = _either(
+                analysis.need.get(inputs[leaf]),
+                analysis.to_be_had(program.outputs[i]),
+            )
         if all(covers(a, b) for a, b in zip(boxes, new, strict=True)):
-            return _Plan(analysis, result, analysis.run)
+            return
         boxes = new
 
 
-def _state_outputs(source: _Source, result: Any) -> dict[int, int]:
+def _either(a: Box | None, b: Box | None) -> Box | None:
+    """The smallest box around two, of which either may be missing."""
+    if a is None or b is None:
+        return a if b is None else b
+    return union(a, b)
+
+
+def _state_outputs(source: Source, result: Any) -> dict[int, int]:
     """Which results are new values of which leaves."""
     if source.state is None:
         return {}
@@ -339,7 +377,7 @@ def _nothing(shape: Sequence[int]) -> Box:
     return tuple(np.zeros(n, bool) for n in shape)
 
 
-def _build(source: _Source, example: Sequence[Any]) -> CompactModel:
+def _build(source: Source, example: Sequence[Any]) -> CompactModel:
     """A smaller model, for an example."""
     plan = _plan(source, example)
     need, inputs = plan.analysis.need, plan.analysis.program.inputs
@@ -446,7 +484,7 @@ def _cut(model: CompactModel, tree: PyTree) -> PyTree:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mask)
     made, found = [], False
     for path, x in paths:
-        i = None if is_hole(x) else _leaf_of(source, path_name(path), _shape_of(x))
+        i = None if is_hole(x) else leaf_of(source, path_name(path), shape_of(x))
         found |= i is not None
         made.append(x if i is None else _cut_one(x, model._boxes[i]))
     if not found:
@@ -458,7 +496,7 @@ def _cut(model: CompactModel, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, made)
 
 
-def _leaf_of(source: _Source, path: str, shape: Any) -> int | None:
+def leaf_of(source: Source, path: str, shape: Any) -> int | None:
     """The parameter of this shape whose name has most of the end of a path."""
     shared = [
         _shared(path, name) if own == shape else -1
@@ -483,7 +521,7 @@ def _shared(path: str, name: str) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], keys)))
 
 
-def _shape_of(x: Any) -> tuple[int, ...] | None:
+def shape_of(x: Any) -> tuple[int, ...] | None:
     if is_hole(x):
         return None
     return np.shape(unpack(x)) if is_packed(x) else getattr(x, "shape", None)
@@ -520,7 +558,7 @@ def _expand(model: CompactModel, params: PyTree, into: PyTree | None) -> PyTree:
 
 
 # --- measured -------------------------------------------------------------------------
-def _fastest(source: _Source, example: Sequence[Any]) -> CompactModel:
+def _fastest(source: Source, example: Sequence[Any]) -> CompactModel:
     """The rounding that is fastest here, with its time and that of the others."""
     args = jax.tree.map(_concrete, tuple(example))
     models: dict[int | None, CompactModel] = {}

@@ -23,6 +23,7 @@ from sparse_optax.export.compaction.facts import (
     as_numbers,
     constant_along,
     everything,
+    filled,
     is_number,
     length,
     lengths,
@@ -56,13 +57,12 @@ def _summed(
     if not kept.any():
         kept[0] = True  # an array has one entry at least
     spare = int((at_hand & ~kept).sum())
-    if spare * products <= TAKE * int(kept.sum()):
+    dear = facts.settings.spare_takes and spare * products <= TAKE * int(kept.sum())
+    if dear and key not in facts.least_sums:
         kept |= at_hand
-    more = -int(kept.sum()) % facts.settings.round_to
-    # First what is there anyway, then the others, each in order.
-    order = np.argsort(~at_hand, kind="stable")
-    order = order[~kept[order]]
-    kept[order[:more]] = True
+    size, multiple = int(kept.sum()), facts.settings.round_to
+    least = max(size + -size % multiple, facts.least_sums.get(key, 0))
+    kept = filled(kept, least, at_hand)  # first with what is there anyway
     facts.sums[key] = kept
     return plain(kept)
 
@@ -180,19 +180,26 @@ def _unfed(
 def _dot_needed(eqn: Equation, boxes: Boxes, facts: Facts) -> Boxes:
     box, sides = boxes[0], _sides(eqn)
     assert box is not None
+    wanted = _operands(sides, box)
+    real = _operands(sides, facts.really(eqn.outputs[0], box))
+    left, right = sides
+    for place, (a, b) in enumerate(zip(left.summed, right.summed, strict=True)):
+        if not is_number(left.value.shape[a]) or not is_number(right.value.shape[b]):
+            continue
+        kept = _summed_in_dot(eqn, facts, sides, real, place)
+        wanted[0][a] = wanted[1][b] = kept
+    return [tuple(x) for x in wanted]
+
+
+def _operands(sides: Sequence[_Side], box: Box) -> list[list[np.ndarray | None]]:
+    """What a box of the result needs of each operand, for all that is summed over."""
     wanted = [list(everything(side.value)) for side in sides]
     for side, own in zip(sides, wanted, strict=True):
         for i, axis in enumerate(side.batch):
             own[axis] = box[i]
         for i, axis in enumerate(side.free, side.out):
             own[axis] = box[i]
-    left, right = sides
-    for place, (a, b) in enumerate(zip(left.summed, right.summed, strict=True)):
-        if not is_number(left.value.shape[a]) or not is_number(right.value.shape[b]):
-            continue
-        kept = _summed_in_dot(eqn, facts, sides, wanted, place)
-        wanted[0][a] = wanted[1][b] = kept
-    return [tuple(x) for x in wanted]
+    return wanted
 
 
 def _summed_in_dot(
@@ -248,6 +255,8 @@ def _dot_small(
 def _fold(eqn: Equation, boxes: Boxes, facts: Facts, compute: Any) -> Any:
     """What inputs that were left out add; None for nothing."""
     out = eqn.outputs[0]
+    if not facts.settings.fold:  # then what is left out meets weights that are zero
+        return None
     if out not in facts.folds:
         facts.folds[out] = compute(eqn, boxes[0], facts)
     return facts.folds[out]
@@ -376,8 +385,10 @@ def _conv_needed(eqn: Equation, boxes: Boxes, facts: Facts) -> Boxes:
         facts.widen(eqn.outputs[0], conv.out_feature, outs)
         image_box[conv.feature], kernel_box[conv.outputs] = inputs, outs
         return [tuple(image_box), tuple(kernel_box)]
-    kernel_box[conv.outputs] = outs
+    real = facts.really(eqn.outputs[0], box)[conv.out_feature]
+    kernel_box[conv.outputs] = real
     live = ~_never(facts, kernel, tuple(kernel_box), conv.inputs)
+    kernel_box[conv.outputs] = outs
     live &= ~_never(facts, images, tuple(image_box), conv.feature)
     learned = kernel in facts.exact and images not in facts.exact
     if learned and facts.settings.fold:

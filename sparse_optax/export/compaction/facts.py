@@ -29,11 +29,13 @@ class Settings(NamedTuple):
       fold: Whether inputs of a sum that are known numbers are left out, and what they
         add is computed once.
       keep_all: Whether nothing is cut.
+      spare_takes: Whether inputs stay where to take the others costs more.
     """
 
     round_to: int = 1
     fold: bool = True
     keep_all: bool = False
+    spare_takes: bool = True
 
 
 Known = dict[int, Slices]  # by axis; axes of which nothing is known are left out
@@ -58,6 +60,10 @@ class Facts:
       at_hand: Values that are there in full whatever is needed.
       inner: By the first output of an equation, the analysis of its body.
       folds: By the first output of an equation, what inputs that were left out add.
+      least: Lengths that boxes of values are filled up to.
+      least_sums: Numbers of indices that ``sums`` are filled up to.
+      real: What is needed of values without filling up; of other entries, which nothing
+        reads, the numbers do not matter. Without an entry, all that is needed.
     """
 
     def __init__(self, program: Program, settings: Settings):
@@ -77,6 +83,9 @@ class Facts:
         self.at_hand: set[Value] = set()
         self.inner: dict[Value, Any] = {}
         self.folds: dict[Value, np.ndarray | None] = {}
+        self.least: dict[Value, tuple[Any, ...]] = {}
+        self.least_sums: dict[tuple[Value, int], int] = {}
+        self.real: dict[Value, Box] = {}
 
     def along(self, value: Value, axis: int) -> Slices:
         """What is known of the slices along an axis of a length that is a number."""
@@ -141,6 +150,20 @@ class Facts:
         box[axis] = mask
         self.need[value] = union(self.need[value], tuple(box))
 
+    def fill(self, value: Value) -> None:
+        """Makes as much of a needed value as ``least`` says, with what was there."""
+        if value not in self.need or value not in self.least:
+            return
+        for axis, (mask, n) in enumerate(
+            zip(self.need[value], self.least[value], strict=True)
+        ):
+            if mask is not None and is_number(n) and mask.sum() < n:
+                self.widen(value, axis, filled(mask, n, self.there(value, axis)))
+
+    def really(self, value: Value, box: Box) -> Box:
+        """The part of a box that is not there to fill it up."""
+        return both(box, self.real[value]) if value in self.real else box
+
     def there(self, value: Value, axis: int) -> np.ndarray:
         """The indices that were there after the last pass."""
         n = value.shape[axis]
@@ -187,6 +210,15 @@ def everything(value: Value) -> Box:
     return (None,) * len(value.shape)
 
 
+def filled(mask: np.ndarray, n: int, first: np.ndarray) -> np.ndarray:
+    """A mask with more indices, up to n: those of ``first``, then others, in order."""
+    order = np.argsort(~first, kind="stable")
+    order = order[~mask[order]]
+    mask = mask.copy()
+    mask[order[: max(0, n - int(mask.sum()))]] = True
+    return mask
+
+
 def plain(mask: np.ndarray | None) -> np.ndarray | None:
     """None for a mask of all indices."""
     return None if mask is None or mask.all() else mask
@@ -197,6 +229,13 @@ def union(a: Box, b: Box) -> Box:
     return tuple(
         None if x is None or y is None else plain(x | y)
         for x, y in zip(a, b, strict=True)
+    )
+
+
+def both(a: Box, b: Box) -> Box:
+    """What two boxes have in common."""
+    return tuple(
+        y if x is None else x if y is None else x & y for x, y in zip(a, b, strict=True)
     )
 
 

@@ -129,6 +129,13 @@ def record_of(
     return CompactRecord(tuple(layers), reasons)
 
 
+def multiply_adds_of(analysis: Analysis) -> tuple[int, int]:
+    """Multiply-adds of a program, at full size and for what is needed."""
+    work: dict[str, Counter] = {"before": Counter(), "after": Counter()}
+    _walk(analysis, 1, work, Counter())
+    return work["before"].total(), work["after"].total()
+
+
 _MOVING = "(activations)"
 
 
