@@ -343,8 +343,8 @@ def _own(x: Any) -> jax.Array:
 def _steps_in(batches: PyTree) -> int:
     """The number of steps."""
     shapes = [np.shape(x) for x in jax.tree.leaves(batches)]
-    counts = {shape[0] if shape else None for shape in shapes}
-    if len(counts) != 1 or not counts - {None, 0}:
+    counts = {shape[0] if shape else 0 for shape in shapes}
+    if len(counts) != 1 or 0 in counts:
         raise ArgumentError(
             "`batches` must hold arrays with one entry per step along each leading "
             f"axis, at least one; got the shapes {shapes}. Stack the batches."
