@@ -45,6 +45,7 @@ ORDER = (
 CORE_NEEDS = {"jax", "optax", "numpy", "sparse_optax"}
 # Asked for inside a function, by those who convert to it; see the import test below.
 ON_DEMAND = {"export/model.py": {"scipy"}, "contraction.py": {"flax"}}
+ON_DEMAND |= {"export/sparse.py": {"scipy"}}
 ON_DEMAND |= {"plot.py": {"matplotlib"}}
 
 
