@@ -103,6 +103,27 @@ def fail(argument: str, value: Any, allowed: str, cure: str) -> NoReturn:
     raise ArgumentError(f"`{argument}` must be {allowed}; got {value!r}. {cure}")
 
 
+def takes(value: Any, *arguments: Any) -> bool:
+    """Whether a value is a function of these arguments, by its signature."""
+    if isinstance(value, type) or not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin, which has no signature
+        pass
+    return True
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is one real number of JAX, which may be traced."""
+    if not isinstance(value, jax.Array) or value.shape:
+        return False
+    kinds = (np.integer, np.floating)
+    return any(jax.numpy.issubdtype(value.dtype, kind) for kind in kinds)
+
+
 def known(*values: Any) -> bool:
     """Whether all are concrete numbers, not traced by ``inject_hyperparams``."""
     return all(isinstance(x, numbers.Real) for x in values)
@@ -122,7 +143,7 @@ def number(
     """Raises unless a value is a finite number in a range, traced, or a schedule.
     ``ends`` says which ends belong to the range, such as ``"(]"``.
     """
-    if (isinstance(value, jax.Array) and not static) or (schedule and callable(value)):
+    if (_is_scalar(value) and not static) or (schedule and takes(value, "count")):
         return
     value = _plain(value)
     right = known(value) and not isinstance(value, bool)
@@ -150,7 +171,7 @@ def whole(
     cure: str,
 ) -> None:
     """Raises unless a value is an integer in a range, or traced."""
-    if isinstance(value, jax.Array) and not static:
+    if _is_scalar(value) and not static:
         return
     value = _plain(value)
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)

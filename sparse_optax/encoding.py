@@ -13,6 +13,7 @@ The file of ``save_sparse`` is made of these parts. docs/file-format.md describe
 Everything here runs on the host, in NumPy.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -158,13 +159,13 @@ def kind_of(leaf: Any) -> tuple[str, tuple[int, ...], str] | None:
     return DENSE, tuple(shape), name  # type: ignore[return-value]
 
 
-def dense_row(name: str, leaf: Any) -> Row:
+def dense_row(name: str, leaf: Any, argument: str = "params") -> Row:
     """The row of a leaf that is stored whole, concrete or abstract."""
     found = kind_of(leaf)
     if found is None:
         dtype = getattr(leaf, "dtype", None)
         raise ArgumentError(
-            f"the leaf {name!r} of `params` is of type "
+            f"the leaf {name!r} of `{argument}` is of type "
             f"{dtype or type(leaf).__name__}, which a file cannot hold; every leaf "
             "must be an array of numbers, a random key, None, or a Python number or "
             "text. Leave it out, as eqx.filter(model, eqx.is_array) does, or convert "
@@ -327,10 +328,11 @@ def checked_dtype(dtype: Any) -> str | None:
     """The name of the dtype that values may be stored as."""
     if dtype is None:
         return None
-    try:
-        name = np.dtype(dtype).name
-    except TypeError:
-        name = ""
+    name = ""
+    # An array is no dtype, although NumPy takes it for its own.
+    if not isinstance(dtype, np.ndarray | np.generic | jax.Array):
+        with contextlib.suppress(TypeError, ValueError):
+            name = np.dtype(dtype).name
     if name not in DTYPES:
         cure = "Leave it out to store every value as it is."
         checks.fail("dtype", dtype, " or ".join([*map(repr, DTYPES), "None"]), cure)

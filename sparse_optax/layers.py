@@ -6,7 +6,6 @@ one slice of a leaf that stacks several layers (``nn.scan``). ``Layers`` is made
 from the user's arguments or from the masks of a state.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from sparse_optax.checks import ArgumentError, boundary, fail, flag, names_axes
+from sparse_optax.checks import (
+    ArgumentError,
+    boundary,
+    fail,
+    flag,
+    names_axes,
+    takes,
+)
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.roles import layout, roles
 from sparse_optax.selection.compilation import as_data, entries
@@ -184,12 +190,8 @@ def check_where(where: Any) -> None:
         return
     cure = "Pass a tree of bools, or where=lambda name, leaf: ... that gives a bool."
     if _is_function(where):
-        try:
-            inspect.signature(where).bind("name", None)
-        except TypeError:
+        if not takes(where, "name", None):
             fail("where", where, "a function of two arguments, name and leaf", cure)
-        except ValueError:  # a builtin, which has no signature
-            pass
         return
     flat = jax.tree.leaves(where, is_leaf=is_hole)
     for name, x in zip(leaf_names(where), flat, strict=True):

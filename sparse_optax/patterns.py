@@ -413,8 +413,8 @@ def _by_name(argument: str, given: Any, several: int) -> Any:
         axes = axes if isinstance(axes, tuple) else (axes,)
         for axis in axes:
             checks.whole(argument, axis, -LONGEST, static=True, cure=cure)
-        if several and len(axes) % several:
-            allowed = f"{several} axes for {name!r}"
+        if len(axes) % several if several else len(axes) != 1:
+            allowed = f"{several or 1} axes for {name!r}"
             checks.fail(argument, axes, allowed, cure)
         pairs.append((name, tuple(map(int, axes)) if several else int(axes[0])))
     return tuple(pairs)

@@ -415,8 +415,8 @@ def check_program(number, folder):
     [
         pytest.param(0, 6, id="some"),
         *(
-            pytest.param(first, 25, id=f"many{first}", marks=pytest.mark.fuzz)
-            for first in range(100, 400, 25)
+            pytest.param(first, 10, id=f"many{first}", marks=pytest.mark.fuzz)
+            for first in range(100, 250, 10)
         ),
     ],
 )
@@ -462,7 +462,7 @@ def check_gate(number):
     ("first", "number"),
     [
         pytest.param(0, 5, id="some"),
-        pytest.param(100, 300, id="many", marks=pytest.mark.fuzz),
+        pytest.param(100, 200, id="many", marks=pytest.mark.fuzz),
     ],
 )
 def test_random_gates_pass_the_largest(first, number, figures):

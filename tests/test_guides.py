@@ -1,6 +1,7 @@
 """The pages in docs/: their blocks run, and print what they say they print."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -36,6 +37,13 @@ def blocks(guide):
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+def is_missing(block):
+    """Whether a block begins with a line that names packages which are not here."""
+    said = re.match(r"# Needs the packages? (.+)\.\n", block)
+    names = said[1].split(" and ") if said else []
+    return not all(map(importlib.util.find_spec, names))
+
+
 def promised(block):
     """What a line ``print(...)  # text`` says that it prints: the first words of it."""
     return re.findall(r"^ *print\(.*\)  # (.+)$", block, re.MULTILINE)
@@ -67,7 +75,8 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_block_runs_and_prints_what_it_says(guide):
     names = {}
-    assert sum(run(block, guide, names) for block in blocks(guide))
+    here = [block for block in blocks(guide) if not is_missing(block)]
+    assert sum(run(block, guide, names) for block in here)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ of the parts is ``helpers.refuses``; the cure is an order to the caller.
 """
 
 import inspect
+import pathlib
+import re
+from decimal import Decimal
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import mask_tree, network, refuses
+from helpers import CURE, mask_tree, network, refuses
 
 import sparse_optax
 from sparse_optax import (
@@ -704,6 +708,61 @@ def test_every_bad_value_is_named(function):
             with refuses(function.__name__, name) as caught:
                 function(**{**accepted, name: value})
             assert is_named(value, str(caught.value)), (name, value, caught.value)
+
+
+# Values that some argument takes and most do not.
+ODD = (
+    *(None, True, False, 0, 1, 3, -7, 2**31, 2**63, 10**30, 0.5, 1.0, -0.25),
+    *(1e-320, NAN, float("inf"), 1j, "", "w", "auto", b"w", "\ud800", OBJECT, object),
+    *([], [0.5], (), (1, 2), (-2, -1), {}, {"w": 1}, {"w": 0.5}, {1: 2}, {0.5}),
+    *(np.float32(0.5), np.int8(2), np.uint32(2**31), np.bool_(True), np.ones(2)),
+    *(np.array(0.5), np.array("x"), np.array([], object), np.array([None])),
+    *(jnp.float32(0.5), jnp.int32(2), jnp.ones((4, 6), bool), jnp.zeros((0,))),
+    *(jax.random.key(0), jax.ShapeDtypeStruct((4, 6), bool), Ellipsis, slice(3)),
+    *(SMALL, KEPT, SGD, range(3), type(None)),
+    *(lambda: 1, lambda count: count, lambda name, leaf: True),
+    *(optax.MaskedNode(), optax.constant_schedule(0.5), budgets.uniform(0.5)),
+    *(budgets.nonzeros(5), sparse_optax.patterns.n_m(2, 4), regrowth.prune.magnitude),
+    *(np.datetime64("2020"), Fraction(1, 3), Decimal("0.5"), pathlib.Path("w")),
+    *(float("-inf"), "0.5"),
+)
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(397, id="some"),
+        pytest.param(3, id="many", marks=pytest.mark.fuzz),
+    ],
+)
+def test_any_value_is_taken_or_named(every, figures):
+    """Whatever an argument is given, the call and ``init`` work or name it."""
+    cases = [
+        (function, name, value)
+        for function in CALLS
+        for name in inspect.signature(function).parameters
+        if name != "params"  # which another argument may not fit
+        for value in ODD
+    ]
+    # Trees that do not fit another argument, which the message names.
+    others = {"leaves": "k =", "masks_or_state": "masks"}
+    taken = 0
+    for function, name, value in cases[::every]:
+        try:
+            made = function(**{**CALLS[function], name: value})
+            if isinstance(made, optax.GradientTransformation):
+                made.init(SMALL)
+            taken += 1
+        except ValueError as error:
+            text = str(error)
+            assert text.startswith(function.__name__), (name, value, text)
+            assert name in text or others.get(name, name) in text, (name, value, text)
+            assert re.search(f"(?i){CURE}", text), (name, value, text)
+        except Exception as error:
+            error.add_note(f"{function.__name__}({name}={value!r})")
+            raise
+    assert 0 < taken < len(cases)
+    figures["arguments of public functions with any value"] += len(cases[::every])
 
 
 def test_every_count_may_be_a_numpy_scalar():

@@ -49,15 +49,14 @@ def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction
             "a float, or list the argument in `static_args` of "
             "optax.inject_hyperparams."
         )
-    if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.shape:
-        text = str(np.asarray(value)[()])
-    elif isinstance(value, int | float | Fraction) and not isinstance(value, bool):
-        text = repr(value) if decimal and isinstance(value, float) else value
-    else:
-        text = "no number"
+    text: Any = "no number"
     try:
+        if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.shape:
+            text = str(np.asarray(value)[()])
+        elif isinstance(value, int | float | Fraction) and not isinstance(value, bool):
+            text = repr(value) if decimal and isinstance(value, float) else value
         return Fraction(text)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return Fraction(-1)  # outside every range: the caller's check raises
 
 
@@ -143,6 +142,8 @@ class Shares(NamedTuple):
       axes: The axes of a layer that count its inputs and outputs.
       costs: Pairs (leaf name, cost of a kept weight), for ``num_flops``.
       stored: How the file is stored, for ``num_bytes``.
+      named: Whether errors about counts start with the kind: not where a method made
+        the budget from a plain density.
     """
 
     kind: str
@@ -152,6 +153,7 @@ class Shares(NamedTuple):
     axes: Axes = (-2, -1)
     costs: tuple[tuple[str, Number], ...] = ()
     stored: "Stored | None" = None
+    named: bool = True
 
     def __repr__(self) -> str:
         """The call that made it."""
@@ -185,7 +187,8 @@ class Shares(NamedTuple):
 
     def counts_of(self, layers: Layers, params: PyTree) -> list[Any]:
         """The counts of each leaf of given layers."""
-        return boundary(self.kind)(counts_of_shares)(self, layers, params)
+        counts = boundary(self.kind)(counts_of_shares)
+        return (counts if self.named else counts_of_shares)(self, layers, params)
 
     def weighed(self, layers: Layers, params: PyTree) -> tuple[Number, list[Number]]:
         """The total cost allowed, and the cost of one weight of each leaf."""
@@ -426,8 +429,10 @@ def _options(overrides: Any, dense: Any) -> tuple[Fixed, tuple[str, ...]]:
     if overrides is not None and not isinstance(overrides, Mapping):
         cure = 'Give {"Dense_0/kernel": 0.5}, for instance.'
         fail("overrides", overrides, "a dict of names of leaves and densities", cure)
-    listed = (dense,) if isinstance(dense, str) else dense
-    listed = tuple(listed) if isinstance(listed, Iterable) else (listed,)
+    try:
+        listed = (dense,) if isinstance(dense, str) else tuple(dense)
+    except TypeError:
+        listed = (dense,)
     if not all(isinstance(name, str) for name in listed):
         cure = 'Give ["Dense_0/kernel"], for instance.'
         fail("dense", dense, "the name of a leaf, or several", cure)
@@ -732,7 +737,7 @@ def num_bytes(
     """
     rows = None
     if tree is not None:
-        rows = tuple(dense_row(name, x) for name, x in named_leaves(tree))
+        rows = tuple(dense_row(name, x, "tree") for name, x in named_leaves(tree))
     n = check_whole(n)
     stored = Stored(rows, checked_dtype(dtype), checked_axis(unit_axis))
     return Shares("num_bytes", n, *_options(overrides, dense), stored=stored)

@@ -70,6 +70,8 @@ def gsm_gap(
     """
     check_static(density)
     checks.number("alive_above", alive_above, 0, cure="Leave it out for 1e-4.")
+    if checks.known(alive_above):
+        alive_above = float(alive_above)
     layers = layers_of(params, where)
     pool = [(x,) for x in layers.pick(params)]
     if not pool:
@@ -231,11 +233,20 @@ def gsm_log_decay(
     checks.number("learning_rate", learning_rate, 0, schedule=True, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
+    if isinstance(steps, jax.Array):
+        if steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
+            checks.fail("steps", steps, "an integer of at least 0", cure)
+        steps = int(steps)
     checks.updates("steps", steps, 0, cure=cure)
     checks.flag("decoupled", decoupled)
     checks.flag("nesterov", nesterov)
     if callable(learning_rate):
-        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)), np.float64)
+        schedule = learning_rate  # as the type checker knows it in a closure
+
+        def rate(count):
+            return jnp.asarray(checks.scalar("learning_rate", schedule(count)))
+
+        rates = np.asarray(jax.vmap(rate)(jnp.arange(steps)), np.float64)
     else:
         rates = np.full(steps, learning_rate, np.float64)
     if decoupled:

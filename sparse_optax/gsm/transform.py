@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -343,6 +344,8 @@ def gsm(
     checks.updates("settle_start", settle_start, 0, optional=True)
     checks.flag("nesterov", nesterov)
     check_where(where)
+    if isinstance(learning_rate, np.integer):
+        learning_rate = int(learning_rate)  # an unsigned one has no negative
     pattern = pattern_of(pattern)
     check_static(density, pattern=pattern, schedule=True)
     if gate is not None:

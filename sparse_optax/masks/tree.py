@@ -224,12 +224,12 @@ def check_shapes(
             )
 
 
-def check_dtype(mask: Any, name: str) -> None:
+def check_dtype(mask: Any, name: str, argument: str = "masks") -> None:
     """Raises unless a mask is boolean."""
     dtype = getattr(mask, "dtype", jnp.dtype(bool))
     if dtype != jnp.dtype(bool):
         raise ArgumentError(
-            f"in `masks`, {name!r} has dtype {dtype}; it must be bool. Pass "
+            f"in `{argument}`, {name!r} has dtype {dtype}; it must be bool. Pass "
             "mask.astype(bool)."
         )
 
@@ -247,7 +247,7 @@ def check_masks(argument: str, masks: Any) -> None:
                 f"type {type(mask).__name__}. Pass a mask tree, such as "
                 "sparse_optax.get_masks(opt_state)."
             )
-        check_dtype(mask, name)
+        check_dtype(mask, name, argument)
 
 
 def layers_of_masks(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_optax import checks, schedules
@@ -107,7 +108,14 @@ def gradual_magnitude(
     checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
 
     def make(end):
-        ramp = schedules.cubic_density(initial_density, end, min(first, last - 1), last)
+        if checks.known(initial_density) and end > np.float32(initial_density):
+            cure = "Raise it, or lower `density`."
+            allowed = f"at least the density in the end, {end:g}"
+            checks.fail("initial_density", initial_density, allowed, cure)
+        initial = initial_density
+        if checks.known(initial):
+            initial = max(initial, end)  # which is rounded to float32
+        ramp = schedules.cubic_density(initial, end, min(first, last - 1), last)
         return lambda count: jnp.where(count < first, 1.0, ramp(count))
 
     return unnamed(regrow)(

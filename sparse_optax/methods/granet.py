@@ -128,9 +128,9 @@ def granet(
 
     def make(final):
         initial = float(np.float32(initial_density))  # as ``final`` is
-        if final > initial:
-            cure = "Raise it, or lower `density`."
-            allowed = f"at least the density in the end, {final:g}"
+        if not final <= initial <= 1:
+            cure = "Raise it, or lower `density`." if initial < final else "Use 1.0."
+            allowed = f"at least the density in the end, {final:g}, and at most 1"
             checks.fail("initial_density", initial_density, allowed, cure)
         return schedules.cubic_density(initial, final, density_start, end)
 

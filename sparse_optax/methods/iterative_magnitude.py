@@ -94,7 +94,7 @@ def iterative_magnitude(
     """
     checks.whole("prunes", prunes, 1, static=True, cure="Give 20, for instance.")
     first = unnamed(schedules.first_due)(update_period, update_start)
-    last = first + (prunes - 1) * update_period
+    last = first + (int(prunes) - 1) * update_period
     if last >= checks.MOST_UPDATES:
         allowed = f"a number whose last prune comes before {checks.MOST_UPDATES}"
         cure = f"Prunes end at {last}: give fewer, or shorten `update_period`."

@@ -123,4 +123,6 @@ def long_average_regrow(
 def by_kernel(density: Any) -> Any:
     """A fraction shared by Erdos-Renyi-kernel; a budget as it is."""
     plain = is_number(density) and not isinstance(density, bool)
-    return unnamed(budgets.erdos_renyi_kernel)(density) if plain else density
+    if not plain:
+        return density
+    return unnamed(budgets.erdos_renyi_kernel)(density)._replace(named=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparse_optax import checks, selection
@@ -264,7 +265,9 @@ def adaptive_threshold(
     make = _adaptive_threshold
     if any(isinstance(x, jax.Array) for x in (initial, tolerance, number)):
         make = make.__wrapped__  # traced values cannot be cache keys
-    return make(initial, tolerance, number)
+    # NumPy's arrays cannot be keys either.
+    given = (initial, tolerance, number)
+    return make(*(x.item() if isinstance(x, np.ndarray) else x for x in given))
 
 
 # Cached: a rule is a static argument of the compiled cycle.

@@ -183,7 +183,7 @@ def _check_ramp(method: Method) -> None:
     may_miss = method.masks is not None and method.ramp is None
     check_static(method.density, pattern=method.pattern, may_miss=may_miss)
     ramp = method.ramp
-    moves = callable(ramp) or isinstance(ramp, schedules.Towards)
+    moves = checks.takes(ramp, "count") or isinstance(ramp, schedules.Towards)
     if ramp is not None and not moves:
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("ramp", ramp, "a schedule of the density", cure)

@@ -65,9 +65,22 @@ def is_due(
       [10, 20, 30]
     """
     _check(update_period, update_start, update_stop)
-    count = jnp.asarray(count)
+    count = _as_counts(count)
     due = (count > 0) & (count % update_period == 0) & (count >= update_start)
     return due if update_stop is None else due & (count < update_stop)
+
+
+def _as_counts(count: Any) -> jax.Array:
+    """Numbers of finished updates as an array."""
+    cure = "Give a number of finished updates, below 2**31."
+    try:
+        counts = jnp.asarray(count)
+    except (TypeError, ValueError, OverflowError):
+        checks.fail("count", count, "an integer or an array of integers", cure)
+    kinds = (jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(counts.dtype, kind) for kind in kinds):
+        checks.fail("count", count, "an integer or an array of integers", cure)
+    return counts
 
 
 def never_due(period: Any, start: Any = 0, stop: Any = None) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_optax.checks import ArgumentError
+from sparse_optax.checks import ArgumentError, takes
 from sparse_optax.selection import keys, plan, uint64
 from sparse_optax.selection.leaf import scores
 
@@ -45,10 +45,10 @@ def prepare(
     # Selection is piecewise constant; the operation on a mesh has no derivative.
     args = tuple(
         tuple(
-            lax.stop_gradient(jnp.asarray(x))
+            lax.stop_gradient(_as_array(name, x))
             for x in (value if _is_arguments(value) else (value,))
         )
-        for _, value in found
+        for name, (_, value) in zip(names, found, strict=True)
     )
     dtypes = [
         _score_dtype(score, arrays, name)
@@ -56,7 +56,7 @@ def prepare(
     ]
     order = keys.order_of(dtypes, names)
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    shards = 1 if axis_name is None else lax.psum(1, axis_name)
+    shards = 1 if axis_name is None else _axis_size(axis_name)
 
     vector = isinstance(k, plan.PerLayer)
     single = not vector and _is_single(k)
@@ -109,6 +109,31 @@ def prepare(
     return Problem(args, limit, guess, static, treedef, single, stacked)
 
 
+def _as_array(name: str, x: Any) -> jax.Array:
+    """A leaf as an array of real numbers or booleans."""
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError):
+        array = None
+    kinds = (jnp.integer, jnp.inexact, jnp.bool_)
+    if array is None or not any(jnp.issubdtype(array.dtype, k) for k in kinds):
+        raise ArgumentError(
+            f"{name} must be an array of numbers; got {x!r}. Pass arrays of scores."
+        )
+    return array
+
+
+def _axis_size(axis_name: Any) -> int:
+    """Number of shards along axes of a surrounding ``shard_map``."""
+    try:
+        return lax.psum(1, axis_name)
+    except (NameError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"`axis_name` must be an axis of the shard_map around this call, or "
+            f"several; got {axis_name!r} ({error}). Leave it out where there is none."
+        ) from None
+
+
 def _is_array(x) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
@@ -143,12 +168,17 @@ def _per_leaf(tree, treedef, name) -> list:
 
 def _score_dtype(score, arrays, name):
     shapes = {x.shape for x in arrays}
+    if score is not None and not takes(score, *arrays):
+        raise ArgumentError(
+            f"`score` must be a function of {len(arrays)} arrays for {name}; got "
+            f"{score!r}. Pass jnp.abs, for instance."
+        )
     struct = jax.eval_shape(lambda *xs: scores(score, xs), *arrays)
     if len(shapes) > 1 or struct.shape not in shapes:
         raise ArgumentError(
             f"score = {score} takes arrays of shapes {sorted(shapes)} for "
             f"{name} and gives shape {struct.shape}; all of these must be equal, since "
-            "a score function is element-wise. Broadcast its arguments first."
+            "a score function is element-wise. Make its arguments one shape first."
         )
     return struct.dtype
 
@@ -274,6 +304,7 @@ def _guess_keys(guess, single, static: plan.Plan, treedef) -> jax.Array:
     if found.shape != (static.pools,):
         raise ArgumentError(
             f"guess = {guess!r} holds {found.shape[0]} scores; it must hold "
-            f"{static.pools}, one for each pool, as kth_largest returns them."
+            f"{static.pools}, one for each pool. Pass what kth_largest returned, or "
+            "leave it out."
         )
     return found

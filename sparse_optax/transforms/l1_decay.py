@@ -4,10 +4,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_optax import checks
 from sparse_optax.checks import boundary
+from sparse_optax.layers import is_hole
 
 
 class L1DecayState(NamedTuple):
@@ -64,6 +66,7 @@ def add_l1_decay(
     """
     cure = "Use 1e-5, for instance."
     checks.number("strength", strength, 0, schedule=True, cure=cure)
+    _check_mask(mask)
 
     def init_fn(params):
         del params
@@ -91,4 +94,36 @@ def add_l1_decay(
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     if mask is None:
         return tx
-    return optax.with_extra_args_support(optax.masked(tx, mask))
+    masked = optax.with_extra_args_support(optax.masked(tx, mask))
+
+    def checked_init(params):
+        _check_fits(mask(params) if callable(mask) else mask, params)
+        return masked.init(params)
+
+    return optax.GradientTransformationExtraArgs(checked_init, masked.update)
+
+
+_CURE = "Pass sparse_optax.decay_mask, for instance, or leave it out."
+
+
+def _check_mask(mask: Any) -> None:
+    """Raises unless it is None, a function of the parameters or a tree of bools."""
+    if mask is None or checks.takes(mask, "params"):
+        return
+    flat = jax.tree.leaves(mask, is_leaf=is_hole)
+    if not all(isinstance(x, bool | np.bool_) or is_hole(x) for x in flat):
+        allowed = "a tree of bools, a function of the parameters, or None"
+        checks.fail("mask", mask, allowed, _CURE)
+
+
+def _check_fits(mask: Any, params: Any) -> None:
+    """Raises unless it is a tree of bools, a prefix of the parameters."""
+    flat = jax.tree.leaves(mask, is_leaf=is_hole)
+    right = all(isinstance(x, bool | np.bool_) or is_hole(x) for x in flat)
+    try:
+        jax.tree.map(lambda _, x: x, mask, params)
+    except ValueError:
+        right = False
+    if not right:
+        allowed = "a tree of bools with the structure of params or of a prefix of it"
+        checks.fail("mask", mask, allowed, _CURE)
