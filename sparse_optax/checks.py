@@ -270,6 +270,16 @@ def transformation(argument: str, value: Any) -> None:
         fail(argument, value, "an optax.GradientTransformation", cure)
 
 
+def own_state(state: Any, field: str) -> None:
+    """Raises unless the state has the fields that ``init`` made."""
+    if not hasattr(state, field):
+        raise ArgumentError(
+            f"`state` is a {type(state).__name__}; it must be what init of the same "
+            "transformation returned. Call tx.update(grads, state, params) with state "
+            "= tx.init(params)."
+        )
+
+
 def needs_params(params: Any, why: str) -> None:
     """Raises if ``update`` was called without the parameters."""
     if params is None:

@@ -529,6 +529,12 @@ def chosen_layers(
     names, axes = leaf_names(params), dict(stacked or {})
     index = tuple(i for i, choice in enumerate(chosen) if choice)
     shapes = shapes_by_name(params) if pattern.asks else {}
+    unknown = sorted(set(dict(pattern.given or ())) - set(names)) if flat else []
+    if unknown:
+        raise ArgumentError(
+            f"`pattern`: {pattern.name} has axes of {unknown}, which are no leaves "
+            f"here; they must be some of {[names[i] for i in index]}. Correct them."
+        )
     leaves = []
     for i in index:
         shape, axis = tuple(flat[i].shape), axes.pop(names[i], None)

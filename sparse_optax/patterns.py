@@ -75,6 +75,11 @@ class Pattern(Protocol):
         """Whether its axes differ from leaf to leaf, see ``along``."""
         ...
 
+    @property
+    def given(self) -> Any:
+        """``(name, axes)`` of leaves whose axes were given, if it asks for them."""
+        ...
+
     def along(self, name: str, layout: Layout | None) -> "Pattern":
         """The pattern with the axes of the leaf ``name``; raises if they are unknown.
         ``layout`` is what names and shapes tell, or None.
@@ -146,6 +151,10 @@ class SingleWeights(NamedTuple):
     @property
     def asks(self) -> bool:
         return False
+
+    @property
+    def given(self) -> tuple[()]:
+        return ()
 
     def along(self, name: str, layout: Layout | None) -> Pattern:
         return self

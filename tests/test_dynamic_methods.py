@@ -1320,3 +1320,68 @@ def test_infinite_weight_outside_the_masks():
     after = np.asarray(optax.apply_updates(params, updates)["w"])
     assert np.isfinite(after).all()
     assert not after[~np.asarray(mask)].any()
+
+
+# --- rules that do not keep their word ------------------------------------------------
+PAIR = {"a": jnp.arange(1.0, 33).reshape(8, 4), "b": jnp.arange(1.0, 9).reshape(4, 2)}
+
+
+def trained_with(**rules):
+    """The state after three cycles with some rules of one's own."""
+    usual = {"prune": prune.magnitude, "redistribute": redistribute.none}
+    tx = regrowth.regrow(
+        optax.sgd(0.1, momentum=0.9),
+        density=0.5,
+        update_period=2,
+        update_stop=9,
+        key=0,
+        where=lambda name, leaf: True,
+        **{**usual, "grow": grow.random, **rules},
+    )
+    state, params = tx.init(PAIR), PAIR
+    step = jax.jit(tx.update)
+    for _ in range(8):
+        updates, state = step(PAIR, state, params)
+        params = optax.apply_updates(params, updates)
+    return state
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_growth_that_misses_its_sum_is_a_skipped_cycle(many):
+    def wrong(evidence):
+        return tuple(~m if many else jnp.zeros_like(m) for m in evidence.masks)
+
+    state = trained_with(grow=regrowth.stateless(wrong))
+    assert sparse_optax.masks.count(state.regrow_masks) == 20
+    assert int(state.skipped) == 3
+    assert not any(int(x) for x in jax.tree.leaves((state.removed, state.grown)))
+    right = trained_with(grow=grow.global_momentum)
+    assert sparse_optax.masks.count(right.regrow_masks) == 20
+    assert int(right.skipped) == 0
+
+
+def test_growth_without_a_budget_says_so():
+    def everything(evidence):
+        return tuple(~m for m in evidence.masks)
+
+    state = trained_with(grow=regrowth.stateless(everything, open_ended=True))
+    assert sparse_optax.masks.count(state.regrow_masks) == 40
+    assert grow.above_spread(1.0).open_ended
+
+
+@pytest.mark.parametrize(
+    ("role", "rule", "says"),
+    [
+        ("grow", regrowth.stateless(lambda e: None), "returned NoneType"),
+        ("grow", regrowth.stateless(lambda e: e.masks[:1]), r"returned \[\(8, 4\)\]"),
+        ("grow", regrowth.stateless(lambda e: e.params), "dtypes .*float32"),
+        ("prune", regrowth.stateless(lambda e: e.masks[0]), "a tuple of boolean"),
+        ("prune", regrowth.Rule(lambda p, m: (), lambda e, s: None), "result, state"),
+        ("redistribute", regrowth.stateless(lambda e: jnp.ones(5)), "each of 2 layers"),
+        ("redistribute", regrowth.stateless(lambda e: [1.0, 2.0]), "returned list"),
+        ("prune", regrowth.stateless(lambda e: e.masks, needs=("weights",)), "needs"),
+    ],
+)
+def test_what_a_rule_returns_is_checked(role, rule, says):
+    with pytest.raises(ValueError, match=rf"regrow: .*`{role}.*{says}"):
+        trained_with(**{role: rule})

@@ -899,3 +899,21 @@ def test_combine_takes_the_same_leaves_of_all_trees():
         masks.combine(jnp.logical_and)
     with refuses("masks.combine", "'w'", "(3,)"):
         masks.combine(jnp.logical_and, a, {**a, "w": jnp.ones(3, bool)})
+
+
+def test_numbers_are_no_masks():
+    params = {"fc": {"kernel": jnp.full((4, 3), 0.5)}}
+    for function in (masks.count, masks.density):
+        with refuses(f"masks.{function.__name__}", "masks", "float32", "must be bool"):
+            function(params)
+    assert masks.count(masks.nonzero_masks(params)) == 12
+
+
+def test_no_kernel_is_no_empty_mask():
+    biases = {"fc": {"bias": jnp.ones(3)}}
+    for make in (
+        lambda: masks.magnitude_masks(biases, 0.1),
+        lambda: masks.random_masks(0, biases, 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"'fc/bias'.* takes part"):
+            make()

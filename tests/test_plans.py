@@ -236,8 +236,27 @@ def test_what_finds_the_mask_of_a_ticket(finder, method, density):
         gsm = config.base_of(config.resolve(dataclasses.replace(run, finder="gsm")))
         assert gsm is not None
         assert config.base_of(gsm) == found
-    with refuses("TrainConfig", "finder", "gsm", "method='ticket'"):
-        config.resolve(config.TrainConfig(method="static", finder="gsm"))
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("static", "finder", "gsm"),
+        ("rigl", "prune_rate", 0.9),
+        ("rigl", "prune_decay", "linear"),
+        ("sparse_evolutionary", "grow", "gradient"),
+        ("granet", "prune", "global_magnitude"),
+        ("dense", "redistribute", "none"),
+        ("l2", "l1", 1e-3),
+        ("snip", "ticket", "random"),
+        ("sparse_momentum", "gate", 0.1),
+        ("magnitude", "settle_epoch", 1),
+    ],
+)
+def test_what_a_method_does_not_read_is_refused(method, field, value):
+    # It would change the name of the run, and nothing else.
+    with refuses("TrainConfig", field, repr(value), "which does not read it"):
+        config.resolve(config.TrainConfig(method=method, **{field: value}))
 
 
 def test_a_ticket_of_magnitude_is_the_largest_weights_of_the_whole_network():

@@ -847,3 +847,62 @@ def test_axes_that_are_one():
     with refuses("erdos_renyi", "axes", r"\(0, -2\)", "two axes"):
         made.counts(SMALL)
     made.counts({"conv": jnp.ones((3, 3, 4, 5))})
+
+
+# --- trees and states that do not fit -------------------------------------------------
+TWO = {"a": {"kernel": jnp.ones((8, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
+MOVING = {"density": 0.5, "update_period": 2, "update_stop": 9, "key": 0}
+
+
+def two_transformations():
+    return {
+        "rigl": sparse_optax.rigl(optax.sgd(0.1), **MOVING),
+        "gsm_mask": sparse_optax.gsm_mask(0.5),
+    }
+
+
+@pytest.mark.parametrize("name", ["rigl", "gsm_mask"])
+def test_a_gradient_that_does_not_fit_is_named_as_such(name):
+    tx = two_transformations()[name]
+    state = tx.init(TWO)
+    turned = {**TWO, "a": {"kernel": jnp.ones((4, 8))}}
+    with pytest.raises(ValueError, match=rf"{name}: the gradient of 'a/kernel' .*4, 8"):
+        tx.update(turned, state, TWO)
+    with pytest.raises(ValueError, match=rf"{name}: the gradient has 1 leaves"):
+        tx.update({"a": TWO["a"]}, state, TWO)
+
+
+@pytest.mark.parametrize("name", ["rigl", "gsm_mask"])
+def test_the_state_of_another_transformation_is_named(name):
+    tx = two_transformations()[name]
+    for state in (optax.sgd(0.1).init(TWO), (tx.init(TWO),), TWO):
+        with pytest.raises(ValueError, match=rf"{name}: `state` is a \w+; .* init"):
+            tx.update(TWO, state, TWO)
+
+
+def test_two_methods_of_one_layer_are_refused():
+    def method(inner, *names):
+        def where(name, leaf):
+            return name.split("/")[0] in names
+
+        return sparse_optax.rigl(inner, **MOVING, where=where)
+
+    apart = method(method(optax.sgd(0.1), "a"), "b")
+    assert len(apart.init(TWO).inner_state.regrow_masks) == 2
+    with pytest.raises(ValueError, match=r"rigl: another sparse .*\['b/kernel'\], too"):
+        method(method(optax.sgd(0.1), "a", "b"), "b").init(TWO)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sparse_optax.patterns.n_m(2, 4, axis={"c/kernel": 0}),
+        sparse_optax.patterns.blocks(2, 2, axes={"c/kernel": (0, 1)}),
+        sparse_optax.patterns.output_units(axis={"c/kernel": 1}),
+    ],
+)
+def test_axes_of_a_leaf_that_is_not_there(pattern):
+    with pytest.raises(ValueError, match=r"`pattern`.*\['c/kernel'\].*'a/kernel'"):
+        sparse_optax.masks.magnitude_masks(
+            TWO, None if pattern.density else 0.5, pattern=pattern
+        )

@@ -493,12 +493,15 @@ def _check(config):
         "'weights', but for density=0.5 and method one of "
         + ", ".join(recipes.TWO_OF_FOUR),
     )
-    need(
-        config.finder == "sparse_momentum" or config.method == "ticket",
-        "finder",
-        config.finder,
-        "left out, but for method='ticket'",
-    )
+    for field, readers in recipes.READ_BY.items():
+        value = getattr(config, field)
+        need(
+            value == getattr(TrainConfig, field) or config.method in readers,
+            field,
+            value,
+            f"left out for method={config.method!r}, which does not read it; those "
+            f"that do are {', '.join(readers)}",
+        )
     need(
         0 <= config.seed < 2**32,
         "seed",

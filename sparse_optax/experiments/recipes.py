@@ -23,6 +23,20 @@ PIXELS = ("channels", "half")
 # What finds the mask of a ticket, and what a weight of the mask is.
 FINDERS = ("sparse_momentum", "gsm", "magnitude")
 PATTERNS = ("weights", "2:4")
+# Values of a run that some methods read, and which; other methods refuse them.
+_RULES = ("sparse_momentum", "ticket")
+READ_BY = {
+    "prune_rate": (*_RULES, "ham"),
+    "prune_decay": (*_RULES, "ham"),
+    "prune": _RULES,
+    "redistribute": _RULES,
+    "grow": _RULES,
+    "l1": ("l1",),
+    "ticket": ("ticket",),
+    "finder": ("ticket",),
+    "gate": ("gsm", "ticket"),
+    "settle_epoch": ("gsm", "ticket"),
+}
 TWO_OF_FOUR = ("gradual_magnitude", "wanda", "sparse_gpt")
 
 

@@ -378,7 +378,8 @@ def _plan(config: configs.Resolved, made: Setup) -> Build:
         raise ValueError(
             f"train: method={config.method!r} does not fit epochs={config.epochs} of "
             f"{made.steps_per_epoch} steps with update_epochs={config.update_epochs} "
-            f"and density={config.density:g}. {error}"
+            f"and density={config.density:g}. {error} Here: raise epochs, take more "
+            "cycles in an epoch, or choose method='static'."
         ) from error
 
 

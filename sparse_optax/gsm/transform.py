@@ -31,7 +31,7 @@ from sparse_optax.layers import (
     layers_of,
     leaf_names,
 )
-from sparse_optax.masks.tree import unpack
+from sparse_optax.masks.tree import check_gradient, unpack
 from sparse_optax.patterns import SINGLE, Pattern, pattern_of
 
 
@@ -190,6 +190,7 @@ def _gate(gate: _Gate) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.needs_params(params, "the saliency |g * w| needs the weights")
+        checks.own_state(state, "gsm_passed")
         layers = _layers_of_state(state, updates, params, gate)
         count = jnp.asarray(optax.safe_increment(state.count))
         if not layers.index:
@@ -225,21 +226,13 @@ def _layers_of_state(
     """The layers that ``init`` chose, after a check of gradients and parameters."""
     old, structure = jax.tree.flatten(state.gsm_passed, is_leaf=is_hole)
     flat, gradient = (jax.tree.leaves(x, is_leaf=is_hole) for x in (params, updates))
-    if not len(old) == len(flat) == len(gradient):
+    if len(old) != len(flat):
         raise ArgumentError(
-            f"init saw {len(old)} leaves; `params` has {len(flat)} and the gradient "
-            f"{len(gradient)}. The structures must be equal: pass the tree that init "
-            "was called with."
+            f"init saw {len(old)} leaves and `params` has {len(flat)}; the structures "
+            "must be equal. Pass the tree that init was called with."
         )
     chosen = [not is_hole(x) for x in old]
-    for x, g, name, among in zip(
-        flat, gradient, leaf_names(params), chosen, strict=True
-    ):
-        if among and g.shape != x.shape:
-            raise ArgumentError(
-                f"the gradient of {name!r} has shape {g.shape} and `params` {x.shape}; "
-                "they must be equal. Pass gradients of these parameters."
-            )
+    check_gradient(gradient, flat, leaf_names(params), chosen)
     return chosen_layers(params, chosen, gate.stacked, gate.pattern, structure)
 
 

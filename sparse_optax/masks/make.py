@@ -281,7 +281,7 @@ def ranking(
     pattern = pattern_of(pattern)
     if pattern.density is not None:
         check_static(density, pattern=pattern)
-    layers = layers_of(params, where, stacked, pattern, may_be_empty=True)
+    layers = layers_of(params, where, stacked, pattern)
     like = layers.pick(params)
     if not layers.index:
         return Ranking(layers, like, [])

@@ -187,11 +187,20 @@ def density(masks: PyTree) -> float:
 
 def _check_arrays(masks: PyTree) -> None:
     """Raises unless all masks are arrays; those of `optax.contrib.sam` are integers."""
-    for mask in flatten(masks)[0]:
-        if not is_mask(mask) and not hasattr(mask, "ndim"):
+    flat, structure = flatten(masks)
+    for name, mask in zip(names_of(structure), flat, strict=True):
+        if is_mask(mask):
+            continue
+        if not hasattr(mask, "ndim"):
             raise ArgumentError(
                 f"`masks` must be a tree of boolean arrays; got {mask!r}. Pass a mask "
                 "tree, such as sparse_optax.get_masks(opt_state)."
+            )
+        if mask.dtype != bool and not jnp.issubdtype(mask.dtype, jnp.integer):
+            raise ArgumentError(
+                f"in `masks`, {name!r} has dtype {mask.dtype}; it must be bool. Pass "
+                "masks; those of weights that are not zero are "
+                "masks.nonzero_masks(params)."
             )
 
 
@@ -220,6 +229,26 @@ def check_shapes(
             raise ArgumentError(
                 f"the mask of {name!r} has shape {mask_shape(mask)} and `params` "
                 f"{tuple(param.shape)}; they must be equal. Pass masks made for these "
+                "parameters."
+            )
+
+
+def check_gradient(
+    gradient: Sequence[Any], params: Sequence[Any], names: Sequence[str], among: Any
+) -> None:
+    """Raises unless the gradient has the leaves of the parameters, and the shapes of
+    those ``among`` them that take part.
+    """
+    if len(gradient) != len(params):
+        raise ArgumentError(
+            f"the gradient has {len(gradient)} leaves and `params` {len(params)}; the "
+            "structures must be equal. Pass gradients of these parameters."
+        )
+    for g, x, name, takes in zip(gradient, params, names, among, strict=True):
+        if takes and jnp.shape(g) != jnp.shape(x):
+            raise ArgumentError(
+                f"the gradient of {name!r} has shape {jnp.shape(g)} and `params` "
+                f"{jnp.shape(x)}; they must be equal. Pass gradients of these "
                 "parameters."
             )
 

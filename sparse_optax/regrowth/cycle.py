@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_optax.checks import ArgumentError
 from sparse_optax.regrowth import allocate
 from sparse_optax.regrowth.rules import Evidence, Rule, active_magnitude, tally_layers
 from sparse_optax.selection.tally import all_true
@@ -20,7 +21,8 @@ class Cycle(NamedTuple):
       kept: The masks after the prune. Weights of ``masks`` not in ``kept`` have grown.
       removed: int32 vector, weights removed from each layer.
       grown: int32 vector, weights grown in each layer; the same sum without a target.
-      ok: Whether all evidence was finite. If False, masks stay and counts are zero.
+      ok: Whether all evidence was finite, and the growth rule met its sum. If False,
+        masks stay and counts are zero.
       states: The states of the three rules.
     """
 
@@ -102,13 +104,13 @@ def cycle(
     # Prune active weights only. Most redistribution rules see the masks before that.
     shares = None
     if not redistribute.after_prune:
-        shares, share_state = redistribute.apply(_keyed(evidence, 1), share_state)
+        shares, share_state = _shares(evidence, redistribute, share_state)
     kept, removed, prune_state = _pruned(evidence, prune, prune_state, shares, moving)
     evidence = evidence._replace(masks=kept)
 
     # Redistribute.
     if redistribute.after_prune:
-        shares, share_state = redistribute.apply(_keyed(evidence, 1), share_state)
+        shares, share_state = _shares(evidence, redistribute, share_state)
     if shares is not None and jnp.issubdtype(shares.dtype, jnp.floating):
         ok = jnp.logical_and(ok, jnp.all(jnp.isfinite(shares)))
     own = removed if not moving else removed + evidence.target - evidence.active
@@ -118,6 +120,10 @@ def cycle(
     # Grow.
     added, grown, grow_state = _grown(evidence, grow, grow_state, to_grow)
     new = tuple(jnp.logical_or(k, g) for k, g in zip(kept, added, strict=True))
+    if not (grow.exact or grow.open_ended):
+        for over in (grown - to_grow, to_grow - grown):
+            high, low = allocate.signed_sum(over)
+            ok = jnp.logical_and(ok, high | low == 0)
 
     none = jnp.zeros_like(removed)
     after = Cycle(new, kept, removed, grown, ok, (prune_state, share_state, grow_state))
@@ -140,7 +146,7 @@ def _at_once(
 ) -> Cycle:
     """A cycle of a rule that returns the masks after it."""
     before = evidence.masks
-    new, state = prune.apply(_keyed(evidence, 0), states[0])
+    new, state = _masks("prune", prune, _keyed(evidence, 0), states[0])
     kept = tuple(map(jnp.logical_and, before, new))
     none = jnp.zeros_like(evidence.active)
     staying = number = none
@@ -155,6 +161,49 @@ def _at_once(
 
 def _all_and_stayed(mask: jax.Array, before: jax.Array) -> tuple[jax.Array, ...]:
     return mask, jnp.logical_and(mask, before)
+
+
+def _returned(role: str, rule: Rule, evidence: Evidence, state: Any) -> Any:
+    """What a rule returned: its result and its new state."""
+    pair = rule.apply(evidence, state)
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ArgumentError(
+            f"apply of `{role}` returned {type(pair).__name__}; it must return (result,"
+            " state). Return the state, too, or use regrowth.stateless(f)."
+        )
+    return pair
+
+
+def _masks(role: str, rule: Rule, evidence: Evidence, state: Any) -> Any:
+    """The masks that a prune or growth rule returned, and its new state."""
+    result, state = _returned(role, rule, evidence, state)
+    wanted = [m.shape for m in evidence.masks]
+    found: Any = type(result).__name__
+    if isinstance(result, tuple | list):
+        found = [getattr(m, "shape", type(m).__name__) for m in result]
+        if found == wanted and all(m.dtype == bool for m in result):
+            return tuple(result), state
+        if found == wanted:
+            found = f"dtypes {[str(m.dtype) for m in result]}"
+    raise ArgumentError(
+        f"`{role}` returned {found}; it must return a tuple of boolean arrays, one for "
+        f"each of evidence.masks, of the shapes {wanted}. Return "
+        "evidence.select(arrays, counts, score), for instance."
+    )
+
+
+def _shares(evidence: Evidence, rule: Rule, state: Any) -> Any:
+    """The shares that a redistribution rule returned, and its new state."""
+    shares, state = _returned("redistribute", rule, _keyed(evidence, 1), state)
+    layers = len(evidence.sizes)
+    if shares is not None and getattr(shares, "shape", None) != (layers,):
+        found = getattr(shares, "shape", type(shares).__name__)
+        raise ArgumentError(
+            f"`redistribute` returned {found}; it must return None or an array with "
+            f"one share for each of {layers} layers. Use evidence.count(masks), for "
+            "instance."
+        )
+    return shares, state
 
 
 def _keyed(evidence: Evidence, rule: int) -> Evidence:
@@ -204,7 +253,8 @@ def _pruned(evidence: Evidence, prune: Rule, state: Any, shares: Any, moving: bo
     counts = allocate.prune_counts(evidence.rate, staying, sizes, _whole(shares, sizes))
     if moving:
         counts += active - staying
-    kept, state = prune.apply(_keyed(evidence._replace(counts=counts), 0), state)
+    evidence = evidence._replace(counts=counts)
+    kept, state = _masks("prune", prune, _keyed(evidence, 0), state)
     if before and moving and not (prune.exact or prune.covers or prune.pooled):
         kept = _within(evidence._replace(masks=kept))
     if before and not prune.exact:
@@ -251,7 +301,8 @@ def _whole(shares: Any, sizes: jax.Array) -> jax.Array:
 def _grown(evidence: Evidence, grow: Rule, state: Any, counts: jax.Array):
     """Masks of the new weights, their number per layer, and the rule's state."""
     evidence = evidence._replace(masks=evidence.taken(evidence.masks))
-    added, state = grow.apply(_keyed(evidence._replace(counts=counts), 2), state)
+    evidence = evidence._replace(counts=counts)
+    added, state = _masks("grow", grow, _keyed(evidence, 2), state)
     if evidence.masks and not grow.exact:
         missing = [jnp.logical_not(k) for k in evidence.masks]
         pairs = list(zip(added, missing, strict=True))

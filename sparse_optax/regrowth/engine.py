@@ -25,7 +25,7 @@ from sparse_optax.layers import (
     leaf_names,
 )
 from sparse_optax.masks.make import Key, as_key
-from sparse_optax.masks.tree import check_shapes, layers_of_masks, pack, unpack
+from sparse_optax.masks.tree import check_gradient, layers_of_masks, pack, unpack
 from sparse_optax.patterns import SINGLE, Pattern, pattern_of
 from sparse_optax.regrowth import allocate, guard
 from sparse_optax.regrowth import inner as inner_update
@@ -303,7 +303,7 @@ def _init(method: Method, params: PyTree) -> RegrowState:
     leaves = layers.pick(params)
     rules = _rules(method, layers)
     inner_state = method.inner_tx.init(params)
-    check_inner(method, inner_state)
+    check_inner(method, inner_state, layers)
     if _restart(method, layers, inner_state, params) and method.inner is not None:
         check_alone(method.inner)
     own: Any = ()
@@ -386,6 +386,7 @@ def _update(
 ) -> tuple[PyTree, RegrowState]:
     """One step: perhaps a cycle, then the inner update, then exact zeros."""
     checks.needs_params(params, "the update of a missing weight is minus the weight")
+    checks.own_state(state, "regrow_masks")
     extra = dict(extra)
     between = _between(method, extra.pop("regrow_between", None))
     # Without a cycle weights may be cut to a smaller tree, which fits no pattern.
@@ -393,7 +394,8 @@ def _update(
     layers = layers_of_masks(state.regrow_masks, params, *how)
     gradient = jax.tree.leaves(updates, is_leaf=is_hole)
     stored = jax.tree.leaves(state.regrow_masks, is_leaf=is_mask)
-    check_shapes(stored, gradient, leaf_names(params))
+    flat = jax.tree.leaves(params, is_leaf=is_hole)
+    check_gradient(gradient, flat, leaf_names(params), (not is_hole(m) for m in stored))
     state = _as_stored(state)
     frozen = leaves_of(state.frozen, layers.structure.num_leaves)
 

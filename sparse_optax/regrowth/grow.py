@@ -431,4 +431,8 @@ def _above_spread(c: float, factor: float, gamma: float, power: float) -> Rule:
         new = (heads & (jnp.abs(w) >= t) & jnp.logical_not(m) for w, m, t in columns)
         return tuple(new), state
 
-    return Rule(lambda params, _: PerWeight(thresholds(params, c, factor)), apply)
+    return Rule(
+        lambda params, _: PerWeight(thresholds(params, c, factor)),
+        apply,
+        open_ended=True,
+    )

@@ -154,6 +154,9 @@ class Rule(NamedTuple):
       covers: Whether a prune rule that is not exact leaves no layer with more than its
         target, so that each layer can grow back its own count. Where a rule without it
         leaves more than all targets together, the smallest go, layer by layer.
+      open_ended: Whether a growth rule may grow another number than ``sum(counts)``, so
+        that no total is kept. If it is neither this nor ``exact``, a cycle whose growth
+        misses the sum is skipped.
       by_share: Whether a prune rule that is not exact takes the prune rate's fraction
         of each layer. Under N:M it then sees whole layers, not groups.
       at_once: Of a prune rule, ``at_once(prune, grow, axes, moving) -> Rule``: a
@@ -171,6 +174,7 @@ class Rule(NamedTuple):
     pooled: bool = False
     covers: bool = False
     by_share: bool = False
+    open_ended: bool = False
     at_once: Callable[..., "Rule"] | None = None
     whole: bool = False
 
@@ -196,6 +200,7 @@ def stateless(
     pooled: bool = False,
     covers: bool = False,
     by_share: bool = False,
+    open_ended: bool = False,
 ) -> Rule:
     """Turns a function of the evidence into a rule without memory.
 
@@ -207,6 +212,7 @@ def stateless(
       pooled: Of a prune rule.
       covers: Of a prune rule.
       by_share: Of a prune rule.
+      open_ended: Of a growth rule.
 
     Returns:
       A rule.
@@ -226,6 +232,7 @@ def stateless(
         pooled=pooled,
         covers=covers,
         by_share=by_share,
+        open_ended=open_ended,
     )
 
 

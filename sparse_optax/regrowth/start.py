@@ -27,10 +27,13 @@ from sparse_optax.masks.make import (
     random_of_layers,
     top_of_layers,
 )
+from sparse_optax.masks.optimizer_state import states_with
 from sparse_optax.masks.tree import (
     check_dtype,
     check_masks,
+    flatten,
     layers_of_masks,
+    names_of,
     unpack,
     whole_count,
 )
@@ -163,6 +166,9 @@ def _check_parts(method: Method) -> None:
         if not isinstance(rule, Rule):
             cure = "Wrap a function: regrowth.stateless(f)."
             fail(name, rule, "a regrowth.Rule", cure)
+        if not set(rule.needs) <= {"momentum", "gradient"}:
+            allowed = 'some of ("momentum", "gradient")'
+            fail(f"{name}.needs", rule.needs, allowed, "All rules see the weights.")
 
 
 def _check_timing(method: Method) -> None:
@@ -225,8 +231,18 @@ def _check_frozen(method: Method) -> None:
         fail("pattern", method.pattern.name, allowed, cure)
 
 
-def check_inner(method: Method, inner_state: Any) -> None:
+def check_inner(method: Method, inner_state: Any, layers: Layers) -> None:
     """Raises if the wrapped optimizer cannot work inside the engine."""
+    for other in states_with(inner_state, "regrow_masks"):
+        masks, structure = flatten(other.regrow_masks)
+        pairs = zip(names_of(structure), masks, strict=True)
+        both = {name for name, m in pairs if not is_hole(m)} & set(layers.names)
+        if both:
+            raise ArgumentError(
+                f"another sparse method stands in `inner` and has masks of "
+                f"{sorted(both)}, too; a layer must have one method. Take one of them "
+                "away, or give them different layers with `where`."
+            )
 
     def is_accumulator(node):
         return isinstance(node, optax.MultiStepsState)

@@ -1,7 +1,7 @@
-"""LeNet-300-100 on scikit-learn's digits: every method, in about two minutes.
+"""LeNet-300-100 on scikit-learn's digits: both flagship methods, in some minutes.
 
 No paper has this table; it shows that the methods work where no data set can be
-downloaded. Recipes of the digits (``config.RECIPES``), 5% of the weights, 3 seeds. The
+downloaded. Recipes of the digits (``recipes.RECIPES``), 5% of the weights, 3 seeds. The
 360 test images are by other writers than the training images; one image is 0.28%.
 """
 
