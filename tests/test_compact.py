@@ -835,6 +835,7 @@ def test_measured_takes_the_fastest(monkeypatch):
             "_times",
             lambda calls, args, best=best: {k: 1.0 + (k != best) for k in calls},
         )
+        monkeypatch.setattr(module, "_MEASURED", {})
         small = compact(fn, params, x, round_to="measured")
         assert small.record.round_to == best
         assert small.record.seconds[best] == 1.0
@@ -842,6 +843,21 @@ def test_measured_takes_the_fastest(monkeypatch):
         if best is None:
             assert small.params[1].shape == params[1].shape
             assert "Dense: 1e+03 ms." in small.record.table()
+
+
+def test_what_was_measured_is_remembered(monkeypatch):
+    module = __import__("sys").modules["sparse_optax.export.compaction.compact"]
+    fn, params, x = layers(density=0.3)
+    seconds = {1: 3.0, 8: 1.0, 16: 2.0, 32: 2.0, None: 4.0}
+    monkeypatch.setattr(module, "_MEASURED", {})
+    monkeypatch.setattr(module, "_times", lambda *args: seconds)
+    first = compact(fn, params, x, round_to="measured")
+    monkeypatch.setattr(module, "_times", lambda *args: pytest.fail("measured again"))
+    again = compact(fn, params, x, round_to="measured")
+    assert first.record == again.record
+    assert again.record.round_to == 8
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        compact(fn, params, x[:3], round_to="measured")
 
 
 def test_times_are_measured():
@@ -854,9 +870,92 @@ def test_times_are_measured():
     assert min(seconds.values()) == seconds[small.record.round_to] > 0
 
 
+# --- in place -------------------------------------------------------------------------
+class Images(nnx.Module):
+    """Convolutions with norms and a residual sum, pooling, and dense layers."""
+
+    def __init__(self, rngs):
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.first, self.second, self.third = conv(2, 16), conv(16, 16), conv(16, 8)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.hidden = nnx.Linear(8 * 9, 40, rngs=rngs)
+        self.last = nnx.Linear(40, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        x = x + nnx.relu(self.second(x))
+        x = nnx.avg_pool(nnx.gelu(self.third(x)), (2, 2), (2, 2))
+        return self.last(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
+
+
+def test_a_module_of_nnx_takes_the_small_arrays_in_place():
+    model = Images(nnx.Rngs(0))
+    model.eval()
+    graph, state = nnx.split(model)
+    state = hollow(state, density=0.3, dead=0.5)
+    rows = state["hidden"]["kernel"].get_value().reshape(9, 8, 40)
+    state["hidden"]["kernel"].set_value(rows.at[:, 2:4].set(0).reshape(72, 40))
+
+    def fn(state, x):
+        return nnx.merge(graph, state)(x)
+
+    x = jax.random.normal(jax.random.key(1), (4, 6, 6, 2))
+    small = compact(fn, state, x, in_place=True)
+    module = nnx.merge(graph, small.params)
+    np.testing.assert_allclose(module(x), fn(state, x), rtol=1e-4, atol=1e-5)
+    assert module.third.kernel.shape[-1] == 6
+    assert module.hidden.kernel.shape[0] == 9 * module.third.kernel.shape[-1]
+    assert module.hidden.kernel.shape[1] == module.last.kernel.shape[0] < 40
+    assert module.last.kernel.shape[1] == 5
+    # Its gradient is that of the dense model, for what is there.
+    dense = small.cut(jax.grad(lambda s: fn(s, x).sum(), allow_int=True)(state))
+    own = jax.grad(lambda s: fn(s, x).sum(), allow_int=True)(small.params)
+    np.testing.assert_allclose(
+        own["third"]["bias"].get_value(),
+        dense["third"]["bias"].get_value(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_in_place_the_inputs_stay_whole():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"] + params["c"][None]) @ params["b"]
+
+    key = jax.random.key(0)
+    params = {
+        "a": jax.random.normal(key, (50, 20)).at[:40].set(0).at[:, 3].set(0),
+        "b": jax.random.normal(key, (20, 30)).at[5:9].set(0),
+        "c": jnp.ones(20),
+    }
+    x = jax.random.normal(key, (2, 50))
+    assert compact(fn, params, x).params["a"].shape == (10, 15)
+    small = compact(fn, params, x, in_place=True)
+    assert small.params["a"].shape == (50, 16)  # a known unit stays
+    np.testing.assert_allclose(fn(small.params, x), fn(params, x), rtol=1e-5)
+
+
+def test_code_that_fixes_shapes_is_not_cut_in_place():
+    model = nn.Sequential([nn.Dense(20), nn.relu, nn.Dense(3)])
+    x = jnp.ones((2, 8))
+    variables = hollow(model.init(jax.random.key(0), x), density=0.3, dead=0.5)
+    with pytest.raises(ValueError, match=r"compact: `in_place` is True, and `fn` does"):
+        compact(model.apply, variables, x, in_place=True)
+
+    def fixed(params, x):
+        n = params["a"].shape[1]
+        return jax.nn.relu(x @ params["a"]) @ params["b"] / n
+
+    params = {"a": jnp.ones((8, 6)), "b": jnp.ones((6, 2)).at[:2].set(0)}
+    with pytest.raises(ValueError, match=r"its results differ"):
+        compact(fixed, params, x, in_place=True)
+
+
 # --- bad input ------------------------------------------------------------------------
 def test_bad_input_gets_one_clear_error():
     fn, params, x = layers()
+    with pytest.raises(ValueError, match=r"compact: `in_place` must be True or False"):
+        compact(fn, params, x, in_place=1)
     with pytest.raises(ValueError, match=r"compact: `fn` must be a function"):
         compact(params, params, x)
     with pytest.raises(ValueError, match=r"compact: the leaf '1' of `params` is str"):

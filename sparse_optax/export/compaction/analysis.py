@@ -178,6 +178,8 @@ class Analysis(Facts):
         """Adds what an equation reads."""
         for out in eqn.outputs:
             self.fill(out)
+        if self.settings.in_place:
+            self._take_all(eqn)
         wanted = [self.need.get(out) for out in eqn.outputs]
         first = eqn.outputs[0]
         try:
@@ -188,6 +190,22 @@ class Analysis(Facts):
         self.targets[first] = targets
         for value, box in zip(eqn.inputs, targets, strict=True):
             self.want(value, box)
+
+    def _take_all(self, eqn: Equation) -> None:
+        """Makes an elementwise operation read all that is there of its operands, as its
+        code does: both sides of a residual sum have the same units.
+        """
+        if self.rules[eqn.outputs[0]] not in (
+            elementwise.RULE,
+            elementwise.SAME,
+            NESTED,
+        ):
+            return
+        for out in eqn.outputs:
+            for x in eqn.inputs:
+                moves = x in self.have and x not in self.exact
+                if moves and x.shape == out.shape and out in self.need:
+                    self.want(out, self.have[x])
 
     def to_be_had(self, value: Value) -> Box | None:
         """The box of a value that can be computed from what is needed anyway, and from

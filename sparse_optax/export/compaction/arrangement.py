@@ -187,6 +187,9 @@ def _reshape_needed(eqn: Equation, boxes: Boxes, facts: Facts) -> Boxes:
         grid = mask.reshape([value.shape[axis] for axis in left])
         for place, axis in enumerate(left):
             wanted[axis] = plain(any_along(grid, place))
+        if facts.settings.in_place and len(right) == 1:
+            there = [as_mask(wanted[axis], value.shape[axis]) for axis in left]
+            facts.widen(out, right[0], plain(crossed(there).reshape(-1)))
     return [tuple(wanted), *(everything(x) for x in eqn.inputs[1:])]
 
 

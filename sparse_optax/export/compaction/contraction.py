@@ -58,7 +58,7 @@ def _summed(
         kept[0] = True  # an array has one entry at least
     spare = int((at_hand & ~kept).sum())
     dear = facts.settings.spare_takes and spare * products <= TAKE * int(kept.sum())
-    if dear and key not in facts.least_sums:
+    if facts.settings.in_place or (dear and key not in facts.least_sums):
         kept |= at_hand
     size, multiple = int(kept.sum()), facts.settings.round_to
     least = max(size + -size % multiple, facts.least_sums.get(key, 0))

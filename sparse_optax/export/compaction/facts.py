@@ -30,12 +30,14 @@ class Settings(NamedTuple):
         add is computed once.
       keep_all: Whether nothing is cut.
       spare_takes: Whether inputs stay where to take the others costs more.
+      in_place: Whether a product reads all that is there of what it sums over.
     """
 
     round_to: int = 1
     fold: bool = True
     keep_all: bool = False
     spare_takes: bool = True
+    in_place: bool = False
 
 
 Known = dict[int, Slices]  # by axis; axes of which nothing is known are left out
