@@ -1,6 +1,7 @@
 """Questions about a network and a run, against NumPy."""
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from helpers import refuses
 
 import sparse_optax
 from sparse_optax import analysis
+from sparse_optax.experiments import models
 
 RNG = np.random.default_rng(0)
 SHAPES = {"fc1": (5, 7), "fc2": (7, 3)}
@@ -359,3 +361,141 @@ def test_saliencies_of_wrong_input():
         analysis.compare_saliencies(
             lambda params, x: forward(params, x).sum(1), network(), batches(1)
         )
+
+
+# --- speed ----------------------------------------------------------------------------
+@pytest.fixture
+def clock(monkeypatch):
+    """Times that are known: of the n-th product n seconds dense, a tenth compacted, a
+    fifth in a sparse matrix; of whole models 8, 4 and 16.
+    """
+    count = itertools.count(1)
+
+    def of_layers(calls, **options):
+        if "sparse" in calls:
+            return {"dense": 8.0, "compacted": 4.0, "sparse": 16.0}
+        n = next(count) if calls else 0
+        return {k: {"dense": n, "compacted": n / 10}[k] for k in calls}
+
+    for name, least in (
+        ("analysis.speedup", of_layers),
+        ("export.sparse", lambda calls, **options: dict.fromkeys(calls, 0.2)),
+    ):
+        module = sys.modules[f"sparse_optax.{name}"]
+        monkeypatch.setattr(module, "least_seconds", least)
+
+
+def convolutional(seed=0):
+    """A convolution, one with groups, and two dense layers, with dead channels."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (3, 3, 2, 6), "g": (3, 3, 3, 8), "u": (32, 40), "v": (40, 5)}
+    params = {}
+    for name, shape in shapes.items():
+        kernel = rng.normal(size=shape) * (rng.random(shape) < 0.15)
+        kernel *= rng.random(shape[-1]) < 0.6
+        params[name] = {"kernel": kernel.astype(np.float32)}
+
+    def fn(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        for name, groups in (("a", 1), ("g", 2)):
+            x = jax.nn.relu(
+                jax.lax.conv_general_dilated(
+                    x,
+                    params[name]["kernel"],
+                    (2, 2),
+                    "SAME",
+                    dimension_numbers=layout,
+                    feature_group_count=groups,
+                )
+            )
+        x = jax.nn.relu(x.reshape(x.shape[0], -1) @ params["u"]["kernel"])
+        return x @ params["v"]["kernel"]
+
+    return fn, jax.tree.map(jnp.asarray, params), jnp.ones((3, 8, 8, 2))
+
+
+def test_estimates_of_a_speed_up(clock):
+    fn, params, x = convolutional()
+    found = analysis.measure_speedup(fn, params, x)
+    assert [layer.name for layer in found.layers] == [f"{n}/kernel" for n in "aguv"]
+    by_density = by_channels = 0
+    for n, layer in enumerate(found.layers, 1):
+        kernel = np.asarray(params[layer.name[0]]["kernel"])
+        density = np.count_nonzero(kernel) / kernel.size
+        empty = np.mean([not kernel[..., o].any() for o in range(kernel.shape[-1])])
+        np.testing.assert_allclose(layer[1:4], [density, empty, n])
+        np.testing.assert_allclose(layer[4:6], [n * density, n * (1 - empty)])
+        np.testing.assert_allclose(layer.compacted, n / 10)
+        assert layer.sparse == (0.2 if n > 2 else None)
+        by_density += n * density
+        by_channels += n * (1 - empty)
+    assert found.estimates == pytest.approx(
+        {"by_density": 10 / by_density, "by_channels": 10 / by_channels}
+    )
+    assert found.measured == {"compacted": 2.0, "sparse": 0.5}
+    lines = [line.split() for line in found.table().splitlines()]
+    assert lines[0][:3] == ["layer", "density", "empty"]
+    # Milliseconds; layers without a sparse form stay dense.
+    assert lines[5][-2:] == ["1e+03", "3.4e+03"]
+    assert lines[5][2] == "1e+04"
+    factors = [f"{10 / by_density:.2f}x", f"{10 / by_channels:.2f}x", "10.00x", "2.94x"]
+    assert lines[6] == factors
+    assert lines[8] == ["2.00x", "0.50x"]
+
+
+def test_masks_say_what_is_kept(clock):
+    fn, params, x = convolutional()
+    masks = jax.tree.map(lambda w: w != 0, params)
+    masks["u"]["kernel"] = masks["u"]["kernel"].at[:, 3].set(True)
+    found = analysis.measure_speedup(fn, params, x, masks=masks)
+    kept = np.asarray(masks["u"]["kernel"])
+    assert found.layers[2].density == pytest.approx(kept.mean())
+    assert found.layers[2].empty == pytest.approx(1 - kept.any(0).mean())
+
+
+def test_a_parameter_that_is_used_twice_and_in_a_loop(clock):
+    def fn(params, x):
+        x = jnp.tanh(x @ params["w"])
+        x = jax.lax.map(lambda row: jnp.tanh(row @ params["w"]), x)
+        return x @ params["w"].T, x @ x.T
+
+    params = {"w": jnp.eye(6)}
+    found = analysis.measure_speedup(fn, params, jnp.ones((4, 6)))
+    first, second = found.layers
+    # The second product is one of four rows; the third is like the first.
+    assert (first.name, first.dense) == ("w", 1 + 4 * 2 + 1)
+    assert first.compacted == first.dense  # nothing can go
+    assert first.by_density == pytest.approx(10 / 6)
+    assert second[:4] == ("(activations)", 1.0, 0.0, 3)
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "lenet-5-caffe"])
+def test_times_of_a_network_are_measured(name):
+    apply, params = models.create(name, (28, 28, 1), 10, key=jax.random.key(0))
+    masks = sparse_optax.masks.random_masks(0, params, 0.05)
+    params = sparse_optax.sparsify(params, masks)
+    found = analysis.measure_speedup(apply, params, jnp.ones((2, 28, 28, 1)))
+    names = [name for name, leaf in flat(params) if leaf.ndim > 1]
+    assert sorted(layer.name for layer in found.layers) == sorted(names)
+    assert set(found.seconds) == {"dense", "compacted", "sparse"}
+    assert all(s > 0 for s in found.seconds.values())
+    for layer in found.layers:
+        assert layer.dense > 0
+        assert layer.compacted > 0
+        assert (layer.sparse is None) == ("conv" in layer.name)
+
+
+def flat(params):
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [("/".join(key.key for key in path), leaf) for path, leaf in paths]
+
+
+def test_a_speed_up_of_wrong_input():
+    fn, params, x = convolutional()
+    with refuses("measure_speedup", "fn", "a function"):
+        analysis.measure_speedup(params, params, x)
+    with refuses("measure_speedup", "params", "concrete array"):
+        analysis.measure_speedup(fn, jax.eval_shape(lambda: params), x)
+    with refuses("measure_speedup", "masks", r"must be \(40, 5\)"):
+        masks = {"v": {"kernel": jnp.ones((2, 2), bool)}}
+        analysis.measure_speedup(fn, params, x, masks=masks)

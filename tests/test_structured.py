@@ -41,17 +41,17 @@ def leaves_by_name(tree):
     return {sparse_optax.layers.path_name(path): x for path, x in paths}
 
 
-def slices(units, unit):
-    """``(leaf, axis, indices)`` of one unit, from its mask alone."""
+def slices(units, *gone):
+    """``(leaf, axis, indices)`` of units, from their mask alone."""
     kept = np.ones(len(units), bool)
-    kept[unit] = False
+    kept[list(gone)] = False
     found = []
     for name, mask in leaves_by_name(units.masks(jnp.asarray(kept))).items():
-        gone = ~np.asarray(mask)
-        for axis in range(gone.ndim):
-            others = tuple(i for i in range(gone.ndim) if i != axis)
-            at = np.flatnonzero(gone.all(others))
-            if 0 < len(at) < gone.shape[axis]:
+        there = np.asarray(mask)
+        for axis in range(there.ndim):
+            others = tuple(i for i in range(there.ndim) if i != axis)
+            at = np.flatnonzero(~there.any(others))
+            if 0 < len(at) < there.shape[axis]:
                 found.append((name, axis, at))
     return found
 
@@ -91,9 +91,8 @@ def check_a_cut(fn, params, x, units, kept, *, all_read=True):
     pruned = sparse_optax.sparsify(params, units.masks(jnp.asarray(kept)))
     small = sparse_optax.compact(fn, pruned, x)
     left = {n: list(w.shape) for n, w in leaves_by_name(params).items()}
-    for unit in np.flatnonzero(~kept):
-        for name, axis, at in slices(units, unit):
-            left[name][axis] -= len(at)
+    for name, axis, at in slices(units, *np.flatnonzero(~kept)):
+        left[name][axis] -= len(at)
     before, after = small.record.multiply_adds
     costs = units.multiply_adds(), units.multiply_adds(jnp.asarray(kept))
     assert costs[0] == before

@@ -6,6 +6,7 @@
 - ``saliencies``: whether criteria rank the weights alike.
 - ``reactivation``: how many weights a gate takes up again.
 - ``decay``: how exact the formula of the decay of passive weights is.
+- ``speedup``: what sparsity brings in time, estimated and measured.
 - ``ranks``: rank correlation with its interval.
 """
 
@@ -24,3 +25,6 @@ from sparse_optax.analysis.specialization import Specialization as Specializatio
 from sparse_optax.analysis.specialization import (
     channel_specialization as channel_specialization,
 )
+from sparse_optax.analysis.speedup import Speedup as Speedup
+from sparse_optax.analysis.speedup import SpeedupLayer as SpeedupLayer
+from sparse_optax.analysis.speedup import measure_speedup as measure_speedup
