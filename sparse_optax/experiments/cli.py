@@ -323,6 +323,7 @@ class Reproduce:
     def run(self, started: float) -> None:
         """Runs what is missing, then prints the table."""
         del started
+        reproduce.check_workers(self.jobs, self.hours)
         if self.table == "all":
             if self.hours is None:
                 raise ValueError(

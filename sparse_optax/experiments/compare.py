@@ -34,7 +34,7 @@ def read(path: str | Path) -> Record:
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
-            f"compare: {path} must be a record or the folder of a finished run; there "
+            f"record: {path} must be a record or the folder of a finished run; there "
             f"is no file {file}. Give results/<name>.json or runs/<name>."
         )
     record = records.read(file)

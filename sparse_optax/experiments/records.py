@@ -144,8 +144,9 @@ def read(path: str | Path) -> Record:
         _check_parts(record)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"records.read: {path} is not a results record ({error}); delete it and "
-            "run it again."
+            f"records.read: {path} is not a results record ({error}). Give another "
+            "file; a record that was damaged comes again with the run that wrote it, "
+            "once it is deleted."
         ) from error
     return record
 

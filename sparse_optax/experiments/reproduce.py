@@ -174,6 +174,23 @@ def run_row(
     )
 
 
+def check_workers(jobs: int, hours: float | None) -> list[int]:
+    """The cores that workers are pinned to; raises for too many jobs or no time."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    most = len(cores) or os.cpu_count() or 1
+    if not 1 <= jobs <= most:
+        raise ValueError(
+            f"reproduce: jobs={jobs} must be between 1 and {most}, the "
+            "number of cores. Give such a number."
+        )
+    if hours is not None and not 0 < hours < math.inf:
+        raise ValueError(
+            f"reproduce: hours={hours!r} must be a finite number above 0, or left out "
+            "for no limit."
+        )
+    return cores
+
+
 def run_jobs(
     todo: Sequence[Job],
     *,
@@ -202,18 +219,7 @@ def run_jobs(
       RuntimeError: where a worker fails and there are no ``hours``, with the end of
         what it printed; the others are stopped. With ``hours`` they go on.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    most = len(cores) or os.cpu_count() or 1
-    if not 1 <= jobs <= most:
-        raise ValueError(
-            f"reproduce: jobs={jobs} must be between 1 and {most}, the "
-            "number of cores. Give fewer jobs."
-        )
-    if hours is not None and not 0 < hours < math.inf:
-        raise ValueError(
-            f"reproduce: hours={hours!r} must be a finite number above 0, or left out "
-            "for no limit."
-        )
+    cores = check_workers(jobs, hours)
     for folder in {job.path(results).parent for job in todo}:
         records.check_writable(folder)
     records.check_writable(runs)
