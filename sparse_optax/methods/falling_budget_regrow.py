@@ -10,7 +10,7 @@ from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
-from sparse_optax.methods.long_average import by_kernel
+from sparse_optax.methods.long_average_regrow import by_kernel
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
