@@ -14,7 +14,12 @@ run can reach its goal, and whether it did).
 
 **From dense to sparse while training:**
 ``gradual_magnitude``, ``iterative_magnitude``, ``one_shot_magnitude``, ``granet``,
-``ac_dc``, ``network_surgery`` (DNS), ``straight_through_magnitude``.
+``ac_dc``, ``network_surgery`` (DNS), ``straight_through_magnitude``,
+``learning_compression``; by a prior ``soft_weight_sharing`` (then ``share_weights``).
+
+**By weights that are drawn, with a second line in the loss:**
+``sparse_variational_dropout``, ``l0_regularization``: the loss takes the parameters
+that ``sample_weights`` gives, the test those of ``final_weights``.
 
 **Masks that stay, from one look at the network:**
 ``static_sparse`` trains under given or random masks: those of ``snip_masks``,
@@ -89,7 +94,9 @@ from sparse_optax.methods import (
     in_time_over_parameterization as in_time_over_parameterization,
 )
 from sparse_optax.methods import iterative_magnitude as iterative_magnitude
+from sparse_optax.methods import l0_regularization as l0_regularization
 from sparse_optax.methods import layerwise_obs as layerwise_obs
+from sparse_optax.methods import learning_compression as learning_compression
 from sparse_optax.methods import long_average_regrow as long_average_regrow
 from sparse_optax.methods import network_surgery as network_surgery
 from sparse_optax.methods import one_shot_magnitude as one_shot_magnitude
@@ -100,9 +107,13 @@ from sparse_optax.methods import rewind as rewind
 from sparse_optax.methods import rigl as rigl
 from sparse_optax.methods import score_tickets as score_tickets
 from sparse_optax.methods import snip_masks as snip_masks
+from sparse_optax.methods import soft_weight_sharing as soft_weight_sharing
 from sparse_optax.methods import sparse_evolutionary as sparse_evolutionary
 from sparse_optax.methods import sparse_gpt as sparse_gpt
 from sparse_optax.methods import sparse_momentum_regrow as sparse_momentum_regrow
+from sparse_optax.methods import (
+    sparse_variational_dropout as sparse_variational_dropout,
+)
 from sparse_optax.methods import static_sparse as static_sparse
 from sparse_optax.methods import (
     straight_through_magnitude as straight_through_magnitude,
@@ -115,9 +126,17 @@ from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
 from sparse_optax.scoring.inputs import layer_inputs as layer_inputs
 from sparse_optax.transforms import FollowState as FollowState
+from sparse_optax.transforms import HardConcreteState as HardConcreteState
 from sparse_optax.transforms import L1DecayState as L1DecayState
+from sparse_optax.transforms import MixtureState as MixtureState
+from sparse_optax.transforms import (
+    VariationalDropoutState as VariationalDropoutState,
+)
 from sparse_optax.transforms import add_l1_decay as add_l1_decay
 from sparse_optax.transforms import clip_by_active_norm as clip_by_active_norm
+from sparse_optax.transforms import final_weights as final_weights
+from sparse_optax.transforms import sample_weights as sample_weights
+from sparse_optax.transforms import share_weights as share_weights
 
 __version__ = _version("sparse_optax")
 
@@ -127,8 +146,11 @@ __all__ = [
     "FollowState",
     "GsmGap",
     "GsmState",
+    "HardConcreteState",
     "L1DecayState",
+    "MixtureState",
     "RegrowState",
+    "VariationalDropoutState",
     "ac_dc",
     "add_l1_decay",
     "analysis",
@@ -142,6 +164,7 @@ __all__ = [
     "eligible",
     "export",
     "falling_budget_regrow",
+    "final_weights",
     "fisher_masks",
     "get_masks",
     "gradual_magnitude",
@@ -153,8 +176,10 @@ __all__ = [
     "ham",
     "in_time_over_parameterization",
     "iterative_magnitude",
+    "l0_regularization",
     "layer_inputs",
     "layerwise_obs",
+    "learning_compression",
     "load_sparse",
     "long_average_regrow",
     "masks",
@@ -169,16 +194,20 @@ __all__ = [
     "report",
     "rewind",
     "rigl",
+    "sample_weights",
     "save_sparse",
     "schedules",
     "score_tickets",
     "selection",
     "set_masks",
+    "share_weights",
     "shuffle_masks",
     "snip_masks",
+    "soft_weight_sharing",
     "sparse_evolutionary",
     "sparse_gpt",
     "sparse_momentum_regrow",
+    "sparse_variational_dropout",
     "sparsify",
     "static_sparse",
     "straight_through_magnitude",

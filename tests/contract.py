@@ -555,6 +555,14 @@ ROWS = (
         update_period=PERIOD,
         update_stop=STOP,
     ),
+    # The penalty towards weights that are all kept is zero: one step at a time.
+    _towards_row(
+        sparse_optax.learning_compression,
+        FALLING,
+        exempt=_DENSE_AT_FIRST,
+        update_period=1,
+        update_stop=PERIOD,
+    ),
     # Without an end a weight that is missed grows behind its zero and takes a turn.
     _towards_row(sparse_optax.network_surgery, HIDDEN, update_stop=STOP),
     _towards_row(sparse_optax.straight_through_magnitude, HIDDEN, update_stop=STOP),

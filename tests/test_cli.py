@@ -50,6 +50,7 @@ from sparse_optax.experiments.tables import (
     costs,
     gsm_networks,
     methods_lenet300,
+    others_lenet300,
     text_transformer,
     ticket_gsm,
     wrn28_mostafa,
@@ -769,7 +770,7 @@ def test_every_row_knows_its_cost():
 
 PUBLISHED = (
     *(cifar10_lee, wrn28_mostafa, ablation_networks, gsm_networks, ticket_gsm),
-    *(cifar10_short, text_transformer),
+    *(cifar10_short, text_transformer, others_lenet300),
 )
 
 
@@ -812,6 +813,8 @@ def test_numbers_of_the_papers_are_those_of_the_papers():
         ("wrn28_mostafa", "sparse_momentum_d0.1"): (6.39, 0.05),
         ("wrn28_mostafa", "static_d0.5"): (5.72, 0.06),
         ("wrn28_mostafa", "deep_rewiring_d0.3"): (7.50, 0.10),
+        ("others_lenet300", "learning_compression_d0.01"): (3.2, None),
+        ("others_lenet300", "sparse_variational_dropout_d0.015"): (1.9, None),
         ("ablation_networks", "lenet-5-caffe"): (0.69, 0.021),
         ("ablation_networks", "vgg16-d_size_momentum"): (7.28, np.hypot(0.045, 0.082)),
         ("gsm_networks", "lenet-5-caffe_300x_plain"): (0.94, None),

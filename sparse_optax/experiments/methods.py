@@ -26,8 +26,9 @@ DSR_NUMBER = {"mnist": 600, "fashion-mnist": 600, "cifar10": 20_000}
 
 
 # --- dense, and cut afterwards --------------------------------------------------------
-def _cut(setup: Setup) -> Callable[[Params], Params]:
-    def cut(params):
+def _cut(setup: Setup) -> Callable[[Params, Any], Params]:
+    def cut(params, opt_state):
+        del opt_state
         density = setup.config.density
         masks = sparse_optax.masks.magnitude_masks(params, density)
         return sparse_optax.sparsify(params, masks)
@@ -86,7 +87,8 @@ def _pattern(setup: Setup) -> Any:
 def wanda(setup: Setup) -> Build:
     """Dense training, then one cut by weights times the norm of their inputs."""
 
-    def cut(params):
+    def cut(params, opt_state):
+        del opt_state
         masks = sparse_optax.wanda_masks(
             setup.forward,
             params,
@@ -102,7 +104,8 @@ def wanda(setup: Setup) -> Build:
 def sparse_gpt(setup: Setup) -> Build:
     """Dense training, then SparseGPT: one cut that corrects the weights that stay."""
 
-    def cut(params):
+    def cut(params, opt_state):
+        del opt_state
         _, new = sparse_optax.sparse_gpt(
             setup.forward,
             params,
@@ -113,6 +116,47 @@ def sparse_gpt(setup: Setup) -> Build:
         return new
 
     return Build(shared.inner(setup), cut=cut)
+
+
+def soft_weight_sharing(setup: Setup) -> Build:
+    """A mixture prior on the weights of a trained network, then a cut."""
+    # Adam at a twentieth of the rate for SGD: 5e-4 by default, as the tutorial has.
+    rate = learning_rate(setup.config, setup.steps_per_epoch)
+    prior = sparse_optax.soft_weight_sharing(examples=setup.examples)
+    adam = optax.adam(lambda count: 0.05 * rate(count))
+    return Build(optax.chain(prior, adam), cut=_cut(setup))
+
+
+# --- weights that are drawn -----------------------------------------------------------
+def _drawn(setup: Setup, make: Callable[..., Any], **options: Any) -> Build:
+    # Adam at a hundredth of the rate for SGD: 1e-3 by default, as the authors have.
+    rate = learning_rate(setup.config, setup.steps_per_epoch)
+    optimizer = make(
+        optax.adam(lambda count: 0.01 * rate(count)),
+        examples=setup.examples,
+        key=setup.key,
+        **options,
+    )
+    return Build(
+        optimizer,
+        cut=lambda params, opt_state: sparse_optax.final_weights(
+            params, opt_state, setup.config.density
+        ),
+        sample=sparse_optax.sample_weights,
+        shown=sparse_optax.final_weights,
+    )
+
+
+def sparse_variational_dropout(setup: Setup) -> Build:
+    """Variational dropout with full strength from a tenth of the run on, then a cut."""
+    begin, end = setup.total // 40, max(1, setup.total // 10)
+    strength = optax.linear_schedule(0.0, 1.0, max(1, end - begin), begin)
+    return _drawn(setup, sparse_optax.sparse_variational_dropout, strength=strength)
+
+
+def l0_regularization(setup: Setup) -> Build:
+    """L0 with a gate for each weight, then a cut."""
+    return _drawn(setup, sparse_optax.l0_regularization, strength=0.1)
 
 
 # --- masks that never change ----------------------------------------------------------
@@ -389,6 +433,19 @@ def network_surgery(setup: Setup) -> Build:
     return shared.masked(optimizer)
 
 
+def learning_compression(setup: Setup) -> Build:
+    """Learning-compression of a trained network, whose penalty grows each epoch."""
+    # The authors' 1.1 is for twenty times as many epochs.
+    optimizer = sparse_optax.learning_compression(
+        shared.inner(setup),
+        density=setup.config.density,
+        update_period=min(setup.period, setup.settled),
+        update_stop=setup.settled,
+        growth=1.2,
+    )
+    return shared.masked(optimizer)
+
+
 def straight_through_magnitude(setup: Setup) -> Build:
     """The largest of dense hidden weights, chosen anew at every step."""
     optimizer = sparse_optax.straight_through_magnitude(
@@ -441,6 +498,10 @@ BUILDERS: dict[str, Callable[[Setup], Build]] = {
     "layerwise_obs": layerwise_obs,
     "l1": l1,
     "l2": l2,
+    "learning_compression": learning_compression,
+    "soft_weight_sharing": soft_weight_sharing,
+    "sparse_variational_dropout": sparse_variational_dropout,
+    "l0_regularization": l0_regularization,
     "wanda": wanda,
     "sparse_gpt": sparse_gpt,
 }

@@ -90,6 +90,10 @@ METHODS: dict[str, Method] = {
     "layerwise_obs": Method(recipe="trained"),
     "l1": Method(cut_only=True, pooled=True),
     "l2": Method(cut_only=True, pooled=True),
+    "learning_compression": Method(recipe="trained", pooled=True),
+    "soft_weight_sharing": Method(recipe="trained", pooled=True),
+    "sparse_variational_dropout": Method(cut_only=True, pooled=True),
+    "l0_regularization": Method(cut_only=True, pooled=True),
     "wanda": Method(cut_only=True),
     "sparse_gpt": Method(cut_only=True),
 }
@@ -124,6 +128,10 @@ COMMON_NAMES = {
     "optimal_brain_damage": ("obd",),
     "layerwise_obs": ("lobs", "l_obs"),
     "sparse_gpt": ("sparsegpt",),
+    "learning_compression": ("lc",),
+    "soft_weight_sharing": ("sws",),
+    "sparse_variational_dropout": ("vd",),
+    "l0_regularization": ("l0",),
 }
 _NAMED = {
     **{name: name for name in METHODS},

@@ -35,14 +35,19 @@ class Build(NamedTuple):
       start: ``start(params, opt_state)`` gives the parameters of the first forward
         pass, from fresh or loaded ones.
       masks: ``masks(opt_state)`` gives the mask tree; None where there is none.
-      cut: ``cut(params)`` gives the final, sparse parameters where training alone
-        does not leave exact zeros (GSM); None otherwise.
+      cut: ``cut(params, opt_state)`` gives the final, sparse parameters where training
+        alone does not leave exact zeros (GSM); None otherwise.
+      sample: ``sample(params, opt_state)`` gives the parameters that the loss is
+        computed with.
+      shown: ``shown(params, opt_state)`` gives those of a test during training.
     """
 
     optimizer: optax.GradientTransformation
     start: Callable[[Params, Any], Params] = _unchanged
     masks: Callable[[Any], Any] | None = None
-    cut: Callable[[Params], Params] | None = None
+    cut: Callable[[Params, Any], Params] | None = None
+    sample: Callable[[Params, Any], Params] = _unchanged
+    shown: Callable[[Params, Any], Params] = _unchanged
 
 
 class Setup(NamedTuple):
@@ -72,6 +77,11 @@ class Setup(NamedTuple):
     def total(self) -> int:
         """Steps of the run."""
         return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def examples(self) -> int:
+        """Training examples of an epoch."""
+        return self.steps_per_epoch * self.config.batch_size
 
     @property
     def settled(self) -> int:

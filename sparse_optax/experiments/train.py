@@ -536,7 +536,7 @@ class _Run(NamedTuple):
                     metrics = {
                         "epoch": epoch + 1,
                         "train_loss": _short(float(loss)),
-                        **evaluate(*state[:2]),
+                        **evaluate(self.plan.shown(state[0], state[2]), state[1]),
                         **counts,
                         "seconds": _short(seconds),
                     }
@@ -599,6 +599,7 @@ class _Run(NamedTuple):
     def _epoch_function(self, state, images):
         """Compiles ``(state, key, x, y) -> (state, mean loss)`` for one epoch."""
         apply, optimizer = self.apply, self.plan.optimizer
+        sample = self.plan.sample
         batch = self.config.batch_size
         steps = len(images[0]) // batch
         kind = self.config.augment
@@ -615,7 +616,8 @@ class _Run(NamedTuple):
             def loss_of(params):
                 # Dropout. The order of the images takes the folds 0 and 1.
                 drop = jax.random.fold_in(key, 2 + number)
-                logits, new = apply(params, stats, x, train=True, key=drop)
+                used = sample(params, opt_state)
+                logits, new = apply(used, stats, x, train=True, key=drop)
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
                 return losses.mean(), new
 
@@ -744,7 +746,7 @@ class _Run(NamedTuple):
         results = dict(last)
         if self.plan.cut is not None:
             gap = sparse_optax.gsm_gap(params, self.config.density)
-            params = self.plan.cut(params)
+            params = self.plan.cut(params, opt_state)
             after = evaluate(params, stats)
             results = {
                 **{name: after[name] for name in errors},

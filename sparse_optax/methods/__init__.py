@@ -21,7 +21,13 @@ from sparse_optax.methods.iterative_magnitude import (
 from sparse_optax.methods.iterative_magnitude import (
     one_shot_magnitude as one_shot_magnitude,
 )
+from sparse_optax.methods.l0_regularization import (
+    l0_regularization as l0_regularization,
+)
 from sparse_optax.methods.layerwise_obs import layerwise_obs as layerwise_obs
+from sparse_optax.methods.learning_compression import (
+    learning_compression as learning_compression,
+)
 from sparse_optax.methods.long_average_regrow import (
     long_average_regrow as long_average_regrow,
 )
@@ -31,12 +37,18 @@ from sparse_optax.methods.optimal_brain_damage_masks import (
 )
 from sparse_optax.methods.rigl import rigl as rigl
 from sparse_optax.methods.snip_masks import snip_masks as snip_masks
+from sparse_optax.methods.soft_weight_sharing import (
+    soft_weight_sharing as soft_weight_sharing,
+)
 from sparse_optax.methods.sparse_evolutionary import (
     sparse_evolutionary as sparse_evolutionary,
 )
 from sparse_optax.methods.sparse_gpt import sparse_gpt as sparse_gpt
 from sparse_optax.methods.sparse_momentum_regrow import (
     sparse_momentum_regrow as sparse_momentum_regrow,
+)
+from sparse_optax.methods.sparse_variational_dropout import (
+    sparse_variational_dropout as sparse_variational_dropout,
 )
 from sparse_optax.methods.static_sparse import static_sparse as static_sparse
 from sparse_optax.methods.straight_through_magnitude import (

@@ -15,6 +15,7 @@ README.md in this folder explains the algebra and how to write a rule.
 - ``restart``: the moments of weights that have just grown, as ``init`` gives them.
 - ``inner``: the update of the wrapped optimizer, and what a line search in it sees.
 - ``momentum``: finds the momentum that an optimizer keeps already.
+- ``projection``: a penalty towards the largest weights, for learning-compression.
 - ``guard``: runs a cycle only where it is due, also under ``vmap``.
 """
 
