@@ -567,6 +567,12 @@ ROWS = (
     _towards_row(sparse_optax.network_surgery, HIDDEN, update_stop=STOP),
     _towards_row(sparse_optax.straight_through_magnitude, HIDDEN, update_stop=STOP),
     _towards_row(
+        sparse_optax.straight_through_magnitude,
+        HIDDEN,
+        update_stop=STOP,
+        missing_decay=0.1,
+    )._replace(name="straight_through_decayed"),
+    _towards_row(
         sparse_optax.top_kast,
         HIDDEN,
         exempt={"full_density": "the row's backward density is less than 1"},

@@ -22,7 +22,7 @@ from helpers import (
 )
 
 import sparse_optax
-from sparse_optax import budgets, regrowth, schedules, selection
+from sparse_optax import budgets, patterns, regrowth, schedules, selection
 from sparse_optax.regrowth import rules
 
 SHAPES = ((6, 5), (5, 4))
@@ -498,6 +498,43 @@ def test_straight_through_magnitude(moving):
     assert seen[-1] == [6, 4]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("nm", [False, True])
+def test_masked_weights_decay_as_in_sr_ste(nm, packed):
+    """In the gradient, and only those that the forward pass has masked."""
+    shapes, decay = ((8, 5), (4, 4)), 0.3
+    kept = {"pattern": patterns.n_m(2, 4)} if nm else {"density": 0.4}
+    tx = sparse_optax.straight_through_magnitude(
+        SGD, missing_decay=decay, packed=packed, **kept
+    )
+    plain = sparse_optax.straight_through_magnitude(SGD, packed=packed, **kept)
+    params, grads, weights, step_grads = start(15, shapes)
+
+    def masks_of(weights):
+        if not nm:
+            return largest(weights, [16, 6])
+        found = []
+        for w in weights:
+            rows = w.reshape(-1, 4, w.shape[1])
+            rank = np.argsort(np.argsort(-np.abs(rows), axis=1), axis=1)
+            found.append((rank < 2).reshape(w.shape))
+        return found
+
+    moments, wanted = [np.zeros_like(w) for w in weights], []
+    for step in step_grads:
+        masks = masks_of(weights)
+        moments = [
+            BETA * v + g + decay * np.where(m, 0, w)
+            for v, g, m, w in zip(moments, step, masks, weights, strict=True)
+        ]
+        weights = [w - LR * v for w, v in zip(weights, moments, strict=True)]
+        shown = [np.where(m, w, 0) for m, w in zip(masks, weights, strict=True)]
+        wanted.append((weights, masks, shown))
+    equals(run(tx, params, grads), wanted)
+    *_, (without, _) = run(plain, params, grads)
+    assert (without["Dense_0"]["kernel"] != wanted[-1][2][0]).any()
+
+
 @pytest.mark.parametrize("method", ["straight", "surgery", "kast"])
 def test_choosing_at_every_update_where_layers_are_stacked(method):
     """A stack, along its last axis, and the same layers as leaves of their own."""
@@ -678,6 +715,7 @@ def test_wrong_arguments(name):
         ("gradual_magnitude", "initial_density", 0.1, "0.2"),
         ("network_surgery", "ramp", 0.5, "a schedule"),
         ("straight_through_magnitude", "ramp", 0.5, "a schedule"),
+        ("straight_through_magnitude", "missing_decay", -1.0, "at least 0"),
     ],
 )
 def test_wrong_values(name, argument, value, allowed):

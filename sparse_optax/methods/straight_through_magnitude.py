@@ -5,12 +5,13 @@ from typing import Any
 
 import optax
 
-from sparse_optax import schedules
+from sparse_optax import checks, schedules
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.transforms.missing_decay import decay_missing
 
 
 @boundary("straight_through_magnitude")
@@ -25,6 +26,7 @@ def straight_through_magnitude(
     packed: bool = False,
     pattern: Pattern | None = None,
     dense_until: int | None = None,
+    missing_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains all weights with the gradient at the largest, chosen before each update.
 
@@ -34,6 +36,8 @@ def straight_through_magnitude(
               \text{ among the } k \text{ largest } |w|, \text{ else } 0
 
     The gradient ignores the masking. The mask is that of the weights before the step.
+    With ``missing_decay``, as in SR-STE, the gradient of the weights that are masked
+    gets :math:`\lambda w` added, so that they come and go less often.
 
     .. note:: Last in the chain, around the whole optimizer. Memory: one copy of the
       weights and one byte per weight, one bit with ``packed``. Cost: one selection per
@@ -55,6 +59,8 @@ def straight_through_magnitude(
       pattern: See ``regrow``.
       dense_until: Trains all weights for this many updates, then cuts to ``density``
         once, see ``regrow``. None starts sparse.
+      missing_decay: :math:`\lambda`, the decay of masked weights in their gradient, at
+        least 0. SR-STE has 2e-4, with N:M, beside the weight decay of all weights.
 
     Returns:
       A transformation with a ``RegrowState``.
@@ -77,11 +83,19 @@ def straight_through_magnitude(
     References:
       Bengio, Leonard and Courville, `Estimating or Propagating Gradients Through
       Stochastic Neurons <https://arxiv.org/abs/1308.3432>`_, 2013, for the estimator.
+      Zhou et al., `Learning N:M Fine-grained Structured Sparse Neural Networks From
+      Scratch <https://arxiv.org/abs/2102.04010>`_, 2021, for SR-STE:
+      ``pattern=patterns.n_m(2, 4), missing_decay=2e-4``.
 
     Differences from other libraries: the parameters are the sparse weights, and the
     state holds the dense ones. Without ``ramp`` the density is constant; others, such
     as JaxPruner, let it fall by a cubic, ``ramp=schedules.Towards(...)``.
     """
+    checks.transformation("inner", inner)
+    cure = "Give 2e-4, as SR-STE has, or 0."
+    checks.number("missing_decay", missing_decay, 0, static=True, cure=cure)
+    if missing_decay:
+        inner = optax.chain(decay_missing(missing_decay), inner)
     return unnamed(regrow)(
         inner,
         density=density,

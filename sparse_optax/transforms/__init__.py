@@ -5,6 +5,7 @@
 - ``follow``: a second step after each of an optimizer's, for ``ham``.
 - ``signed_step``: noise and L1 on weights with fixed signs, for DEEP-R.
 - ``backward_set``: gradients and steps of the largest weights only, for Top-KAST.
+- ``missing_decay``: decay of hidden weights that are missing, for SR-STE.
 - ``mixture``: the gradient of a mixture prior, for soft weight-sharing.
 - ``sampling``: weights that are drawn, for variational dropout and L0.
 """
