@@ -219,14 +219,15 @@ OPTIMIZERS = (
     lambda: optax.lion(0.01),
     lambda: optax.rmsprop(0.01),
     lambda: optax.adafactor(0.01),
-    lambda: optax.sm3(0.1),
+    lambda: optax.yogi(0.01),
     lambda: optax.novograd(0.01),
     lambda: optax.adadelta(0.1),
     lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
     lambda: optax.chain(sparse_optax.clip_by_active_norm(1.0), optax.sgd(0.1)),
     lambda: optax.chain(optax.add_decayed_weights(0.01), optax.adamax(0.01)),
     lambda: optax.chain(sparse_optax.add_l1_decay(1e-3), optax.sgd(0.1, momentum=0.9)),
-    lambda: optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.5),
+    # Without momentum, which takes the dtype of the first leaf, in Optax itself.
+    lambda: optax.inject_hyperparams(optax.sgd)(0.1),
 )
 
 
