@@ -244,12 +244,14 @@ def compact_training(
       ...     optax.sgd(0.01, momentum=0.9), density=0.05, update_period=50,
       ...     update_stop=200, key=0)
       >>> training = sparse_optax.compact_training(
-      ...     loss, tx, total_steps=200, window=20, compile_at=[0])
+      ...     loss, tx, total_steps=200, window=20, compile_at=range(0, 200, 50))
       >>> params, state, _, losses = training(
       ...     params, tx.init(params), (x, x[..., :1]))
-      >>> full, small = training.record
-      >>> full.steps, small.steps, small.multiply_adds < full.multiply_adds / 2
-      (72, 128, True)
+      >>> full, *small = training.record
+      >>> full.steps, sum(form.steps for form in small)
+      (72, 128)
+      >>> small[-1].multiply_adds < full.multiply_adds / 2
+      True
     """
     if not callable(fn):
         checks.fail("fn", fn, "a function fn(params, *args)", "Pass the loss.")
