@@ -282,9 +282,9 @@ def test_a_size_is_compiled_where_it_pays(monkeypatch):
     # A gain of a second a step: it pays after the first five steps.
     assert full.steps == 3 + 3 * 4
     assert small.steps == STEPS - full.steps
-    full, small = run(8)[:2]
+    full, small = run(16)  # half of it is taken for that of a small form
     assert full.steps == 3 + 5 + 3 * 4
-    assert [form.steps for form in run(30)] == [STEPS]
+    assert [form.steps for form in run(60)] == [STEPS]
 
 
 def test_batches_are_made_from_data_that_stays():

@@ -50,6 +50,9 @@ from sparse_optax.schedules.timing import NoCycle
 _WINDOW = 100
 # Updates after a cycle in full form: the method looks whether its zeros are there.
 _LOOKS = 2
+# Before one is compiled, the compilation of a small form is taken for this share of
+# that of the full one, which has the cycle too.
+_SHARE = 0.5
 # Until a size is measured, this share of a step does not depend on it.
 _FIXED = 0.2
 # Nothing stays that is not needed: whether there is room for it, sizes say.
@@ -659,7 +662,9 @@ class _Task:
             return more
         if self.full is None:
             return False
-        compiling = self.forms[-1].compile_seconds
+        compiling = _SHARE * self.full.compile_seconds
+        if self.small:
+            compiling = self.small[-1].compile_seconds
         present = self.full if found is None else found[0]
         gain = self._gain(present, work)
         if gain * n <= self.planning:
