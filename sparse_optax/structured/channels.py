@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_optax import checks
 from sparse_optax.budgets import count
@@ -299,7 +300,7 @@ class Channels:
                 continue
             x = jnp.asarray(flat[p.leaf])
             others = tuple(i for i in range(x.ndim) if i != p.axis)
-            along = jnp.sum(combine(x.astype(as_wide(x.dtype))), others)
+            along = _whole(jnp.sum(combine(x.astype(as_wide(x.dtype))), others))
             total = total.at[p.units].add(along.astype(jnp.float32))
         return total[:-1]
 
@@ -310,7 +311,7 @@ class Channels:
         for p in self._places:
             mask = of[p.leaf]
             others = tuple(i for i in range(mask.ndim) if i != p.axis)
-            along = jnp.any(mask, others).astype(jnp.int32)
+            along = _whole(jnp.any(mask, others).astype(jnp.int32))
             found = found.at[p.units].max(along)
         return found[:-1] > 0
 
@@ -438,6 +439,22 @@ def channels(
         )
     like = jax.tree.unflatten(structure, given)
     return Channels(like, tied, choose(like, where))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """A vector on all devices: an Explicit mesh does not add up what it splits."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def laid_like(mask: jax.Array, leaf: Any) -> jax.Array:
+    """A mask with the sharding of its leaf."""
+    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    if abstract or jax.typeof(mask).sharding == jax.typeof(leaf).sharding:
+        return mask
+    return jnp.logical_and(mask, jnp.ones_like(leaf, dtype=bool))
 
 
 def _abstract(x: Any) -> Any:

@@ -17,7 +17,7 @@ from sparse_optax.regrowth import redistribute
 from sparse_optax.regrowth.engine import transformation
 from sparse_optax.regrowth.rules import Evidence, Rule, stateless
 from sparse_optax.regrowth.start import Method, check, check_acts
-from sparse_optax.structured.channels import Channels, check_goal, fitting
+from sparse_optax.structured.channels import Channels, check_goal, fitting, laid_like
 
 SCORES = ("magnitude", "taylor")
 # A share of the multiply-adds is met within float32: this much is left free.
@@ -114,7 +114,6 @@ def gradual_channels(
         with jax.ensure_compile_time_eval():
             order = np.asarray(units.ranks(jnp.zeros(len(units)), scope))
         fitting(units, order, multiply_adds, scope)
-    masks = units.masks(jnp.ones(len(units), bool))
     method = Method(
         inner=inner,
         density=None,
@@ -126,7 +125,7 @@ def gradual_channels(
         update_stop=update_stop,
         prune_rate=0.0,
         key=0,
-        masks=masks,
+        masks=units.masks(np.ones(len(units), bool)),
         where=None,
         stacked=None,
         momentum="auto",
@@ -139,7 +138,20 @@ def gradual_channels(
     )
     check(method)
     check_acts(method)
-    return transformation(method)
+    tx = transformation(method)
+
+    def init_fn(params: PyTree) -> Any:
+        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+        if not flat:  # `optax.tree.map_params` initialises with a tree without leaves
+            return tx.init(params)
+        units.pick(params, "params")
+        masks = jax.tree.leaves(method.masks, is_leaf=is_hole)
+        pairs = zip(masks, flat, strict=True)
+        laid = [m if is_hole(m) else laid_like(m, x) for m, x in pairs]
+        laid = jax.tree.unflatten(structure, laid)
+        return transformation(method._replace(masks=laid)).init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def _check_units(units: Any) -> None:
@@ -188,7 +200,8 @@ def _rule(
         else:
             share = multiply_adds + left * (1 - multiply_adds)
             depth = _within(units, ranks, share, scope)
-        return tuple(units.mask_leaves(ranks < depth)), state
+        pairs = zip(units.mask_leaves(ranks < depth), evidence.masks, strict=True)
+        return tuple(laid_like(new, old) for new, old in pairs), state
 
     return Rule(
         init=lambda params, masks: (),
@@ -299,7 +312,8 @@ def gate_channels(
     checks.number("density", density, 0, 1, ends="(]", schedule=True, cure=cure)
 
     def init_fn(params: PyTree) -> GateState:
-        units.pick(params, "params")
+        if jax.tree.leaves(params):
+            units.pick(params, "params")
         return GateState(jnp.zeros([], jnp.int32), jnp.ones(len(units), bool))
 
     def update_fn(updates, state, params=None):
@@ -325,7 +339,7 @@ def gate_channels(
         passed = list(gradient)
         for i, mask in zip(units.leaves, units.mask_leaves(kept), strict=True):
             g = passed[i]
-            passed[i] = jnp.where(mask, g, jnp.zeros((), g.dtype))
+            passed[i] = jnp.where(laid_like(mask, g), g, jnp.zeros((), g.dtype))
         structure = jax.tree.structure(updates, is_leaf=is_hole)
         new = GateState(jnp.asarray(optax.safe_increment(state.count)), kept)
         return jax.tree.unflatten(structure, passed), new
