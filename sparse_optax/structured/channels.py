@@ -375,8 +375,9 @@ def channels(
 
     Units are found along axes that pass through operations one by one. An axis that is
     normalised over, goes through a softmax, is summed without weights, or reaches a
-    result has none, as the residual stream of a transformer with layer norm. A grouped
-    convolution has one unit for each group.
+    result has none, as the residual stream of a transformer with layer norm. What
+    enters a loop that carries values has none either. A grouped convolution has one
+    unit for each group.
 
     .. note:: Units of several leaves do not fit ``pattern=``, which cuts each leaf into
       units of its own. They come as masks of weights instead: ``static_sparse(inner,
