@@ -134,8 +134,9 @@ def measure_speedup(
     it, and in the fastest sparse matrix of ``to_sparse``; and of the whole model in the
     three forms. Where sparsity loses is part of the result.
 
-    .. note:: A layer is its product or convolution alone, without bias and activation:
-      the whole model takes longer than all layers. Times are those of this machine, the
+    .. note:: A layer is its product or convolution alone, without bias and activation,
+      and is called alone, which costs small layers more than their arithmetic: all
+      layers do not add up to the whole model. Times are those of this machine, the
       least of seven rounds in turns. It takes a few seconds for each layer.
 
     Args:
