@@ -32,7 +32,7 @@ that ``sample_weights`` gives, the test those of ``final_weights``.
 what they see.
 
 **Beside the method, in the optimizer:**
-``ham``, ``add_l1_decay``, ``clip_by_active_norm``.
+``ham``, ``add_l1_decay``, ``proximal_group_lasso``, ``clip_by_active_norm``.
 
 **Masks and states:**
 ``eligible`` (what is made sparse), ``decay_mask`` (what decays), ``sparsify``,
@@ -126,6 +126,7 @@ from sparse_optax.regrowth import RegrowState as RegrowState
 from sparse_optax.regrowth import regrow as regrow
 from sparse_optax.scoring.inputs import layer_inputs as layer_inputs
 from sparse_optax.transforms import FollowState as FollowState
+from sparse_optax.transforms import GroupLassoState as GroupLassoState
 from sparse_optax.transforms import HardConcreteState as HardConcreteState
 from sparse_optax.transforms import L1DecayState as L1DecayState
 from sparse_optax.transforms import MixtureState as MixtureState
@@ -135,6 +136,7 @@ from sparse_optax.transforms import (
 from sparse_optax.transforms import add_l1_decay as add_l1_decay
 from sparse_optax.transforms import clip_by_active_norm as clip_by_active_norm
 from sparse_optax.transforms import final_weights as final_weights
+from sparse_optax.transforms import proximal_group_lasso as proximal_group_lasso
 from sparse_optax.transforms import sample_weights as sample_weights
 from sparse_optax.transforms import share_weights as share_weights
 
@@ -144,6 +146,7 @@ __version__ = _version("sparse_optax")
 # scoring) are for readers: their names may move.
 __all__ = [
     "FollowState",
+    "GroupLassoState",
     "GsmGap",
     "GsmState",
     "HardConcreteState",
@@ -188,6 +191,7 @@ __all__ = [
     "optimal_brain_damage_masks",
     "patterns",
     "plot",
+    "proximal_group_lasso",
     "random_masks_like",
     "regrow",
     "regrowth",

@@ -9,7 +9,7 @@ import pytest
 from helpers import at_step, kernels, network, random_gradients, refuses, stepper
 
 import sparse_optax
-from sparse_optax import layers, masks
+from sparse_optax import layers, masks, patterns
 
 SHAPES = ((6, 5), (5, 4))
 STEPS = 7
@@ -303,3 +303,111 @@ def test_ham_wrong_input():
         tx.update(params["Dense_0"], tx.init(params), params["Dense_0"])
     with refuses("ham", "no leaf", "bias", "at least one must"):
         tx.init({"bias": jnp.ones(3)})
+
+
+# --- group lasso ----------------------------------------------------------------------
+
+
+def np_prox(v, groups, limit):
+    """The minimum of limit * sum sqrt(|G|) |w_G| + |w - v|^2 / 2, group by group."""
+    out = np.array(v, np.float64)
+    for places in groups:
+        norm = np.sqrt((out[places] ** 2).sum())
+        least = limit * np.sqrt(out[places].size)
+        out[places] = 0 if norm <= least else out[places] * (1 - least / norm)
+    return out
+
+
+GROUPS = {
+    "weights": (None, lambda s: list(np.ndindex(*s))),
+    "units": (patterns.output_units(), lambda s: [np.s_[:, j] for j in range(s[1])]),
+    "blocks": (
+        patterns.blocks(2, 1),
+        lambda s: [
+            np.s_[i : i + 2, j : j + 1] for i in range(0, s[0], 2) for j in range(s[1])
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_group_lasso_is_the_proximal_step_of_sgd(kind, scheduled):
+    pattern, groups = GROUPS[kind]
+    shapes = ((6, 5), (4, 3))
+    rate = optax.linear_schedule(0.1, 0.05, STEPS) if scheduled else 0.1
+    whole = 4.0 if kind == "units" else 1.0  # they are longer
+    strength = (lambda t: whole * (0.4 + 0.1 * t)) if scheduled else 0.5 * whole
+    tx = optax.chain(
+        optax.sgd(rate),
+        sparse_optax.proximal_group_lasso(rate, strength, pattern=pattern),
+    )
+    params = network(shapes)
+    grads = random_gradients(4, params, STEPS)
+    want, state, step = array(params), tx.init(params), stepper(tx)
+    zeros = 0
+    for t in range(STEPS):
+        params, state = step(params, state, at_step(grads, t))
+        eta = float(rate(t)) if scheduled else rate
+        limit = eta * (strength(t) if scheduled else strength)
+        for name, layer in want.items():
+            for part, w in layer.items():
+                v = w - eta * np.asarray(grads[name][part][t], np.float64)
+                kernel = part == "kernel"
+                layer[part] = np_prox(v, groups(v.shape), limit) if kernel else v
+            got = np.asarray(params[name]["kernel"])
+            np.testing.assert_array_equal(got == 0, want[name]["kernel"] == 0)
+            zeros += int((got == 0).sum())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), params, want)
+    assert zeros > 0
+    assert step._cache_size() == 1
+
+
+def test_the_proximal_step_is_a_minimum():
+    """No step away from it makes penalty and distance smaller."""
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(4, 3))
+    tx = sparse_optax.proximal_group_lasso(1.0, 0.6, pattern=patterns.output_units())
+    params = {"w": jnp.float32(v)}
+    updates, _ = tx.update({"w": jnp.zeros((4, 3))}, tx.init(params), params)
+    found = np.asarray(params["w"] + updates["w"], np.float64)
+
+    def cost(w):
+        norms = np.sqrt((w**2).sum(0))
+        return 0.6 * 2 * norms.sum() + 0.5 * ((w - v) ** 2).sum()
+
+    least = cost(found)
+    for _ in range(200):
+        assert cost(found + 0.01 * rng.normal(size=v.shape)) > least
+
+
+def test_group_lasso_of_halves_stacks_and_a_long_run():
+    params = {"s": jnp.ones((3, 4, 5), jnp.bfloat16), "w": jnp.ones((4, 4))}
+    tx = sparse_optax.proximal_group_lasso(
+        0.1, 1.0, pattern=patterns.output_units(axis=-1), stacked={"s": 0}
+    )
+    state, still = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for _ in range(12):
+        updates, state = jax.jit(tx.update)(still, state, params)
+        assert updates["s"].dtype == jnp.bfloat16
+        params = optax.apply_updates(params, updates)
+    assert not np.asarray(params["s"], float).any()
+    assert not np.asarray(params["w"]).any()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+
+
+def test_group_lasso_wrong_input():
+    make = sparse_optax.proximal_group_lasso
+    with refuses("proximal_group_lasso", "learning_rate", "-1", "at least 0"):
+        make(-1.0, 1.0)
+    with refuses("proximal_group_lasso", "strength", "nan", "at least 0"):
+        make(1.0, float("nan"))
+    with refuses("proximal_group_lasso", "pattern", "n_m", "units"):
+        make(1.0, 1.0, pattern=patterns.n_m(2, 4))
+    tx, params = make(1.0, 1.0), network(SHAPES)
+    with refuses("proximal_group_lasso", "params", "None"):
+        tx.update(params, tx.init(params))
+    part = {"Dense_0": params["Dense_0"]}
+    with refuses("proximal_group_lasso", "params", "Dense_1"):
+        tx.update(part, tx.init(params), part)
