@@ -224,12 +224,14 @@ def test_report_snippet_tells_and_keeps_the_run(program, tmp_path, monkeypatch, 
 ALGEBRA = (ROOT / "sparse_optax" / "regrowth" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_rule_of_the_page_trains_and_has_fifteen_lines():
-    (rule,) = blocks(ALGEBRA, "python")
-    lines = rule.split("tx = ")[0].splitlines()
-    code = [x for x in lines if x.strip() and not x.startswith(("import", "from"))]
-    assert len(code) <= 15
-    names = run(rule, {})
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rule_of_the_page_trains_and_has_fifteen_lines(number):
+    names = {}
+    for rule in blocks(ALGEBRA, "python")[: number + 1]:
+        lines = rule.split("tx = ")[0].splitlines()
+        code = [x for x in lines if x.strip() and not x.startswith(("import", "from"))]
+        assert len(code) <= 15
+        names = run(rule, names)
     rng = np.random.default_rng(0)
     sizes = itertools.pairwise((16, 40, 30, 8))
     params = [
