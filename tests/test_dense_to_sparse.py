@@ -139,6 +139,19 @@ def test_a_ramp_cannot_end_short_of_its_target(period, density):
     assert [int((w != 0).sum()) for w in jax.tree.leaves(params)] == wanted
 
 
+@pytest.mark.parametrize("kept", [1, 4])
+def test_a_ramp_starts_dense_also_where_one_weight_goes(kept):
+    params = {"w": jnp.arange(1.0, 6.0).reshape(5, 1)}
+    tx = sparse_optax.gradual_magnitude(
+        optax.sgd(0.0), density=budgets.nonzeros(kept), update_period=2, update_stop=3
+    )
+    state, counts = tx.init(params), []
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+        counts.append(int(sparse_optax.get_masks(state)["w"].sum()))
+    assert counts == [5, 5, kept, kept]
+
+
 @pytest.mark.parametrize(("n", "period", "begin"), [(4, 3, 0), (1, 5, 0), (3, 2, 7)])
 def test_iterative_magnitude(n, period, begin):
     final = 0.2

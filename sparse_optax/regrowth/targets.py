@@ -55,6 +55,8 @@ def goal_at(
         end = Fraction(total, max(size, 1))
         met = Fraction(float(np.float32((total + 1) / max(size, 1))))
     end, met = (min(int(x * DENSE), DENSE) for x in (end, met))
+    if np.float32(total / max(size, 1)) < 1:
+        met = min(met, DENSE - 1)  # at density 1 all weights are there
     if isinstance(ramp, schedules.Towards):
         exact = density if is_float else total / max(size, 1)
         ramp = ramp.make(float(np.float32(exact)))
