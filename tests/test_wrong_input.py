@@ -906,3 +906,14 @@ def test_axes_of_a_leaf_that_is_not_there(pattern):
         sparse_optax.masks.magnitude_masks(
             TWO, None if pattern.density else 0.5, pattern=pattern
         )
+
+
+def test_several_keys_are_no_key():
+    for keys in (
+        jax.random.split(jax.random.key(0), 3),
+        jax.random.split(jax.random.PRNGKey(0), 3),
+        jnp.arange(3),
+    ):
+        with pytest.raises(ValueError, match=r"rigl: `key` has shape \(3.*must be one"):
+            sparse_optax.rigl(SGD, **{**MOVING, "key": keys})
+        assert sparse_optax.rigl(SGD, **{**MOVING, "key": keys[0]}).init(TWO)

@@ -63,6 +63,11 @@ def check_key(key: Any) -> None:
         is_data = key.dtype == jnp.uint32 and key.ndim >= 1
         # An injected hyper-parameter, or a seed under vmap.
         is_seed = jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0
+        if key.ndim > (is_data and not is_key):
+            raise ArgumentError(
+                f"`key` has shape {key.shape}; it must be one key. Pass one of them, "
+                "or map over them with jax.vmap."
+            )
         if is_key or is_data or is_seed:
             return
     allowed = "an integer seed in [0, 2**32) or a key from jax.random.key"
