@@ -172,10 +172,13 @@ STARTED = pytest.StashKey[float]()
 # row, or as said.
 PAIRS = 10
 COMPILING = (
-    *("test_control_masks", "test_dense_to_sparse", "test_dynamic_methods"),
-    *("test_engine_budget", "test_gsm", "test_interop", "test_models"),
-    *("test_one_shot", "test_patterns", "test_regularizers", "test_selection"),
-    *("test_sparse_files", "test_sparse_momentum", "test_train"),
+    *("test_compact", "test_compact_training", "test_control_masks"),
+    *("test_dense_first", "test_dense_to_sparse", "test_dynamic_methods"),
+    *("test_engine_budget", "test_frozen", "test_gsm", "test_interop"),
+    *("test_layerwise", "test_learning_compression", "test_line_search"),
+    *("test_models", "test_one_shot", "test_patterns", "test_regularizers"),
+    *("test_sampling", "test_selection", "test_soft_sharing", "test_sparse_files"),
+    *("test_sparse_momentum", "test_structured", "test_to_sparse", "test_train"),
 )
 ROWS = {
     "test_every_method_keeps_its_pattern": 13,

@@ -1417,7 +1417,12 @@ def test_the_dense_run_beside_a_run():
     plain = configs.resolve(configs.TrainConfig(method="dense"))
     for method in recipes.METHODS:
         density = 0.05 if method == "thin" else 0.3
-        found = dense(method=method, density=density, gate=0.2, l1=0.5)
+        own = {
+            name: value
+            for name, value in {"gate": 0.2, "l1": 0.5, "prune_rate": 0.1}.items()
+            if method in recipes.READ_BY[name]
+        }
+        found = dense(method=method, density=density, **own)
         assert found == plain, method
     drops = dense(drop_steps=(50, 60), learning_rate=0.5, shares="linear")
     wanted = configs.TrainConfig(method="dense", drop_steps=(50, 60), learning_rate=0.5)

@@ -139,8 +139,11 @@ def test_drops_that_are_given_replace_those_of_the_recipe():
         ({"prune_rate": 2.0}, r"prune_rate=2.0 must be in \[0, 1\]"),
         ({"update_epochs": 0}, "update_epochs=0 must be between 1 and epochs=100"),
         ({"seed": -1}, r"seed=-1 must be in \[0, 4294967295\]"),
-        ({"gate": 0.0}, "gate=0.0 must be in"),
-        ({"settle_epoch": 900}, "settle_epoch=900 must be between 0 and epochs"),
+        ({"method": "gsm", "gate": 0.0}, "gate=0.0 must be in"),
+        (
+            {"method": "gsm", "settle_epoch": 900},
+            "settle_epoch=900 must be between 0 and epochs",
+        ),
         ({"method": "gsm", "decay": "all"}, "decay='all' must be 'kernels'"),
         ({"drop_steps": (1,), "drop_epochs": (1,)}, "both drop_steps and drop_epochs"),
         ({"base": configs.Base(momentum=0.5)}, "base has .* but no epochs"),

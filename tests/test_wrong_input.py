@@ -366,11 +366,13 @@ def test_a_state_with_two_masks_for_a_leaf():
         sparse_optax.get_masks(tx.init(PARAMS))
 
 
-def test_a_state_with_a_mask_inside_a_mask():
-    """One engine around another masks the same leaf twice."""
-    _, state = regrow(inner=regrow(key=1)[0])
+def test_a_mask_inside_a_mask():
+    """One engine around another, or behind it, masks the same leaf twice."""
+    (tx, state), (_, other) = regrow(), regrow(key=1)
+    with refuses("sparse_momentum_regrow", "Dense_0/kernel"):
+        regrow(inner=tx)
     with refuses("get_masks", "Dense_0/kernel"):
-        sparse_optax.get_masks(state)
+        sparse_optax.get_masks((state, other))
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, NAN])
