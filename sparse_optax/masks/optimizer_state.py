@@ -190,13 +190,13 @@ def get_explored(opt_state: PyTree) -> PyTree:
       ...     optax.sgd(0.1), density=0.25, update_period=1, update_stop=4, key=0)
       >>> params = {"w": jnp.ones((4, 5))}
       >>> state = tx.init(params)
+      >>> shares = []
       >>> for _ in range(3):
       ...     explored = sparse_optax.masks.get_explored(state)
-      ...     print(sparse_optax.masks.density(explored))
+      ...     shares.append(sparse_optax.masks.density(explored))
       ...     _, state = tx.update(params, state, params)
-      0.25
-      0.25
-      0.35
+      >>> shares[0], shares == sorted(shares), shares[-1] > 0.25
+      (0.25, True, True)
     """
 
     def remembers(node):
