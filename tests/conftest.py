@@ -227,6 +227,25 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+# Compiled programs stay in memory; a worker of a long run would grow past 8 GiB.
+MOST_BYTES = 4 * 2**30
+
+
+def resident_bytes() -> int:
+    """Memory of this process, where the system tells it."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
+
+
 def pytest_runtest_logreport(report):
     seconds = dict(report.user_properties).get("processor_seconds", 0)
     name = report.nodeid.split("/")[-1]
