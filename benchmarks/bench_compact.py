@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ import optax
 
 import sparse_optax
 from sparse_optax.experiments import config, models, train
+from sparse_optax.export.timing import least_seconds
 
 
 def network(model, density, dead, args):
@@ -64,25 +64,6 @@ def network(model, density, dead, args):
     return apply, params, stats, shape
 
 
-def times(calls, rounds, seconds=0.1):
-    """Least seconds of each call, in turns."""
-    repeats, least = {}, dict.fromkeys(calls, math.inf)
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                result = call()
-            jax.block_until_ready(result)
-            took = (time.perf_counter() - start) / repeats[name]
-            least[name] = min(least[name], took)
-    return least
-
-
 def inference(net, batch, rounds, round_to):
     """Seconds dense and compacted, and the multiply-adds of both."""
     apply, params, stats, shape = net
@@ -100,7 +81,8 @@ def inference(net, batch, rounds, round_to):
         "dense": lambda: dense(variables, x),
         "small": lambda: own(small.params, x),
     }
-    return times(calls, rounds), small.record.multiply_adds
+    seconds = least_seconds(calls, rounds=rounds, turn=0.1)
+    return seconds, small.record.multiply_adds
 
 
 def training(net, batch, rounds):
@@ -152,7 +134,8 @@ def training(net, batch, rounds):
         "dense": lambda: dense(variables, state),
         "small": lambda: own(small.params, cut),
     }
-    return times(calls, rounds), small.record.multiply_adds
+    seconds = least_seconds(calls, rounds=rounds, turn=0.1)
+    return seconds, small.record.multiply_adds
 
 
 def main():

@@ -13,10 +13,8 @@ Sparse matrices, BCSR of JAX and CSR of SciPy, stand for dense layers only.
 """
 
 import argparse
-import math
 import os
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ import numpy as np
 
 import sparse_optax
 from sparse_optax.experiments import config, models, train
+from sparse_optax.export.timing import least_seconds
 
 SHAPES = {"mnist": (28, 28, 1), "digits": (8, 8, 1)}
 
@@ -76,25 +75,6 @@ def in_matrices(params):
     return bcsr, scipy
 
 
-def times(calls, rounds, seconds=0.03):
-    """Least milliseconds of each call, in turns."""
-    repeats, least = {}, dict.fromkeys(calls, math.inf)
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                result = call()
-            jax.block_until_ready(result)
-            took = (time.perf_counter() - start) / repeats[name]
-            least[name] = min(least[name], 1000 * took)
-    return least
-
-
 def main():
     """Prints the sizes and a table of times."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,7 +106,8 @@ def main():
         for name, call in calls.items():
             gap = np.abs(np.asarray(call()) - expected).max()
             assert gap < 1e-3, (name, gap)
-        columns[batch] = times(calls, args.rounds)
+        seconds = least_seconds(calls, rounds=args.rounds, turn=0.03)
+        columns[batch] = {name: 1000 * each for name, each in seconds.items()}
     print(small_table(apply, params, shape))
     names = list(columns[args.batches[0]])
     print("| ms | " + " | ".join(f"batch {b}" for b in columns) + " |")

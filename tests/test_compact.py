@@ -832,8 +832,8 @@ def test_measured_takes_the_fastest(monkeypatch):
     for best in (1, 16, None):
         monkeypatch.setattr(
             module,
-            "_times",
-            lambda calls, args, best=best: {k: 1.0 + (k != best) for k in calls},
+            "least_seconds",
+            lambda calls, turn, best=best: {k: 1.0 + (k != best) for k in calls},
         )
         monkeypatch.setattr(module, "_MEASURED", {})
         small = compact(fn, params, x, round_to="measured")
@@ -850,9 +850,11 @@ def test_what_was_measured_is_remembered(monkeypatch):
     fn, params, x = layers(density=0.3)
     seconds = {1: 3.0, 8: 1.0, 16: 2.0, 32: 2.0, None: 4.0}
     monkeypatch.setattr(module, "_MEASURED", {})
-    monkeypatch.setattr(module, "_times", lambda *args: seconds)
+    monkeypatch.setattr(module, "least_seconds", lambda *args, **more: seconds)
     first = compact(fn, params, x, round_to="measured")
-    monkeypatch.setattr(module, "_times", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        module, "least_seconds", lambda *args, **more: pytest.fail("measured again")
+    )
     again = compact(fn, params, x, round_to="measured")
     assert first.record == again.record
     assert again.record.round_to == 8

@@ -15,14 +15,12 @@ from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.export import compact, to_sparse
 from sparse_optax.export.compaction import contraction
 from sparse_optax.export.compaction.analysis import Analysis
+from sparse_optax.export.compaction.compact import kept_of
 from sparse_optax.export.compaction.facts import Settings, everything, lengths
 from sparse_optax.export.compaction.program import Equation, trace
-from sparse_optax.export.model import by_parameter
 from sparse_optax.export.sparse import aligned
 from sparse_optax.export.timing import least_seconds
 from sparse_optax.layers import PyTree, is_abstract, leaf_names
-from sparse_optax.masks.optimizer_state import named_masks
-from sparse_optax.masks.tree import unpack
 
 
 class SpeedupLayer(NamedTuple):
@@ -238,7 +236,7 @@ def _analysis(fn: Any, params: PyTree, args: Any, masks: PyTree | None) -> Analy
                 f"the leaf {name!r} of `params` is {type(x).__name__}; it must be a "
                 "concrete array. Call it outside of jit, with the arrays of the model."
             )
-    named = {} if masks is None else by_parameter(named_masks(masks), names)
+    kept = kept_of(names, leaves, masks)
     flat, own = jax.tree.flatten(args)
 
     def whole(leaves, flat):
@@ -246,14 +244,8 @@ def _analysis(fn: Any, params: PyTree, args: Any, masks: PyTree | None) -> Analy
 
     program, _ = trace(whole, leaves, flat)
     analysis = Analysis(program, Settings())
-    for name, x, value in zip(names, leaves, program.inputs, strict=False):
-        mask = named.get(name)
-        mask = None if mask is None else np.asarray(unpack(mask))
-        if mask is not None and mask.shape != np.shape(x):
-            raise ArgumentError(
-                f"`masks` has shape {mask.shape} for {name!r}; it must be "
-                f"{np.shape(x)}. Pass masks made for these parameters."
-            )
+    columns = zip(names, leaves, kept, program.inputs[: len(leaves)], strict=True)
+    for name, x, mask, value in columns:
         analysis.set_exact(value, x, mask)
         analysis.origin[value] = frozenset([name])
     analysis.at_hand.update(program.inputs[len(leaves) :])

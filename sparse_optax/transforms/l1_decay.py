@@ -106,20 +106,24 @@ def add_l1_decay(
 _CURE = "Pass sparse_optax.decay_mask, for instance, or leave it out."
 
 
+def _are_bools(mask: Any) -> bool:
+    """Whether all leaves of a tree are bools or holes."""
+    flat = jax.tree.leaves(mask, is_leaf=is_hole)
+    return all(isinstance(x, bool | np.bool_) or is_hole(x) for x in flat)
+
+
 def _check_mask(mask: Any) -> None:
     """Raises unless it is None, a function of the parameters or a tree of bools."""
     if mask is None or checks.takes(mask, "params"):
         return
-    flat = jax.tree.leaves(mask, is_leaf=is_hole)
-    if not all(isinstance(x, bool | np.bool_) or is_hole(x) for x in flat):
+    if not _are_bools(mask):
         allowed = "a tree of bools, a function of the parameters, or None"
         checks.fail("mask", mask, allowed, _CURE)
 
 
 def _check_fits(mask: Any, params: Any) -> None:
     """Raises unless it is a tree of bools, a prefix of the parameters."""
-    flat = jax.tree.leaves(mask, is_leaf=is_hole)
-    right = all(isinstance(x, bool | np.bool_) or is_hole(x) for x in flat)
+    right = _are_bools(mask)
     try:
         jax.tree.map(lambda _, x: x, mask, params)
     except ValueError:

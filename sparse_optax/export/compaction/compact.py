@@ -1,8 +1,7 @@
 """``compact``: a smaller dense model that computes the same function."""
 
+import functools
 import itertools
-import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from sparse_optax.export.compaction.facts import (
 from sparse_optax.export.compaction.program import Program, trace
 from sparse_optax.export.compaction.record import CompactRecord, record_of
 from sparse_optax.export.model import by_parameter
+from sparse_optax.export.timing import least_seconds
 from sparse_optax.layers import (
     PyTree,
     is_abstract,
@@ -615,10 +615,12 @@ def _fastest(source: Source, example: Sequence[Any]) -> CompactModel:
     known = text, shapes, jax.devices()[0].device_kind
     if known not in _MEASURED:
         calls = {
-            key: (jax.jit(source.fn if key is None else model), model.params)
+            key: functools.partial(
+                jax.jit(source.fn if key is None else model), model.params, *args
+            )
             for key, model in models.items()
         }
-        _MEASURED[known] = _times(calls, args)
+        _MEASURED[known] = least_seconds(calls, turn=0.03)
     seconds = dict(_MEASURED[known])
     best = min(seconds, key=lambda key: seconds[key])
     model = models[best]
@@ -638,24 +640,3 @@ def _concrete(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jnp.ones(x.shape, x.dtype)
     return x
-
-
-def _times(calls: dict[Any, Any], args: Any, rounds: int = 7) -> dict[Any, float]:
-    """Least seconds of each call, in turns; about 0.2 s for each."""
-    repeats = {}
-    for key, (fn, params) in calls.items():
-        jax.block_until_ready(fn(params, *args))
-        start = time.perf_counter()
-        jax.block_until_ready(fn(params, *args))
-        once = max(time.perf_counter() - start, 1e-6)
-        repeats[key] = max(1, math.ceil(0.03 / once))
-    least = dict.fromkeys(calls, math.inf)
-    for _ in range(rounds):
-        for key, (fn, params) in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[key]):
-                result = fn(params, *args)
-            jax.block_until_ready(result)
-            took = (time.perf_counter() - start) / repeats[key]
-            least[key] = min(least[key], took)
-    return least
