@@ -162,17 +162,19 @@ def _bcsr(kernel: np.ndarray, kept: np.ndarray) -> BcsrKernel:
 
     values, columns, starts = map(jnp.asarray, _csr_parts(kernel, kept))
     matrix = sparse.BCSR((values, columns, starts), shape=kernel.shape[::-1])
-    return BcsrKernel(matrix, kernel.shape)
+    inputs, outputs = kernel.shape
+    return BcsrKernel(matrix, (inputs, outputs))
 
 
 def _ell(kernel: np.ndarray, kept: np.ndarray) -> EllKernel:
-    values, inputs, starts = _csr_parts(kernel, kept)
+    values, columns, starts = _csr_parts(kernel, kept)
     each = np.diff(starts)
     there = np.arange(max(int(each.max(initial=0)), 1)) < each[:, None]
     shape = there.shape
     padded, taken = np.zeros(shape, kernel.dtype), np.zeros(shape, np.int32)
-    padded[there], taken[there] = values, inputs
-    return EllKernel(jnp.asarray(padded), jnp.asarray(taken), kernel.shape)
+    padded[there], taken[there] = values, columns
+    inputs, outputs = kernel.shape
+    return EllKernel(jnp.asarray(padded), jnp.asarray(taken), (inputs, outputs))
 
 
 def _csr(kernel: np.ndarray, kept: np.ndarray) -> Any:

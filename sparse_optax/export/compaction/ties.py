@@ -685,9 +685,9 @@ def _zero_of(eqn: Equation, constants: dict[Value, Any]) -> str:
         return "first"
     if eqn.name == "select_n":
         which, *cases = eqn.inputs
-        numbers = [constants.get(x) for x in cases if not x.shape]
-        plain = all(x is not None and not np.any(as_numbers(x)) for x in numbers)
-        if not plain:
+        known = [constants.get(x) for x in cases if not x.shape]
+        numbers = [None if x is None else as_numbers(x) for x in known]
+        if any(x is None or np.any(x) for x in numbers):
             return "none"
         return "cases" if which.shape else "all"
     if any(x is None for x in scalars):
