@@ -3,6 +3,7 @@
     python notebooks/execute.py                  # all of them
     python notebooks/execute.py quickstart       # one, by name
     python notebooks/execute.py --output FOLDER  # keep the executed copies
+    python notebooks/execute.py --jobs 2         # two at a time
     python notebooks/execute.py --write          # make the notebooks from their .py
 
 Each notebook is a pair: edit the ``.py`` file, run ``--write``, look at the plots, and
@@ -15,6 +16,7 @@ written to a temporary folder unless ``--output`` names another.
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import sys
@@ -93,6 +95,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="notebooks to run (default: all)")
     parser.add_argument("--output", type=pathlib.Path, help="folder for the copies")
     parser.add_argument("--write", action="store_true", help="keep them as the pair's")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
     arguments = parser.parse_args()
 
     scripts = sorted(set(FOLDER.glob("*.py")) - {pathlib.Path(__file__).resolve()})
@@ -108,15 +111,19 @@ def main() -> int:
     # A backend forced from outside would keep the kernel from embedding its plots.
     os.environ.pop("MPLBACKEND", None)
 
-    failures = 0
-    for name in names:
+    def run(name: str) -> tuple[str | None, float]:
         start = time.perf_counter()
         error = execute(known[name], output, arguments.write)
-        failures += error is not None
-        outcome = "ok" if error is None else "FAILED"
-        print(f"{name}: {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
-        if error is not None:
-            print(error, file=sys.stderr, flush=True)
+        return error, time.perf_counter() - start
+
+    failures = 0
+    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
+        for name, (error, seconds) in zip(names, pool.map(run, names), strict=True):
+            failures += error is not None
+            outcome = "ok" if error is None else "FAILED"
+            print(f"{name}: {outcome} in {seconds:.0f} s", flush=True)
+            if error is not None:
+                print(error, file=sys.stderr, flush=True)
     print(f"executed copies: {output}")
     return failures
 

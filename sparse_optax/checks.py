@@ -12,6 +12,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -159,6 +160,14 @@ def number(
     else:
         allowed = "a finite number"
     fail(argument, value, allowed + (", or a schedule" if schedule else ""), cure)
+
+
+def nearest(value: Fraction) -> Fraction:
+    """The closest fraction of denominator at most 10**9, if it is within two units in
+    the last place; else the same. 0.29 is 29/100, and 1 - 1e-10 is not 1.
+    """
+    near = value.limit_denominator(10**9)
+    return near if abs(near - value) <= 2 * Fraction(math.ulp(value)) else value
 
 
 def whole(

@@ -10,6 +10,7 @@ masks of units are spread over the weights:
 ``output_units()``           whole columns: the weights of one output unit or channel
 ``slices()``                 the spatial slices of convolution kernels
 ``n_m(n, m)``                single weights, n of each m along the contraction axis
+``constant_fan_in(density)`` single weights, as many into each output unit
 ===========================  ========================================================
 
 The axes of inputs and outputs are told leaf by leaf, from names and shapes: dense
@@ -25,6 +26,7 @@ a function, since ``optax.inject_hyperparams`` takes every callable for a schedu
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
@@ -40,10 +42,12 @@ from sparse_optax.selection.topk import LONGEST
 
 __all__ = [
     "Blocks",
+    "ConstantFanIn",
     "GroupsNM",
     "Pattern",
     "SingleWeights",
     "blocks",
+    "constant_fan_in",
     "contraction_axes",
     "n_m",
     "output_units",
@@ -386,6 +390,104 @@ class GroupsNM(NamedTuple):
         return jnp.all(kept == self.n)
 
 
+class ConstantFanIn(NamedTuple):
+    """As many weights into each output unit; made by ``constant_fan_in``. Those of a
+    unit are ranked like a layer.
+
+    Attributes:
+      name: Its name in errors.
+      density: The density of every unit.
+      outputs: The axes of the outputs.
+      given: ``(name, axes)`` of leaves whose axes were given; None if ``outputs`` are
+        those of all leaves.
+    """
+
+    name: str
+    density: float
+    outputs: tuple[int, ...]
+    given: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self.given is not None
+
+    def along(self, name: str, layout: Layout | None) -> Pattern:
+        axes = dict(self.given or ()).get(name)
+        if axes is None and layout is None:
+            _unknown(self.name, name, f"axis={{{name!r}: -1}}")
+        if axes is None:
+            axes = tuple(layout.outputs)  # type: ignore[union-attr]
+        return self._replace(outputs=axes, given=None)
+
+    def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
+        sizes = tuple((axis, 1) for axis in self.outputs)
+        _check_axes(self.name, sizes, name, shape, stacked)
+
+    def with_density(self, density: Any) -> Pattern:
+        density = min(float(density), 1.0)
+        return self._replace(name=f"constant_fan_in({density:g})", density=density)
+
+    def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
+        return 1
+
+    def _order(self, rank: int, stacked: int | None) -> tuple[list[int], list[int]]:
+        """The axes of output units, with that of layers, and those summed over."""
+        first = {axis % rank for axis in self.outputs}
+        first |= set() if stacked is None else {stacked % rank}
+        return sorted(first), [axis for axis in range(rank) if axis not in first]
+
+    def view_shape(self, shape: Shape, stacked: int | None = None) -> tuple[int, ...]:
+        units, summed = self._order(len(shape), stacked)
+        return math.prod(shape[i] for i in units), math.prod(shape[i] for i in summed)
+
+    def view_axis(self, stacked: int | None) -> int | None:
+        return 0
+
+    def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
+        """The values of the leaf, one row per output unit."""
+        units, summed = self._order(x.ndim, stacked)
+        return x.transpose(units + summed).reshape(self.view_shape(x.shape, stacked))
+
+    def operands(
+        self, score: Score, arrays: Operands, stacked: int | None = None
+    ) -> tuple[Operands, Score]:
+        return (self.view(scores(score, arrays), stacked),), None
+
+    def spread(
+        self, units: jax.Array, shape: Shape, stacked: int | None = None
+    ) -> jax.Array:
+        moved, _ = self.grid(shape, stacked)
+        first, summed = self._order(len(shape), stacked)
+        return units.reshape(moved).transpose(np.argsort(first + summed))
+
+    def grid(
+        self, shape: Shape, stacked: int | None = None
+    ) -> tuple[tuple[int, ...], int | None]:
+        units, summed = self._order(len(shape), stacked)
+        own = None if stacked is None else units.index(stacked % len(shape))
+        return tuple(shape[i] for i in units + summed), own
+
+    def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
+        rows, _ = self._order(len(shape), stacked)
+        _, own = self.grid(shape, stacked)
+        others = tuple(i for i in range(len(rows)) if i != own)
+        by_axis = units.reshape([shape[i] for i in rows])
+        return jnp.sum(by_axis, axis=others, dtype=units.dtype)
+
+    def follows(self, mask: jax.Array, stacked: int | None = None) -> jax.Array:
+        rows = self.view(mask, stacked)
+        wanted = kept_of_each(self.density, rows.shape[1])
+        return jnp.all(jnp.sum(rows, axis=1, dtype=jnp.int32) == wanted)
+
+
+def kept_of_each(density: float, size: int) -> int:
+    """Weights that a pattern of fixed density keeps of each of its groups: rounded down
+    as by ``budgets.count``, but at least one.
+    """
+    least = min(1, math.ceil(density), size)
+    return max(math.floor(checks.nearest(Fraction(density)) * size), least)
+
+
 SINGLE = SingleWeights()
 
 
@@ -393,7 +495,7 @@ def pattern_of(pattern: Any) -> Pattern:
     """A pattern that was given, or the identity for None."""
     if pattern is None:
         return SINGLE
-    if not isinstance(pattern, SingleWeights | Blocks | GroupsNM):
+    if not isinstance(pattern, SingleWeights | Blocks | GroupsNM | ConstantFanIn):
         cure = "Pass patterns.blocks(4, 4) or patterns.n_m(2, 4)."
         checks.fail("pattern", pattern, "one of sparse_optax.patterns", cure)
     return pattern
@@ -584,3 +686,48 @@ def n_m(n: int, m: int, *, axis: int | Mapping[str, int] | None = None) -> Group
         axis, given = -2, _by_name("axis", axis, 0)
     checks.whole("axis", axis, -LONGEST, static=True, cure=_AXIS)
     return GroupsNM(f"n_m({n}, {m})", n, m, int(axis), given)
+
+
+@checks.boundary("constant_fan_in")
+def constant_fan_in(
+    density: float, *, axis: int | Mapping[str, Any] | None = None
+) -> ConstantFanIn:
+    r"""As many weights into each output unit of a layer.
+
+    Of the :math:`f` weights that lead to an output unit or channel,
+    :math:`\max(1, \lfloor f \cdot \text{density} \rfloor)` are kept. In the form ELL of
+    ``export.to_sparse`` such a kernel needs no padding. No unit is ever empty, so
+    ``compact`` finds few units to remove.
+
+    Args:
+      density: The density of every layer, in (0, 1].
+      axis: The axis of the outputs, of all leaves or as ``{name: axis}`` of some, a
+        tuple for several. None tells it from names and shapes, see ``patterns``.
+
+    Returns:
+      A pattern. It fixes the final density of every layer.
+
+    Raises:
+      ValueError: If ``density`` is outside (0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax import masks, patterns
+      >>> kernel = jnp.array([[1.0, 8.0], [2.0, 1.0], [3.0, 6.0], [4.0, 5.0]])
+      >>> few = patterns.constant_fan_in(0.5)
+      >>> made = masks.magnitude_masks({"kernel": kernel}, None, pattern=few)
+      >>> made["kernel"].sum(axis=0).tolist()
+      [2, 2]
+
+    References:
+      Lasby, Golubeva, Evci, Nica and Ioannou, `Dynamic Sparse Training with Structured
+      Sparsity <https://arxiv.org/abs/2305.02299>`_, 2024.
+
+    Differences from the paper: the number of weights of a unit never changes, and no
+    unit is removed.
+    """
+    cure = "Give a fraction such as 0.1."
+    checks.number("density", density, 0, 1, ends="(]", static=True, cure=cure)
+    outputs, given = _axes_of(axis, (-1,))
+    name = f"constant_fan_in({float(density):g})"
+    return ConstantFanIn(name, float(density), outputs, given)

@@ -25,6 +25,7 @@ from sparse_optax.regrowth import grow, prune, redistribute
 
 BLOCKS, SLICES = patterns.blocks(2, 2), patterns.slices()
 OUT, N_M = patterns.output_units(), patterns.n_m(2, 4)
+FAN_IN = patterns.constant_fan_in(0.5)
 CONV, DENSE = (3, 2, 8, 4), (8, 6)
 
 
@@ -47,7 +48,13 @@ def units_of(kind, shape):
         "slices()": (*shape[:-2], 1, 1),
         "output_units()": (*shape[:-1], 1),
         "n_m(2, 4)": (*space, 4, 1),
+        "constant_fan_in(0.5)": (*shape[:-1], 1),
     }[kind]
+
+
+def kept_of(pattern, size):
+    """Weights that are kept of each group of a pattern of fixed density."""
+    return max(1, size * 10 // round(10 / pattern.density))
 
 
 def holds(pattern, mask, sizes=None):
@@ -57,9 +64,9 @@ def holds(pattern, mask, sizes=None):
         sum(bool(mask[at]) for at in unit)
         for unit in places(mask.shape, sizes or units_of(pattern.name, mask.shape))
     ]
-    if pattern.density:
-        return all(n == pattern.n for n in counts)
     size = mask.size // len(counts)
+    if pattern.density:
+        return all(n == kept_of(pattern, size) for n in counts)
     return all(n in (0, size) for n in counts)
 
 
@@ -141,6 +148,12 @@ def test_units_have_their_axes(pattern, shape, stacked, sizes):
         (patterns.n_m(2, 4, axis=1), (6, 8, 3, 3), None, (1, 4, 1, 1)),
         (N_M, (3, *DENSE), 0, (1, 4, 1)),
         (patterns.n_m(3, 4, axis=0), (8, 3, 2), 1, (4, 1, 1)),
+        (FAN_IN, DENSE, None, (8, 1)),
+        (FAN_IN, (3, *DENSE), 0, (1, 8, 1)),
+        (FAN_IN, (8, 3, 6), 1, (8, 1, 1)),
+        (patterns.constant_fan_in(0.3), CONV, None, (3, 2, 8, 1)),
+        (patterns.constant_fan_in(0.01, axis=0), (6, 8), None, (1, 8)),  # equinox
+        (patterns.constant_fan_in(0.1, axis=0), (6, 8, 3, 3), None, (1, 8, 3, 3)),
     ],
 )
 def test_groups_run_along_the_contraction_axis(pattern, shape, stacked, sizes):
@@ -151,10 +164,10 @@ def test_groups_run_along_the_contraction_axis(pattern, shape, stacked, sizes):
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, groups))
     assert rows.shape == pattern.view_shape(shape, stacked)
     assert pattern.unit_size(shape, stacked) == 1
-    mask = pattern.spread(
-        selection.top_of_rows([jnp.abs(rows)], pattern.n), shape, stacked
-    )
-    np.testing.assert_array_equal(mask, top_n_of_m(x, pattern.n, sizes))
+    n = kept_of(pattern, np.prod(sizes))
+    largest = jnp.asarray(top_n_of_m(rows, n, (1, rows.shape[1])))
+    mask = pattern.spread(largest, shape, stacked)
+    np.testing.assert_array_equal(mask, top_n_of_m(x, n, sizes))
     assert pattern.follows(mask, stacked)
     assert not pattern.follows(jnp.ones(shape, bool), stacked)
     # Numbers of groups come back to their layers.
@@ -204,6 +217,20 @@ def test_leaves_that_cannot_be_cut_are_named(pattern, shape, stacked):
 def test_sizes_are_whole(make):
     with pytest.raises(ValueError, match=r"^(n_m|blocks): .* must be an integer"):
         make()
+
+
+@pytest.mark.parametrize("density", [0, 1.5, "a half", None, True, jnp.float32(0.5)])
+def test_a_fan_in_is_a_share(density):
+    with refuses("constant_fan_in", "density", "", r"\(0, 1\]"):
+        patterns.constant_fan_in(density)
+
+
+def test_every_output_unit_keeps_one_weight_at_least():
+    params = {"a": {"kernel": normal((100, 7))}, "b": {"kernel": normal(CONV)}}
+    made = masks.magnitude_masks(params, None, pattern=patterns.constant_fan_in(0.001))
+    for name, x in ((name, params[name]["kernel"]) for name in params):
+        largest = top_n_of_m(x, 1, (*x.shape[:-1], 1))
+        np.testing.assert_array_equal(made[name]["kernel"], largest)
 
 
 # --- axes that are told from names and shapes -----------------------------------------
@@ -568,7 +595,7 @@ RULES = {
     "set": (prune.two_sided, redistribute.none, grow.random),
     "rigl": (prune.magnitude, redistribute.none, grow.gradient),
 }
-PATTERNS = [BLOCKS, SLICES, OUT, N_M]
+PATTERNS = [BLOCKS, SLICES, OUT, N_M, FAN_IN]
 
 
 def engine(pattern, rules="rigl", density="half", **options):
@@ -621,6 +648,8 @@ def check_step(pattern, params, state, sizes=None):
         (SLICES, "set"),
         (N_M, "set"),
         (BLOCKS, "rigl"),
+        (FAN_IN, "rigl"),
+        (FAN_IN, "sparse_momentum"),
     ],
     ids=lambda x: getattr(x, "name", x),
 )
@@ -653,7 +682,7 @@ def test_the_engine_keeps_pattern_and_number(pattern, rules):
     assert moved > 0
 
 
-@pytest.mark.parametrize("pattern", [BLOCKS, N_M], ids=lambda p: p.name)
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M, FAN_IN], ids=lambda p: p.name)
 def test_one_cycle_against_its_definition(pattern):
     """RigL by hand: the smallest units go, units of largest gradient come."""
     params, tx = {"w": normal(CONV)}, engine(pattern)
@@ -700,7 +729,7 @@ def test_gradual_with_whole_units(pattern):
     assert counts[5] == sum(right)
 
 
-@pytest.mark.parametrize("pattern", [BLOCKS, N_M], ids=lambda p: p.name)
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M, FAN_IN], ids=lambda p: p.name)
 def test_hidden_weights_begin_with_the_largest_units(pattern):
     params = params_of()
     tx = engine(pattern, hidden=True)
@@ -708,7 +737,7 @@ def test_hidden_weights_begin_with_the_largest_units(pattern):
     for x, mask in zip(params.values(), first, strict=True):
         sizes = units_of(pattern.name, x.shape)
         right = (
-            top_n_of_m(x, 2, sizes)
+            top_n_of_m(x, kept_of(pattern, np.prod(sizes)), sizes)
             if pattern.density
             else top_units([np.asarray(x)], [sizes], x.size // 2)[0]
         )
@@ -814,7 +843,9 @@ def test_gsm_passes_the_most_salient_units(pattern, density):
     sizes = [units_of(pattern.name, x.shape) for x in saliency]
     if pattern.density:
         columns = zip(saliency, sizes, strict=True)
-        right = [top_n_of_m(x, 2, size) for x, size in columns]
+        right = [
+            top_n_of_m(x, kept_of(pattern, np.prod(size)), size) for x, size in columns
+        ]
     else:
         quota = int(density * sum(x.size for x in saliency))
         right = top_units(saliency, sizes, quota)
@@ -940,9 +971,9 @@ GRADUAL = (
 STILL = ["static_sparse"]
 
 
-def groups_of(mask):
-    """How many are kept of each four inputs, of a flax kernel."""
-    sizes = units_of(N_M.name, mask.shape)
+def groups_of(pattern, mask):
+    """How many are kept of each group of a flax kernel."""
+    sizes = units_of(pattern.name, mask.shape)
     return {int(sum(mask[at] for at in unit)) for unit in places(mask.shape, sizes)}
 
 
@@ -950,6 +981,15 @@ def groups_of(mask):
 @pytest.mark.parametrize("pattern", [BLOCKS, N_M, OUT], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_its_pattern(name, pattern, shape):
+    method_keeps(name, pattern, shape)
+
+
+@pytest.mark.parametrize("name", ["rigl", "gradual_magnitude", "top_kast", "ac_dc"])
+def test_methods_keep_the_fan_in(name):
+    method_keeps(name, FAN_IN, (3, 2, 8, 8))
+
+
+def method_keeps(name, pattern, shape):
     options, rate = dict(METHODS[name]), 0.3
     if name == "dynamic_sparse":  # that of the sum of a unit
         size = pattern.unit_size(shape)
@@ -972,8 +1012,9 @@ def test_every_method_keeps_its_pattern(name, pattern, shape):
         assert not np.any(np.asarray(w["w"])[~mask])
         if name in GRADUAL and pattern.density and number != half:
             # On the way every group has as many.
-            assert number * 4 // mask.size * mask.size == number * 4
-            assert groups_of(mask) == {number * 4 // mask.size}
+            (each,) = groups_of(pattern, mask)
+            size = np.prod(units_of(pattern.name, shape))
+            assert each * mask.size == number * size
         else:
             check_step(pattern, w, state)
         if name not in GRADUAL:
@@ -1052,7 +1093,7 @@ def test_granet_exchanges_within_groups():
     for t, (_, state, before) in enumerate(run(tx, {"w": normal((8, 8))}, steps=16)):
         mask = kept(state)[0]
         if t >= 4:
-            assert groups_of(mask) == {2}
+            assert groups_of(N_M, mask) == {2}
         if t > 4:
             moved += int((mask & ~before[0]).sum())
         if t > 4 and t % 2 == 0:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sparse_optax.budgets.water_filling import Number, Share, least, level, most, whole
-from sparse_optax.checks import ArgumentError, boundary, fail, two_axes
+from sparse_optax.checks import ArgumentError, boundary, fail, nearest, two_axes
 from sparse_optax.encoding import (
     SPARSE,
     Row,
@@ -61,16 +61,12 @@ def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction
 
 
 def check_density(density: Any, argument: str = "density") -> Fraction:
-    """The density as the closest fraction of denominator at most 10**9, if it is
-    within two units in the last place; else exactly. 0.29 is 29/100, and 1 - 1e-10 is
-    not 1.
-    """
+    """The density as a fraction, see ``checks.nearest``."""
     value = as_fraction(density, argument)
     if not 0 < value <= 1:
         cure = "A density is the fraction of weights to keep: 0.05 keeps 5%."
         fail(argument, density, "a number in (0, 1]", cure)
-    near = value.limit_denominator(10**9)
-    return near if abs(near - value) <= 2 * Fraction(math.ulp(value)) else value
+    return nearest(value)
 
 
 def check_whole(n: Any, least: int = 1) -> int:

@@ -30,7 +30,7 @@ from sparse_optax.layers import (
     layers_of,
     leaf_names,
 )
-from sparse_optax.patterns import SINGLE, Pattern, whole_units
+from sparse_optax.patterns import SINGLE, Pattern, kept_of_each, whole_units
 
 
 # --- what can be a density ------------------------------------------------------------
@@ -264,7 +264,7 @@ def unit_counts(counts: Sequence[Any], layers: Layers) -> list[Any]:
     fixed = layers.pattern.density
     if fixed is not None:
         rows = layers.units.leaves
-        return [np.full(x.copies, round(fixed * x.size), np.int64) for x in rows]
+        return [np.full(x.copies, kept_of_each(fixed, x.size), np.int64) for x in rows]
     pairs = zip(counts, layers.unit_sizes, strict=True)
     whole = [n if size == 1 else whole_units(n, size) for n, size in pairs]
     return [n if np.ndim(n) else int(n) for n in whole]

@@ -119,9 +119,9 @@ def layerwise_obs(
     if fixed is None:
         cure = "Give the number to keep, such as budgets.count(0.05, kernel.size)."
         checks.whole("keep", keep, 0, kernel.size, cure=cure)
-    elif keep not in (None, round(fixed * kernel.size)):
+    elif keep not in (None, wanted := int(sum(unit_counts([0], layers)[0]))):
         cure = f"Leave it out: {layers.pattern.name} says it."
-        checks.fail("keep", keep, f"{round(fixed * kernel.size)} or None", cure)
+        checks.fail("keep", keep, f"{wanted} or None", cure)
     mask, new = _prune(kernel, inputs, keep, damping, layers)
     if not isinstance(new, Tracer) and not bool(jnp.isfinite(new).all()):
         raise ArgumentError(
