@@ -184,5 +184,4 @@ counts = {
     d: sparse_optax.masks.count(sparse_optax.masks.magnitude_masks(dense, d))
     for d in densities
 }
-assert all(found[d]["ticket, four rounds"] < 100 for d in densities)
 print("weights kept:", counts)
