@@ -1,6 +1,9 @@
 """Settings and fixtures that every test file shares."""
 
 import collections
+import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -10,11 +13,15 @@ import signal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the tests' time is compilation, which this halves; 0 keeps it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A third less again, by a flag that the XLA of these versions knows. Flags that are
+# A third less again, by flags that the XLA of these versions knows: no threads for one
+# program, since each core has its worker, and older code for fusions. Flags that are
 # given stay as they are.
-lowest = importlib.metadata.version("jaxlib").startswith("0.10.")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and lowest:
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+FLAGS = {"0.8": [], "0.10": ["xla_cpu_use_fusion_emitters=false"], "0.12": []}
+*VERSION, _ = importlib.metadata.version("jaxlib").split(".", 2)
+if (version := ".".join(VERSION)) in FLAGS:
+    older = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    known = ["xla_cpu_parallel_codegen_split_count=1", *(FLAGS[version] * older)]
+    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}" for flag in known))
 # What one process has compiled others and later runs load; `pytest --cache-clear`
 # removes it. Not where there are several devices: a program's key does not tell how
 # the selection is divided among them.
@@ -29,6 +36,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many short-lived objects, none of them in cycles.
+gc.set_threshold(100_000, 20, 50)
 
 # Compiled code makes the first example of a strategy slow, so no deadline; the
 # examples are the same on every machine, so that a failure here fails everywhere.
@@ -240,10 +249,20 @@ def resident_bytes() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def give_back() -> None:
+    """Returns free memory to the system, which glibc does not do by itself: without
+    it the caches would be cleared after every further test.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     if resident_bytes() > MOST_BYTES:
         jax.clear_caches()
+        gc.collect()
+        give_back()
 
 
 def pytest_runtest_logreport(report):

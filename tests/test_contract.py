@@ -1052,17 +1052,22 @@ def test_derivative_of_an_update(row):
         params = wide(network(ONE))
         grads = wide(random_gradients(2, params, STEPS))
         tx = build(row)
-        update = jax.jit(tx.update)
+        start = params, tx.init(params)
 
+        @jax.jit
         def size(scale):
-            now, state = params, tx.init(params)
-            for t in range(STEPS):
+            def step(carry, inputs):
+                params, state = carry
+                grads, scaled = inputs
                 # Not all of them: Adam would divide by the scale.
-                factor = scale if t % 2 else 1.0
-                moved = jax.tree.map(lambda g: g[t] * factor, grads)  # noqa: B023
-                updates, state = update(moved, state, now)
-                now = optax.apply_updates(now, updates)
-            return sum(jnp.sum(x**2) for x in jax.tree.leaves(now))
+                factor = jnp.where(scaled, scale, 1.0)
+                grads = jax.tree.map(lambda g: g * factor, grads)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            odd = jnp.arange(STEPS) % 2 == 1
+            (last, _), _ = jax.lax.scan(step, start, (grads, odd))
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(last))
 
         one, small = np.float64(1.0), np.float64(1e-6)
         wanted = (size(one + small) - size(one - small)) / (2 * small)

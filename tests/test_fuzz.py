@@ -516,7 +516,10 @@ def check_selection(number):
     ("first", "number"),
     [
         pytest.param(0, 10, id="some"),
-        pytest.param(100, 400, id="many", marks=pytest.mark.fuzz),
+        *(
+            pytest.param(first, 100, id=f"many{first}", marks=pytest.mark.fuzz)
+            for first in range(100, 500, 100)
+        ),
     ],
 )
 def test_random_selections_are_those_of_a_stable_sort(first, number, figures):
