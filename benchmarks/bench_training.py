@@ -3,9 +3,9 @@
     python benchmarks/bench_training.py
     python benchmarks/bench_training.py --densities 0.02 --seeds 0 1 2 --out runs.json
 
-All rows of one run take turns, and each pays for its own compilation: run it without a
-compilation cache. With ``--out`` a row that is in the file is not run again, so that a
-run which was stopped goes on. For one core:
+The rows of a seed take turns, an epoch each, and each pays for its own compilation: run
+it without a compilation cache. With ``--out`` a seed whose rows are all in the file is
+not run again, so that a run which was stopped goes on. For one core:
 
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \
         taskset -c 1 python benchmarks/bench_training.py
@@ -31,7 +31,7 @@ BATCH = 100
 
 
 def row(mode, density, window, seed, epochs, images):
-    """Trains one network; what it took and how well it does."""
+    """Trains one network, an epoch at each turn; the last turn gives the result."""
     x, y, test_x, test_y = images
     steps = len(x) // BATCH
     apply, params = models.create(
@@ -79,8 +79,8 @@ def row(mode, density, window, seed, epochs, images):
         loss, tx, total_steps=epochs * steps, window=window, batch=batch
     )
     rng, times = np.random.default_rng(seed), []
-    start = time.perf_counter()
     for _ in range(epochs):
+        start = time.perf_counter()
         rows = jnp.asarray(rng.permutation(len(x))[: steps * BATCH], jnp.int32)
         rows = rows.reshape(steps, BATCH)
         if mode == "compacted":
@@ -88,18 +88,19 @@ def row(mode, density, window, seed, epochs, images):
         else:
             params, state = jax.block_until_ready(epoch(params, state, rows, x, y))
         times.append(time.perf_counter() - start)
+        yield None
     kept = 266_200
     if mode != "dense":
         kept = sparse_optax.masks.count(sparse_optax.get_masks(state))
     wrong = jnp.argmax(jax.jit(apply)(params, test_x), -1) != test_y
-    return {
+    yield {
         "mode": mode,
         "density": density,
         "window": window,
         "seed": seed,
         "epochs": epochs,
-        "seconds": round(times[-1], 2),
-        "last_epoch": round(float(np.median(np.diff(times[-11:]))), 4),
+        "seconds": round(sum(times), 2),
+        "last_epoch": round(float(np.median(times[-10:])), 4),
         "test_error": round(float(100 * wrong.mean()), 2),
         "kept": kept,
         "table": training.table() if mode == "compacted" else "",
@@ -120,30 +121,42 @@ def main():
     arrays = found.train_x, found.train_y, found.test_x, found.test_y
     images = [jnp.asarray(a.reshape(len(a), -1) if a.ndim > 1 else a) for a in arrays]
     done = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
-    jobs = []
-    for seed, mode in itertools.product(args.seeds, args.modes):
-        densities = [1.0] if mode == "dense" else args.densities
-        windows = args.windows if mode == "compacted" else [0]
-        jobs += itertools.product([mode], densities, windows, [seed])
-    names = ("mode", "density", "window", "seed", "epochs")
-    base = {}
     print(f"{'':24}{'seed':>5}{'s':>8}{'of dense':>10}{'ms/epoch':>10}{'error %':>9}")
-    for job in jobs:
-        key = (*job, args.epochs)
-        result = next((r for r in done if tuple(r[n] for n in names) == key), None)
-        if result is None:
-            result = row(*key, images)
-            done.append(result)
+    for seed in args.seeds:
+        jobs = []
+        for mode in args.modes:
+            densities = [1.0] if mode == "dense" else args.densities
+            windows = args.windows if mode == "compacted" else [0]
+            jobs += itertools.product([mode], densities, windows, [seed], [args.epochs])
+        names = ("mode", "density", "window", "seed", "epochs")
+        known = {tuple(r[n] for n in names): r for r in done}
+        if not known.keys() >= set(jobs):
+            known |= dict(zip(jobs, in_turns(jobs, images), strict=True))
+            done = list(known.values())
             if args.out:
                 args.out.write_text(json.dumps(done, indent=1))
-        mode, density, window, seed = job
-        if mode == "dense":
-            base[seed] = result["seconds"]
-        label = mode if mode == "dense" else f"{mode}, {density:g}"
-        label += f", window {window}" if window else ""
-        ratio = result["seconds"] / base[seed] if seed in base else float("nan")
+        show([known[job] for job in jobs])
+
+
+def in_turns(jobs, images):
+    """The results of several trainings, whose epochs take turns."""
+    rows = [row(*job, images) for job in jobs]
+    for _ in range(jobs[0][-1]):
+        for one in rows:
+            next(one)
+    return [next(one) for one in rows]
+
+
+def show(results):
+    """Prints the rows of one seed."""
+    dense = [r["seconds"] for r in results if r["mode"] == "dense"]
+    for result in results:
+        label = result["mode"]
+        label += f", {result['density']:g}" if label != "dense" else ""
+        label += f", window {result['window']}" if result["window"] else ""
+        ratio = result["seconds"] / dense[0] if dense else float("nan")
         print(
-            f"{label:24}{seed:5}{result['seconds']:8.1f}{ratio:10.3f}"
+            f"{label:24}{result['seed']:5}{result['seconds']:8.1f}{ratio:10.3f}"
             f"{1000 * result['last_epoch']:10.0f}{result['test_error']:9.2f}",
             flush=True,
         )
