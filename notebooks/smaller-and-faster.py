@@ -169,7 +169,8 @@ print(f"largest difference {gap:.1e}, largest score {jnp.max(jnp.abs(scores)):.1
 assert gap < 1e-4 * jnp.max(jnp.abs(scores))
 
 # %% [markdown]
-# The picture shows the second kernel. Grey rows and columns are units that went.
+# The picture shows a corner of the second kernel: weights in black. Grey rows and
+# columns are units that went.
 
 # %%
 kernel = params["layer1"]["kernel"]
@@ -177,8 +178,8 @@ image = jnp.where(kernel != 0, 1.0, 0.0)
 gone_in = ~(kernel != 0).any(1) | ~(params["layer0"]["kernel"] != 0).any(0)
 gone_out = ~(kernel != 0).any(0) | ~(params["layer2"]["kernel"] != 0).any(1)
 image = jnp.where(gone_in[:, None] | gone_out[None, :], 0.4, image)
-figure, axes = plt.subplots(figsize=(4, 6.5), layout="constrained")
-axes.imshow(image, cmap="Greys", aspect="auto", interpolation="nearest")
+figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+axes.imshow(image[:100, :150], cmap="Greys", interpolation="nearest")
 axes.set(xlabel="output unit", ylabel="input unit", title="second kernel, 1000 x 500")
 plt.show()
 
@@ -199,20 +200,22 @@ print(found[256].table())
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-left.barh(list(kilobytes), list(kilobytes.values()), color="0.5")
-left.set(xscale="log", xlabel="kilobytes", title="file")
+left.plot(list(kilobytes.values()), list(kilobytes), "o", color="black")
+left.set(xscale="log", xlim=(10, 10_000), xlabel="kilobytes", title="file")
+left.grid(alpha=0.4)
 left.invert_yaxis()
 for form, style in (("compacted", "o-"), ("sparse", "s--")):
     right.plot(batches, [found[n].measured[form] for n in batches], style, label=form)
 right.axhline(1, color="black", linestyle=":", label="dense")
 right.set(xscale="log", xlabel="batch", ylabel="times faster than dense", title="time")
-right.legend()
+right.set_ylim(0, 1.2 * max(right.get_ylim()))
+right.legend(frameon=False, ncols=3, loc="upper center")
 plt.show()
 
 # %% [markdown]
-# One example at a time is little arithmetic, and calling the program takes most of the
-# time. For many examples the smaller model gains. `export.to_sparse` takes a sparse
-# matrix only for layers where it measured a gain:
+# Most of these zeros lie in whole units, so the smaller dense model gains more than
+# sparse matrices do. Both together are possible: `export.to_sparse` of the smaller
+# model takes a sparse matrix for layers where it measured a gain, and only there.
 
 # %%
 sparse = export.to_sparse(small, small.params, test_images[:256])
