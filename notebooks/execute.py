@@ -22,6 +22,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jupytext
 import nbformat
@@ -105,6 +106,9 @@ def main() -> int:
     if unknown or not names:
         parser.error(f"no such notebook: {unknown or FOLDER}; there are {list(known)}")
 
+    if arguments.jobs < 1 or (arguments.write and arguments.jobs > 1):
+        parser.error("--jobs must be at least 1, and 1 with --write, which keeps times")
+
     output = arguments.output or pathlib.Path(tempfile.mkdtemp(prefix="notebooks-"))
     output.mkdir(parents=True, exist_ok=True)
 
@@ -116,14 +120,20 @@ def main() -> int:
         error = execute(known[name], output, arguments.write)
         return error, time.perf_counter() - start
 
+    def outcomes() -> Iterator[tuple[str | None, float]]:
+        if arguments.jobs == 1:  # in the main thread, where Ctrl-C ends the kernel
+            yield from map(run, names)
+            return
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            yield from pool.map(run, names)
+
     failures = 0
-    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
-        for name, (error, seconds) in zip(names, pool.map(run, names), strict=True):
-            failures += error is not None
-            outcome = "ok" if error is None else "FAILED"
-            print(f"{name}: {outcome} in {seconds:.0f} s", flush=True)
-            if error is not None:
-                print(error, file=sys.stderr, flush=True)
+    for name, (error, seconds) in zip(names, outcomes(), strict=True):
+        failures += error is not None
+        outcome = "ok" if error is None else "FAILED"
+        print(f"{name}: {outcome} in {seconds:.0f} s", flush=True)
+        if error is not None:
+            print(error, file=sys.stderr, flush=True)
     print(f"executed copies: {output}")
     return failures
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -160,6 +161,28 @@ def number(
     else:
         allowed = "a finite number"
     fail(argument, value, allowed + (", or a schedule" if schedule else ""), cure)
+
+
+def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction:
+    """The value of a number as a fraction; -1 if it is not a finite number. A float32,
+    and with ``decimal`` any float, is read by its shortest decimal form: 0.29 is then
+    29/100 and not 0.28999999, which would keep 28 of 100 weights.
+    """
+    if isinstance(value, Tracer):
+        raise ArgumentError(
+            f"`{argument}` is a traced value; whole counts need a Python number. Give "
+            "a float, or list the argument in `static_args` of "
+            "optax.inject_hyperparams."
+        )
+    text: Any = "no number"
+    try:
+        if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.shape:
+            text = str(np.asarray(value)[()])
+        elif isinstance(value, int | float | Fraction) and not isinstance(value, bool):
+            text = repr(value) if decimal and isinstance(value, float) else value
+        return Fraction(text)
+    except (TypeError, ValueError, OverflowError):
+        return Fraction(-1)  # outside every range: the caller's check raises
 
 
 def nearest(value: Fraction) -> Fraction:

@@ -10,7 +10,7 @@ masks of units are spread over the weights:
 ``output_units()``           whole columns: the weights of one output unit or channel
 ``slices()``                 the spatial slices of convolution kernels
 ``n_m(n, m)``                single weights, n of each m along the contraction axis
-``constant_fan_in(density)`` single weights, as many into each output unit
+``constant_fan_in(density)`` single weights, the same number into each output unit
 ===========================  ========================================================
 
 The axes of inputs and outputs are told leaf by leaf, from names and shapes: dense
@@ -20,7 +20,8 @@ has the shape of its outputs. Where this does not decide, an error asks for the 
 ``n_m(2, 4, axis={"query/kernel": 0})``; ``contraction_axes`` reads them from a module.
 
 Units should not cross devices. On a mesh with Explicit axes an axis that is cut into
-units must not be sharded, since JAX cannot split it there. A pattern is a tuple and not
+units must not be sharded, nor one of several that ``constant_fan_in`` joins, since JAX
+cannot split or join them there. A pattern is a tuple and not
 a function, since ``optax.inject_hyperparams`` takes every callable for a schedule.
 """
 
@@ -330,7 +331,8 @@ class GroupsNM(NamedTuple):
     def along(self, name: str, layout: Layout | None) -> Pattern:
         axis = dict(self.given or ()).get(name)
         if axis is None and layout is None:
-            _unknown(self.name, name, f"axis={{{name!r}: axis}}")
+            told = f"axis={{{name!r}: axis}}, or read them from the module with "
+            _unknown(self.name, name, told + "patterns.contraction_axes")
         if axis is None:
             axis = layout.inputs[-1]  # type: ignore[union-attr]
         return self._replace(axis=axis, given=None)
@@ -391,8 +393,8 @@ class GroupsNM(NamedTuple):
 
 
 class ConstantFanIn(NamedTuple):
-    """As many weights into each output unit; made by ``constant_fan_in``. Those of a
-    unit are ranked like a layer.
+    """The same number of weights into each output unit; made by ``constant_fan_in``.
+    Those of a unit are ranked like a layer.
 
     Attributes:
       name: Its name in errors.
@@ -414,7 +416,7 @@ class ConstantFanIn(NamedTuple):
     def along(self, name: str, layout: Layout | None) -> Pattern:
         axes = dict(self.given or ()).get(name)
         if axes is None and layout is None:
-            _unknown(self.name, name, f"axis={{{name!r}: -1}}")
+            _unknown(self.name, name, f"axis={{{name!r}: (axes of its outputs)}}")
         if axes is None:
             axes = tuple(layout.outputs)  # type: ignore[union-attr]
         return self._replace(outputs=axes, given=None)
@@ -422,6 +424,20 @@ class ConstantFanIn(NamedTuple):
     def check(self, name: str, shape: Shape, stacked: int | None = None) -> None:
         sizes = tuple((axis, 1) for axis in self.outputs)
         _check_axes(self.name, sizes, name, shape, stacked)
+        own = {axis % len(shape) for axis in self.outputs}
+        if stacked is not None and stacked % len(shape) in own:
+            allowed = "axes of outputs other than the axis of layers"
+        elif not self._order(len(shape), stacked)[1]:
+            allowed = "an axis that is summed over beside those of its outputs"
+        else:
+            return
+        raise checks.ArgumentError(
+            f"{self.name} needs {allowed}; {name!r} has shape {tuple(shape)} and "
+            f"outputs along {self.outputs}"
+            + ("" if stacked is None else f", stacked along axis {stacked}")
+            + ". Give axis={name: axes of its outputs}, or leave it out with "
+            "where=lambda name, leaf: ..."
+        )
 
     def with_density(self, density: Any) -> Pattern:
         density = min(float(density), 1.0)
@@ -510,7 +526,7 @@ def _unknown(pattern: str, name: str, told: str) -> NoReturn:
     raise checks.ArgumentError(
         f"{pattern}: the axes of {name!r} cannot be told from names and shapes; they "
         "may be those of a convolution or of a projection of attention. Give them: "
-        f"{told}, or read them from the module with patterns.contraction_axes."
+        f"{told}."
     )
 
 
@@ -692,7 +708,7 @@ def n_m(n: int, m: int, *, axis: int | Mapping[str, int] | None = None) -> Group
 def constant_fan_in(
     density: float, *, axis: int | Mapping[str, Any] | None = None
 ) -> ConstantFanIn:
-    r"""As many weights into each output unit of a layer.
+    r"""The same number of weights into each output unit of a layer.
 
     Of the :math:`f` weights that lead to an output unit or channel,
     :math:`\max(1, \lfloor f \cdot \text{density} \rfloor)` are kept. In the form ELL of
@@ -702,13 +718,15 @@ def constant_fan_in(
     Args:
       density: The density of every layer, in (0, 1].
       axis: The axis of the outputs, of all leaves or as ``{name: axis}`` of some, a
-        tuple for several. None tells it from names and shapes, see ``patterns``.
+        tuple for several, without the axis of stacked layers. None tells it from names
+        and shapes, see ``patterns``.
 
     Returns:
       A pattern. It fixes the final density of every layer.
 
     Raises:
-      ValueError: If ``density`` is outside (0, 1].
+      ValueError: If ``density`` is outside (0, 1]; at ``init`` if nothing is left to
+        sum over, or an axis of outputs is that of stacked layers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -729,5 +747,7 @@ def constant_fan_in(
     cure = "Give a fraction such as 0.1."
     checks.number("density", density, 0, 1, ends="(]", static=True, cure=cure)
     outputs, given = _axes_of(axis, (-1,))
-    name = f"constant_fan_in({float(density):g})"
-    return ConstantFanIn(name, float(density), outputs, given)
+    # A float32 is read by its shortest decimal form, as in ``budgets.count``.
+    share = float(checks.nearest(checks.as_fraction(density, "density")))
+    name = f"constant_fan_in({share:g})"
+    return ConstantFanIn(name, share, outputs, given)

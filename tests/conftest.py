@@ -36,7 +36,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes many short-lived objects, none of them in cycles.
+# Tracing makes many short-lived objects, few of them in cycles.
 gc.set_threshold(100_000, 20, 50)
 
 # Compiled code makes the first example of a strategy slow, so no deadline; the
@@ -168,12 +168,12 @@ LONG = (
     "test_training_sharding.py",
     "test_two_processes.py",
 )
-# Tests that took more than two seconds of processor time to compile and run; the table
+# Tests that took more than a second of processor time to compile and run; the table
 # of the contract is thinned instead. `pytest -n auto --cache-clear --add-slow` adds
 # those of its run.
 SLOW_LIST = pathlib.Path(__file__).with_name("slow.txt")
 SLOW = frozenset(SLOW_LIST.read_text().splitlines())
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 1.0
 FOUND_SLOW = set(SLOW)
 STARTED = pytest.StashKey[float]()
 # Of the contract every tenth pair, numbered through all properties, so that each

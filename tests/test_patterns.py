@@ -6,6 +6,8 @@ along inputs and outputs, a unit's score the sum of magnitudes.
 
 import functools
 import itertools
+import math
+from fractions import Fraction
 
 import flax.linen as nn
 import hypothesis
@@ -19,7 +21,7 @@ from flax import nnx
 from helpers import kept, refuses, stepper
 
 import sparse_optax
-from sparse_optax import masks, patterns, regrowth, schedules, selection
+from sparse_optax import budgets, masks, patterns, regrowth, schedules, selection
 from sparse_optax.layers import layers_of, leaf_names
 from sparse_optax.regrowth import grow, prune, redistribute
 
@@ -54,7 +56,7 @@ def units_of(kind, shape):
 
 def kept_of(pattern, size):
     """Weights that are kept of each group of a pattern of fixed density."""
-    return max(1, size * 10 // round(10 / pattern.density))
+    return max(1, math.floor(Fraction(str(pattern.density)) * size))
 
 
 def holds(pattern, mask, sizes=None):
@@ -223,6 +225,72 @@ def test_sizes_are_whole(make):
 def test_a_fan_in_is_a_share(density):
     with refuses("constant_fan_in", "density", "", r"\(0, 1\]"):
         patterns.constant_fan_in(density)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "stacked"),
+    [
+        (patterns.constant_fan_in(0.5, axis=0), (3, 8, 6), 0),
+        (patterns.constant_fan_in(0.5, axis={"body/kernel": (0, 1)}), (8, 6), None),
+        (patterns.constant_fan_in(0.5, axis=2), (8, 6), None),
+    ],
+)
+def test_outputs_that_are_no_outputs_are_named(pattern, shape, stacked):
+    where = None if stacked is None else {"body/kernel": stacked}
+    tree = {"body": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    with refuses("magnitude_masks", "'body/kernel'", str(shape[0]), "outputs|axis 2"):
+        masks.magnitude_masks(tree, None, pattern=pattern, stacked=where)
+
+
+def test_a_fan_in_counts_as_budgets_do():
+    for density, n in ((np.float32(0.29), 29), (0.29, 29), (0.07, 7), (1 / 3, 33)):
+        pattern = patterns.constant_fan_in(density)
+        made = masks.magnitude_masks({"w": normal((100, 3))}, None, pattern=pattern)
+        assert made["w"].sum(0).tolist() == [n] * 3
+        assert budgets.count(density, 100) == n
+
+
+UNEVEN = {"v": (19, 40), "w": (100, 10)}  # a tenth of 19 is 1.9
+
+
+@pytest.mark.parametrize("name", ["ramp", "gradual_magnitude", "top_kast", "gsm_mask"])
+def test_a_fan_in_that_is_rounded_down(name):
+    pattern, params = patterns.constant_fan_in(0.1), {}
+    params = {k: normal(shape) for k, shape in UNEVEN.items()}
+    shared = {"pattern": pattern, "update_period": 1, "update_stop": 3}
+    if name == "ramp":
+        tx = engine(pattern, density=None, ramp=lambda t: 0.1, hidden=True)
+    elif name == "gsm_mask":
+        tx = sparse_optax.gsm_mask(pattern=pattern)
+        grads = {k: normal(shape, 1) for k, shape in UNEVEN.items()}
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert {k: set((u != 0).sum(0).tolist()) for k, u in updates.items()} == {
+            "v": {1},
+            "w": {10},
+        }
+        return
+    else:
+        extra = {"backward_density": 0.2} if name == "top_kast" else {}
+        tx = getattr(sparse_optax, name)(optax.sgd(0.1), **shared, **extra)
+    for _, state, _ in run(tx, params, steps=5):
+        made = state.regrow_masks
+    assert set(made["v"].sum(0).tolist()) == {1}
+    assert set(made["w"].sum(0).tolist()) == {10}
+
+
+def test_top_kast_weighs_its_penalty_by_the_share_that_is_kept():
+    """1 of 19 weights into each output is 2 of 38, and 3/38 would be a tenth of 38."""
+    pattern, params = patterns.constant_fan_in(0.1), {"w": normal((19, 2))}
+    tx = sparse_optax.top_kast(
+        optax.sgd(1.0), pattern=pattern, backward_density=1.0, penalty=0.01
+    )
+    state = tx.init(params)
+    missing = ~kept(state)[0]
+    assert missing.sum() == 36
+    zero = jax.tree.map(jnp.zeros_like, params)
+    _, after = tx.update(zero, state, sparse_optax.sparsify(params, state))
+    left = np.asarray(after.hidden["w"] / state.hidden["w"])[missing]
+    np.testing.assert_allclose(left, 1 - 0.01 / (2 / 38), rtol=1e-5)
 
 
 def test_every_output_unit_keeps_one_weight_at_least():

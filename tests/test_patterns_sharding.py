@@ -7,18 +7,18 @@ from helpers import kept
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from mesh_helpers import mesh_of, not_on_eight, on_eight, placed, run_on_eight_devices
-from test_patterns import BLOCKS, N_M, engine, normal, run
+from test_patterns import BLOCKS, FAN_IN, N_M, engine, normal, run
 
 import sparse_optax
 
 
 @not_on_eight
 def test_on_eight_devices():
-    run_on_eight_devices(__file__, 2)
+    run_on_eight_devices(__file__, 3)
 
 
 @on_eight
-@pytest.mark.parametrize("pattern", [BLOCKS, N_M], ids=lambda p: p.name)
+@pytest.mark.parametrize("pattern", [BLOCKS, N_M, FAN_IN], ids=lambda p: p.name)
 def test_a_mesh_changes_nothing(pattern):
     params, specs = {"w": normal((16, 8))}, {"w": P("x", "y")}
     mesh = mesh_of(AxisType.Auto)

@@ -7,10 +7,16 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from sparse_optax.budgets.water_filling import Number, Share, least, level, most, whole
-from sparse_optax.checks import ArgumentError, boundary, fail, nearest, two_axes
+from sparse_optax.checks import (
+    ArgumentError,
+    as_fraction,
+    boundary,
+    fail,
+    nearest,
+    two_axes,
+)
 from sparse_optax.encoding import (
     SPARSE,
     Row,
@@ -38,28 +44,6 @@ Axes = tuple[int, int]
 
 
 # --- numbers --------------------------------------------------------------------------
-def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction:
-    """The value of a number as a fraction; -1 if it is not a finite number. A float32,
-    and with ``decimal`` any float, is read by its shortest decimal form: 0.29 is then
-    29/100 and not 0.28999999, which would keep 28 of 100 weights.
-    """
-    if isinstance(value, Tracer):
-        raise ArgumentError(
-            f"`{argument}` is a traced value; whole counts need a Python number. Give "
-            "a float, or list the argument in `static_args` of "
-            "optax.inject_hyperparams."
-        )
-    text: Any = "no number"
-    try:
-        if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.shape:
-            text = str(np.asarray(value)[()])
-        elif isinstance(value, int | float | Fraction) and not isinstance(value, bool):
-            text = repr(value) if decimal and isinstance(value, float) else value
-        return Fraction(text)
-    except (TypeError, ValueError, OverflowError):
-        return Fraction(-1)  # outside every range: the caller's check raises
-
-
 def check_density(density: Any, argument: str = "density") -> Fraction:
     """The density as a fraction, see ``checks.nearest``."""
     value = as_fraction(density, argument)

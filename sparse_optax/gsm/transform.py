@@ -107,7 +107,8 @@ def gsm_mask(
       track_reactivated: Stores the mask, to count re-activated weights.
       pattern: See ``patterns``. A unit is scored by its sum of saliencies, counts as
         its number of weights, and passes as a whole; a rest smaller than a unit is
-        unused. With N:M the n most salient of each m pass, without ``density``.
+        unused. With N:M the n most salient of each m pass, without ``density``, and
+        with ``constant_fan_in`` those of each output unit.
 
     Returns:
       A transformation with a ``GsmState``.

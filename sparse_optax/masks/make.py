@@ -523,7 +523,8 @@ def magnitude_masks(
       where: Which leaves take part, see ``eligible``: by default kernels, and tables of
         embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      pattern: See ``patterns``; ranks the sum of magnitudes. With N:M ``density=None``.
+      pattern: See ``patterns``; ranks the sum of magnitudes. With N:M and
+        ``constant_fan_in`` ``density=None``.
 
     Returns:
       A mask tree.
@@ -578,7 +579,8 @@ def score_masks(
         embeddings only where it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       pattern: See ``patterns``; ranks the sum of magnitudes of scores. With ``"leaf"``
-        a layer keeps a unit or more. With N:M ``density=None``.
+        a layer keeps a unit or more. With N:M and
+        ``constant_fan_in`` ``density=None``.
 
     Returns:
       A mask tree.

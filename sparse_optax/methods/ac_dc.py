@@ -73,7 +73,7 @@ def ac_dc(
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
       packed: Stores one bit per weight.
-      pattern: See ``regrow``; with N:M leave out ``density``.
+      pattern: See ``regrow``; leave out ``density`` if it fixes it.
       within: Masks of the weights that it may use; the others stay as they are, bit
         for bit, see ``regrow``. None is all.
 

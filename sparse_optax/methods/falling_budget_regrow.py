@@ -75,7 +75,7 @@ def falling_budget_regrow(
         average of the gradient, see ``regrow``.
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
-      pattern: See ``regrow``; with N:M leave out ``density``.
+      pattern: See ``regrow``; leave out ``density`` if it fixes it.
       within: Masks of the weights that it may use; the others stay as they are, bit
         for bit, see ``regrow``. None is all.
 

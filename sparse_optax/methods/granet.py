@@ -82,7 +82,7 @@ def granet(
       stacked: ``{name: axis}`` of leaves that stack layers.
       reset_moments: See ``regrow``; None is ``"grown"`` if there is an ``inner``.
       packed: Stores one bit per weight.
-      pattern: See ``regrow``; with N:M leave out ``density``.
+      pattern: See ``regrow``; leave out ``density`` if it fixes it.
       within: Masks of the weights that it may use; the others stay as they are, bit
         for bit, see ``regrow``. None is all.
 

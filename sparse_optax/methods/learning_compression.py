@@ -61,7 +61,7 @@ def learning_compression(
     Args:
       inner: The wrapped optimizer.
       density: Fraction of weights at the end, in (0, 1], or a budget whose sum is K;
-        None for N:M.
+        None if ``pattern`` fixes it.
       update_period: Updates of a learning step, at least 1.
       update_stop: Updates before the cut, at least ``update_period``.
       penalty: :math:`\mu` at first, above 0. The default is that of the authors'

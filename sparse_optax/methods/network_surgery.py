@@ -49,7 +49,8 @@ def network_surgery(
 
     Args:
       inner: The wrapped optimizer.
-      density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; None if
+        ``pattern`` fixes it.
       ramp: A schedule of the density that ends at ``density``. None keeps that many
         weights from the start, first the largest.
       ratio: a / b, in (0, 1], the factor of missing weights in the ranking.

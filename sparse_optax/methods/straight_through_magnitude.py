@@ -48,7 +48,8 @@ def straight_through_magnitude(
 
     Args:
       inner: The wrapped optimizer.
-      density: Fraction of weights kept per layer, in (0, 1], or a budget; None for N:M.
+      density: Fraction of weights kept per layer, in (0, 1], or a budget; None if
+        ``pattern`` fixes it.
       ramp: A schedule of the density that ends at ``density``; None is constant.
       update_stop: The masks stay from this many updates on; None never stops. A
         ``ramp`` must have ended by then.

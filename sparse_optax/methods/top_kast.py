@@ -50,7 +50,8 @@ def top_kast(
 
     Args:
       inner: The wrapped optimizer.
-      density: D, the fraction kept per layer, in (0, 1], or a budget; None for N:M.
+      density: D, the fraction kept per layer, in (0, 1], or a budget; None if
+        ``pattern`` fixes it.
       backward_density: D + M, the fraction that trains, at least D in every layer;
         rounded down in each group of N:M. The paper studies several for each D; in
         tables here it is twice D, a choice.

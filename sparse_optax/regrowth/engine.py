@@ -194,10 +194,10 @@ def regrow(
         from it. First masks are of the largest weights. Memory: a copy of the weights.
       pattern: Which weights are kept or removed together, see ``patterns``. Rules then
         see the sum of magnitudes of each unit. If units differ in size between layers,
-        and with N:M, nothing is redistributed, since the number of weights would
-        change. With N:M leave out ``density``; a cycle prunes its share of a whole
-        layer, and each group grows what it lost. Under a ``ramp`` a group has n +
-        floor(x (m - n)) of its m weights.
+        or the pattern fixes the density, nothing is redistributed, since the number of
+        weights would change. N:M and ``constant_fan_in`` fix it: leave out ``density``.
+        A cycle then prunes its share of a whole layer, and each group grows what it
+        lost. Under a ``ramp`` a group has n + floor(x (m - n)) of its m weights.
       regrown: The value of a weight that is pruned and grows again in one cycle:
         ``"zero"``, or its own ``"value"``.
       dense_until: T, at least 1: all weights train for T updates. Then, at the start of

@@ -365,13 +365,18 @@ def _check_given(
     if any(map(is_abstract, kept)):
         return
     pattern, moving = layers.pattern, method.ramp is not None
-    # Under a ramp, groups of N:M may start with any number.
+    # Under a ramp, groups of fixed density may start with any number.
     if not (moving and pattern.density is not None):
         for mask, leaf in zip(kept, layers.leaves, strict=True):
             if not leaf.pattern.follows(mask, leaf.axis):
                 raise ArgumentError(
-                    f"in `masks`, {leaf.name!r} does not follow {pattern.name}; units "
-                    "must be whole or empty. Make the masks with this pattern."
+                    f"in `masks`, {leaf.name!r} does not follow {pattern.name}: "
+                    + (
+                        "units must be whole or empty"
+                        if pattern.density is None
+                        else "a group has another number of weights"
+                    )
+                    + ". Make the masks with this pattern."
                 )
     if moving or method.density is None or pattern.density is not None:
         return

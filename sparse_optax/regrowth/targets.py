@@ -43,6 +43,8 @@ def goal_at(
     """What a schedule of the density asks for at a step, in whole units. A ramp ends
     at a rounded density: its end counts as met within a weight of the final counts.
     """
+    if layers.pattern.density is not None:
+        density = layers.pattern.density
     final = flat_counts(unit_counts_of(density, layers, params))
     size, total = int(layers.units.sizes.sum()), int(final.sum())
     is_float = is_number(density)

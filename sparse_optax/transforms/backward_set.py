@@ -28,7 +28,8 @@ class BackwardState(NamedTuple):
 
     Attributes:
       inner_state: State of the wrapped optimizer.
-      near: Where the last search for B ended, ``()`` with N:M.
+      near: Where the last search for B ended, ``()`` if the pattern fixes the
+        density.
     """
 
     inner_state: Any
@@ -55,7 +56,8 @@ def backward_set(
     and only the part of its step within B is used. Each update chooses B anew, by one
     selection per layer, which starts where the last one ended. It works inside
     ``regrow`` with ``hidden=True``, which passes A, and with the same ``where``.
-    ``backward_density`` is at least ``density``; N:M rounds it down.
+    ``backward_density`` is at least ``density``; a pattern that fixes the
+    density rounds it down.
     """
     inner = optax.with_extra_args_support(inner)
     check_static(backward_density, "backward_density")
@@ -69,7 +71,6 @@ def backward_set(
         is_number(backward_density) and backward_density >= fixed
     ):
         too_small(fixed)
-    forward = density if fixed is None else fixed
 
     def init(params):
         layers = layers_of(params, where, stacked, pattern, may_be_empty=True)
@@ -81,15 +82,18 @@ def backward_set(
     def update(updates, state, params=None, **extra_args):
         regrow_masks = extra_args["regrow_masks"]
         layers = layers_of_masks(regrow_masks, params, stacked, pattern)
-        kept = counts_of(forward, layers, params)
-        moving = counts_of(backward_density, layers, params)
-        if any(np.any(np.greater(a, b)) for a, b in zip(kept, moving, strict=True)):
-            too_small(density)
+        units = layers.at(backward_density)
+        if fixed is None:
+            kept = counts_of(density, layers, params)
+            moving = counts_of(backward_density, layers, params)
+            if any(np.any(np.greater(a, b)) for a, b in zip(kept, moving, strict=True)):
+                too_small(density)
+        else:  # the patterns say it
+            kept, moving = unit_counts([], layers), []
         share = total(kept) / max(int(layers.sizes.sum()), 1)
 
         active = [unpack(m) for m in layers.pick(regrow_masks)]
         weights = layers.pick(params)
-        units = layers.at(backward_density)
         within, near = _largest(
             units, weights, active, unit_counts(moving, units), state.near
         )
