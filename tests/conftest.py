@@ -176,10 +176,10 @@ SLOW = frozenset(SLOW_LIST.read_text().splitlines())
 SLOW_SECONDS = 1.0
 FOUND_SLOW = set(SLOW)
 STARTED = pytest.StashKey[float]()
-# Of the contract every tenth pair, numbered through all properties, so that each
+# Of the contract every sixteenth pair, numbered through all properties, so that each
 # transformation and each property is met; of other tables of these files every third
 # row, or as said.
-PAIRS = 10
+PAIRS = 16
 COMPILING = (
     *("test_compact", "test_compact_training", "test_control_masks"),
     *("test_dense_first", "test_dense_to_sparse", "test_dynamic_methods"),
