@@ -213,6 +213,8 @@ def pytest_collection_modifyitems(items):
         if slow or seen[table] % every:
             item.add_marker(pytest.mark.exhaustive)
         seen[table] += 1
+    # The long ones first, so that no worker waits for another's at the end.
+    items.sort(key=lambda item: not item.nodeid.split("/")[-1].startswith(LONG))
 
 
 def processor_time() -> float:
