@@ -440,8 +440,8 @@ class ConstantFanIn(NamedTuple):
         )
 
     def with_density(self, density: Any) -> Pattern:
-        density = min(float(density), 1.0)
-        return self._replace(name=f"constant_fan_in({density:g})", density=density)
+        made = constant_fan_in(min(density, 1.0))
+        return self._replace(name=made.name, density=made.density)
 
     def unit_size(self, shape: Shape, stacked: int | None = None) -> int:
         return 1
@@ -748,6 +748,6 @@ def constant_fan_in(
     checks.number("density", density, 0, 1, ends="(]", static=True, cure=cure)
     outputs, given = _axes_of(axis, (-1,))
     # A float32 is read by its shortest decimal form, as in ``budgets.count``.
-    share = float(checks.nearest(checks.as_fraction(density, "density")))
+    share = float(checks.as_fraction(density, "density"))
     name = f"constant_fan_in({share:g})"
     return ConstantFanIn(name, share, outputs, given)

@@ -253,29 +253,39 @@ def test_a_fan_in_counts_as_budgets_do():
 UNEVEN = {"v": (19, 40), "w": (100, 10)}  # a tenth of 19 is 1.9
 
 
-@pytest.mark.parametrize("name", ["ramp", "gradual_magnitude", "top_kast", "gsm_mask"])
+TENTH = patterns.constant_fan_in(0.1)
+
+
+def has_its_fan_in(tree):
+    found = {name: set((x != 0).sum(0).tolist()) for name, x in tree.items()}
+    assert found == {"v": {1}, "w": {10}}
+
+
+@pytest.mark.parametrize("name", ["ramp", "gradual_magnitude", "top_kast"])
 def test_a_fan_in_that_is_rounded_down(name):
-    pattern, params = patterns.constant_fan_in(0.1), {}
-    params = {k: normal(shape) for k, shape in UNEVEN.items()}
-    shared = {"pattern": pattern, "update_period": 1, "update_stop": 3}
     if name == "ramp":
-        tx = engine(pattern, density=None, ramp=lambda t: 0.1, hidden=True)
-    elif name == "gsm_mask":
-        tx = sparse_optax.gsm_mask(pattern=pattern)
-        grads = {k: normal(shape, 1) for k, shape in UNEVEN.items()}
-        updates, _ = tx.update(grads, tx.init(params), params)
-        assert {k: set((u != 0).sum(0).tolist()) for k, u in updates.items()} == {
-            "v": {1},
-            "w": {10},
-        }
-        return
+        tx = engine(TENTH, density=None, ramp=lambda t: 0.1, hidden=True)
     else:
-        extra = {"backward_density": 0.2} if name == "top_kast" else {}
-        tx = getattr(sparse_optax, name)(optax.sgd(0.1), **shared, **extra)
-    for _, state, _ in run(tx, params, steps=5):
-        made = state.regrow_masks
-    assert set(made["v"].sum(0).tolist()) == {1}
-    assert set(made["w"].sum(0).tolist()) == {10}
+        options = {"pattern": TENTH, "update_period": 1, "update_stop": 3}
+        options |= {"backward_density": 0.2} if name == "top_kast" else {}
+        tx = getattr(sparse_optax, name)(optax.sgd(0.1), **options)
+    params = {k: normal(shape) for k, shape in UNEVEN.items()}
+    *_, (_, state, _) = run(tx, params, steps=5)
+    has_its_fan_in(state.regrow_masks)
+
+
+def test_gsm_passes_a_fan_in_that_is_rounded_down():
+    params, grads = (
+        {k: normal(shape, seed) for k, shape in UNEVEN.items()} for seed in (0, 1)
+    )
+    tx = sparse_optax.gsm_mask(pattern=TENTH)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    has_its_fan_in(updates)
+
+
+def test_another_fan_in_reads_its_density_as_the_first_does():
+    assert TENTH.with_density(np.float32(0.29)) == patterns.constant_fan_in(0.29)
+    assert TENTH.with_density(1.5) == patterns.constant_fan_in(1.0)
 
 
 def test_top_kast_weighs_its_penalty_by_the_share_that_is_kept():
