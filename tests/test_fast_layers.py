@@ -15,13 +15,15 @@ from flax import nnx  # noqa: E402
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Images, channels, kernel, outputs, padding: a block of several images, of one, small
-# images, a large kernel, an odd batch, an image that the kernel covers.
+# images, a large kernel, an odd batch, an image that the kernel covers, few channels.
 CASES = {
-    "blocks": ((8, 9, 7, 3), (3, 3), 5, ((1, 1), (1, 1))),
+    "blocks": ((8, 9, 7, 6), (3, 3), 5, ((1, 1), (1, 1))),
     "small": ((4, 2, 2, 6), (3, 3), 5, "SAME"),
-    "large kernel": ((6, 8, 9, 2), (5, 5), 4, "VALID"),
-    "odd batch": ((7, 6, 6, 3), (3, 2), 2, ((0, 2), (1, 0))),
-    "one pixel": ((2, 3, 3, 2), (3, 3), 4, "VALID"),
+    "large kernel": ((6, 8, 9, 5), (5, 5), 4, "VALID"),
+    "odd batch": ((7, 6, 6, 5), (3, 2), 2, ((0, 2), (1, 0))),
+    "one pixel": ((2, 3, 3, 5), (3, 3), 4, "VALID"),
+    "one channel": ((3, 8, 9, 1), (5, 5), 4, "VALID"),
+    "three channels": ((3, 6, 7, 3), (3, 2), 4, ((0, 2), (1, 0))),
 }
 
 
