@@ -96,7 +96,7 @@ FAMILIES = {
 # What holds sparse momentum itself is no other method.
 OURS = ("sparse_momentum", "ham")
 # Their records were made before their defaults became those of the authors' code.
-EARLIER = ("dynamic_sparse", "in_time_over_parameterization", "deep_rewiring", "ham")
+EARLIER = ("dynamic_sparse", "deep_rewiring", "ham")
 # Also run with the shares of RigL and GraNet: what of their lead is due to these.
 RESHARED = ("static", "gradual_magnitude")
 SHARES = "erdos_renyi_kernel"
