@@ -22,6 +22,7 @@ GUIDES = (
     *("continual-learning", "reinforcement-learning", "scan-and-remat"),
     "prune-until-lossless",
     "faster-training",
+    "imagenet",
 )
 # Each block is a program of its own.
 PROGRAMS = ("four-frameworks",)

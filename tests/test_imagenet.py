@@ -1,0 +1,239 @@
+"""Images from a folder through grain: order, crops, resuming, files that are broken."""
+
+import json
+import pathlib
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+Image = pytest.importorskip("PIL.Image")
+imagenet = pytest.importorskip("sparse_optax.experiments.imagenet")
+
+SIZE = 8
+NAMES = ("n01", "n02", "n03")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """48 images to train on and 12 to evaluate with, of three classes and many sizes.
+
+    Each has one brightness of its own, so that a crop tells which image it is of.
+    """
+    number = 0
+    for part, count in (("train", 16), ("val", 4)):
+        for name in NAMES:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                shape = (9 + number % 7, 9 + number % 5, 3)
+                picture = Image.fromarray(np.full(shape, 4 * number, np.uint8))
+                ending = ("JPEG", "jpg")[i % 2]
+                picture.save(tmp_path / part / name / f"{i:02}.{ending}", quality=100)
+                number += 1
+    return tmp_path
+
+
+def numbers(images):
+    """Which image each crop is of."""
+    pixels = images * np.float32(imagenet.STD) + np.float32(imagenet.MEAN)
+    return np.round(255 * pixels.mean((1, 2, 3)) / 4).astype(int).tolist()
+
+
+def batches(folder, part="train", **options):
+    options = {"seed": 5, "size": SIZE, "threads": 2} | options
+    return imagenet.train_batches(imagenet.find(folder, part), 8, **options)
+
+
+def test_files_are_found_in_the_order_of_their_classes(folder):
+    (folder / "train" / "n01" / "notes.txt").write_text("no image")
+    (folder / "train" / "list.txt").write_text("no class")
+    train, valid = imagenet.find(folder), imagenet.find(folder, "val")
+    assert train.classes == valid.classes == NAMES
+    assert [len(train.files), len(valid.files)] == [48, 12]
+    assert train.labels.tolist() == [i // 16 for i in range(48)]
+    assert [path.parent.name for path in train.files] == [
+        NAMES[i] for i in train.labels
+    ]
+    assert list(train.files) == sorted(train.files)
+
+
+def test_an_epoch_has_each_image_once_and_its_label(folder):
+    seen = []
+    for images, labels in batches(folder, epochs=2):
+        assert images.shape == (8, SIZE, SIZE, 3)
+        assert images.dtype == np.float32
+        assert labels.dtype == np.int32
+        assert [n // 16 for n in numbers(images)] == labels.tolist()
+        seen += numbers(images)
+    assert sorted(seen[:48]) == sorted(seen[48:]) == list(range(48))
+    assert seen[:48] != seen[48:]
+    assert seen[:48] != list(range(48))
+
+
+def test_a_seed_gives_the_same_and_another_seed_other_images(folder):
+    first, second = (next(batches(folder))[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert numbers(next(batches(folder, seed=6))[0]) != numbers(first)
+
+
+@pytest.mark.parametrize("taken", [1, 4, 6, 9])
+def test_going_on_from_a_place_gives_the_same_crops(folder, taken):
+    """Within an epoch of six batches, at its end, and in the next one."""
+    # Ramps, so that other crops and flips of an image are other pixels.
+    for path in imagenet.find(folder).files:
+        ramp = np.arange(12 * 10).reshape(12, 10, 1) * np.ones(3)
+        Image.fromarray(ramp.astype(np.uint8)).save(path, quality=100)
+    run = batches(folder)
+    for _ in range(taken):
+        next(run)
+    place = json.loads(json.dumps(run.get_state()))
+    expected = [next(run) for _ in range(4)]
+    again = batches(folder)
+    again.set_state(place)
+    for (images, labels), right in zip(again, expected, strict=False):
+        np.testing.assert_array_equal(images, right[0])
+        np.testing.assert_array_equal(labels, right[1])
+    first = expected[0][0]
+    assert all(not np.array_equal(first, images) for images, _ in expected[1:])
+
+
+def test_crops_keep_to_area_and_ratio_and_half_are_mirrored():
+    random = np.random.default_rng(0)
+    image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
+    boxes = np.array([imagenet._box(image, random) for _ in range(2000)])
+    left, top, right, bottom = boxes.T
+    width, height = right - left, bottom - top
+    assert (boxes >= 0).all()
+    assert right.max() <= 400
+    assert bottom.max() <= 300
+    share, ratio = width * height / (300 * 400), width / height
+    assert 0.078 < share.min() < 0.1
+    assert 0.9 < share.max() <= 1
+    # A side is rounded to a whole pixel.
+    assert 0.74 < ratio.min() < 0.76
+    assert 1.31 < ratio.max() < 1.35
+    ramp = np.arange(20, dtype=np.uint8)[None, :, None] * np.ones((20, 1, 3), np.uint8)
+    picture = Image.fromarray(ramp)
+    crops = [np.asarray(imagenet._random_crop(picture, 8, random)) for _ in range(400)]
+    mirrored = np.mean([crop[0, 0, 0] > crop[0, -1, 0] for crop in crops])
+    assert 0.4 < mirrored < 0.6
+
+
+@pytest.mark.parametrize("shape", [(2, 300), (300, 2), (1, 1)])
+def test_an_image_that_no_crop_fits_is_cropped_at_its_center(shape):
+    image = Image.fromarray(np.zeros((*shape, 3), np.uint8))
+    left, top, right, bottom = imagenet._box(image, np.random.default_rng(0))
+    height, width = shape
+    assert left == width - right or left == width - right - 1
+    assert top == height - bottom or top == height - bottom - 1
+    assert min(right - left, bottom - top) == min(shape)
+
+
+def test_evaluation_reads_all_once_at_their_center(folder):
+    # A frame of another brightness lies outside of the crop.
+    files = imagenet.find(folder, "val").files
+    for number, path in enumerate(files):
+        pixels = np.full((32, 64, 3), 20 * number, np.uint8)
+        pixels[:, :14] = pixels[:, -14:] = 255
+        Image.fromarray(pixels).save(path, quality=100)
+    valid = imagenet.find(folder, "val")
+    made = list(imagenet.eval_batches(valid, 5, size=28, threads=2))
+    assert [len(labels) for _, labels in made] == [5, 5, 2]
+    assert np.concatenate([labels for _, labels in made]).tolist() == [
+        i // 4 for i in range(12)
+    ]
+    images = np.concatenate([images for images, _ in made])
+    pixels = 255 * (images * np.float32(imagenet.STD) + np.float32(imagenet.MEAN))
+    expected = 20 * np.arange(12, dtype=np.float32)[:, None, None, None]
+    # The columns beside the frame are mixed with it by the JPEG.
+    assert np.abs(pixels - expected)[:, :, 10:-10].max() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_kinds_of_pixels_become_three_channels(folder, mode):
+    for path in imagenet.find(folder).files:
+        Image.open(path).convert(mode).save(path, "JPEG", quality=100)
+    images, _ = next(batches(folder))
+    assert images.shape == (8, SIZE, SIZE, 3)
+    assert np.isfinite(images).all()
+
+
+def broken(folder):
+    """A file that is no image, one that is cut off, and one that is empty."""
+    files = imagenet.find(folder).files
+    files[3].write_bytes(b"this is no image" * 10)
+    Image.effect_noise((64, 64), 90).convert("RGB").save(files[20], quality=95)
+    files[20].write_bytes(files[20].read_bytes()[:-600])
+    files[30].write_bytes(b"")
+    return {3, 20, 30}, [str(files[i]) for i in (3, 20, 30)]
+
+
+def test_a_corrupt_file_is_refused_by_name(folder):
+    _, paths = broken(folder)
+    with pytest.raises(ValueError, match="is no readable image") as raised:
+        list(batches(folder, epochs=1))
+    assert any(path in str(raised.value) for path in paths)
+    assert "corrupt='skip'" in str(raised.value)
+
+
+def test_corrupt_files_are_named_and_skipped_and_batches_stay_full(folder):
+    bad, paths = broken(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = batches(folder, corrupt="skip")
+        made = [next(run) for _ in range(7)]
+        place = run.get_state()
+        after = next(run)
+        again = batches(folder, corrupt="skip")
+        again.set_state(place)
+        np.testing.assert_array_equal(next(again)[0], after[0])
+    told = " ".join(str(warning.message) for warning in caught)
+    assert all(path in told for path in paths)
+    assert all(len(labels) == 8 for _, labels in made)
+    seen = [n for images, _ in made for n in numbers(images)]
+    # 45 files are left: the first 45 images are each of them once.
+    assert sorted(seen[:45]) == sorted(set(range(48)) - bad)
+
+
+def test_what_is_no_folder_of_classes_is_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*test"):
+        imagenet.find(folder, "test")
+    (folder / "none").mkdir()
+    with pytest.raises(ValueError, match="no folders of classes"):
+        imagenet.find(folder, "none")
+    (folder / "val" / "n04").mkdir()
+    with pytest.raises(ValueError, match="n04 has no file that ends in"):
+        imagenet.find(folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size=0 must be a whole number, from 1 to 12"),
+        ({"batch_size": 13}, r"batch_size=13 must be a whole number, from 1 to 12"),
+        ({"size": 2.5}, r"size=2\.5 must be a whole number, at least 1"),
+        ({"threads": 0}, r"threads=0 must be"),
+        ({"corrupt": "ignore"}, r"corrupt='ignore'; choose 'refuse'"),
+        ({"seed": -1}, r"seed=-1 must be a whole number, from 0 to 4294967295"),
+        ({"epochs": 0}, r"epochs=0 must be a whole number, at least 1"),
+    ],
+)
+def test_bad_values_are_named(folder, options, message):
+    valid = imagenet.find(folder, "val")
+    given = {"batch_size": 4, "seed": 0, "size": SIZE} | options
+    with pytest.raises(ValueError, match=message):
+        imagenet.train_batches(valid, given.pop("batch_size"), **given)
+
+
+def test_without_the_packages_the_error_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r"sparse_optax\[imagenet\]"):
+        imagenet.train_batches(imagenet.find(folder), 8, seed=0)
+
+
+def test_the_path_may_be_text(folder):
+    assert imagenet.find(str(folder)).files[0].parent == pathlib.Path(
+        folder, "train", "n01"
+    )
