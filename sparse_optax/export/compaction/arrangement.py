@@ -183,6 +183,11 @@ def _reshape_needed(eqn: Equation, boxes: Boxes, facts: Facts) -> Boxes:
             for axis in right:
                 facts.widen(out, axis, None)
             continue
+        if value in facts.at_hand and len(right) == 1:
+            # All of it is there: entries are taken once, after the reshape.
+            if facts.settings.in_place:
+                facts.widen(out, right[0], None)
+            continue
         mask = crossed([as_mask(box[axis], out.shape[axis]) for axis in right])
         grid = mask.reshape([value.shape[axis] for axis in left])
         for place, axis in enumerate(left):

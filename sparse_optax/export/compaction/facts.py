@@ -293,9 +293,12 @@ def take(array: Any, places: np.ndarray, axis: int) -> Any:
     if isinstance(array, np.ndarray):
         return array.take(places, axis)
     index = (slice(None),) * axis + (places,)
-    return array.at[index].get(
+    taken = array.at[index].get(
         mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
     )
+    # Without the barrier XLA hands the entries to a matrix product in the order in
+    # which it took them, which makes both up to three times slower on a CPU.
+    return jax.lax.optimization_barrier(taken)
 
 
 def crossed(masks: Sequence[np.ndarray]) -> np.ndarray:
