@@ -28,6 +28,7 @@ assert metadata["License-Expression"] == "Apache-2.0", metadata["License-Express
 files = [str(file) for file in importlib.metadata.files("sparse_optax") or ()]
 assert any(file.endswith("licenses/LICENSE") for file in files), files
 assert "sparse_optax/py.typed" in files, files
+assert "sparse_optax_command.py" in files, files
 strays = [file for file in files if file.startswith(("tests", "notebooks", "docs"))]
 assert not strays, f"the wheel installs more than the package: {strays}"
 

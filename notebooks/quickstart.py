@@ -24,9 +24,10 @@
 # cores are enough.
 
 # %%
-# Installs the library where it is missing, as in Colab: from PyPI if it is there, else
-# from the repository. In an environment that has it, nothing happens.
+# Installs what is missing: from the checkout that this notebook lies in; elsewhere, as
+# in Colab, from PyPI or else from the repository. Otherwise nothing happens.
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
@@ -38,8 +39,11 @@ def pip_install(requirement):
     return subprocess.run(command, check=False).returncode == 0
 
 
-if importlib.util.find_spec("sparse_optax") is None and not (
-    pip_install("sparse_optax[experiments]")
+needed = ("sparse_optax", "flax", "matplotlib", "sklearn")
+if not all(map(importlib.util.find_spec, needed)) and not (
+    pip_install("..[experiments]")
+    if pathlib.Path("../pyproject.toml").exists()
+    else pip_install("sparse_optax[experiments]")
     or pip_install(f"sparse_optax[experiments] @ git+{REPOSITORY}")
 ):
     raise RuntimeError("pip could not install sparse_optax; see its messages above")

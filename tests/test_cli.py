@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import io
 import json
 import math
@@ -374,7 +375,9 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys, tmp_path):
     folders = [f"--{name}={tmp_path / name}" for name in ("results", "runs")]
     assert cli.main(["train", *folders]) == 130
     assert (
-        capsys.readouterr().err == "sparse-optax: stopped; the same command goes on.\n"
+        capsys.readouterr().err
+        == "sparse-optax: stopped; the same command goes on from its last checkpoint, "
+        "or starts again where there is none.\n"
     )
     assert cli.main(["reproduce", "digits_lenet300", *folders]) == 130
     assert "stopped after 0 of 9 rows; the same command" in capsys.readouterr().err
@@ -1242,7 +1245,11 @@ def test_command_without_the_packages_of_its_extra():
 def test_command_is_the_entry_point():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     scripts = tomllib.loads(text)["project"]["scripts"]
-    assert scripts == {"sparse-optax": "sparse_optax.experiments.command:main"}
+    assert scripts == {"sparse-optax": "sparse_optax_command:main"}
+    installed = importlib.util.find_spec("sparse_optax_command")
+    assert installed is not None, "install again: pip install -e ."
+    source = Path(train.__file__).with_name("command.py")
+    assert Path(installed.origin).read_text() == source.read_text()
 
 
 # -- progress ----------------------------------------------------------------------
@@ -1431,10 +1438,10 @@ def test_the_dense_run_beside_a_run():
 
 def test_something_is_shown_before_the_libraries_are_loaded(tmp_path):
     """The first line of a process, and a version without the libraries."""
-    path = Path(train.__file__).with_name("command.py")
+    # What the installed script does.
     code = (
-        f"import runpy, sys; sys.modules['jax'] = None; sys.argv[0] = 'sparse-optax'\n"
-        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+        "import sys; sys.modules['jax'] = None; sys.argv[0] = 'sparse-optax'\n"
+        "from sparse_optax_command import main; sys.exit(main())"
     )
 
     def run(*words):

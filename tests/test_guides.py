@@ -10,7 +10,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+
+import sparse_optax
+
+nnx = pytest.importorskip("flax.nnx")
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 # Pages that are one program: their blocks run in order.
@@ -125,3 +132,35 @@ def test_links_of_a_page_lead_somewhere(page):
                 for x in re.findall(r"^#+ (.+)$", linked, re.MULTILINE)
             ]
             assert heading in slugs, target
+
+
+@pytest.mark.parametrize("framework", ["nnx", "pure", "equinox", "linen"])
+def test_masks_of_torch_find_their_leaves(framework):
+    """The function of the page, with the trees of each framework and a wrong name."""
+    [block] = [block for block in blocks("moving") if "def from_torch" in block]
+    names = {"jax": jax, "jnp": jnp, "np": np, "optax": optax}
+    exec(block.partition("# Of torch")[0], names)
+    there = np.eye(4, 3)  # (out, in)
+    if framework == "equinox":
+        eqx = pytest.importorskip("equinox")
+        model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+        params, name = eqx.filter(model, eqx.is_inexact_array), "layers/0/weight"
+        found = lambda masks: masks.layers[0].weight  # noqa: E731
+    elif framework == "linen":
+        params, name = {"fc": {"kernel": jnp.ones((3, 4))}}, "fc/kernel"
+        found = lambda masks: masks["fc"]["kernel"].T  # noqa: E731
+    else:
+        model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        params, name = nnx.state(model, nnx.Param), "layers/0/kernel"
+        params = nnx.as_pure(params) if framework == "pure" else params
+        found = lambda masks: jax.tree.leaves(masks)[0].T  # noqa: E731
+    assert name in {
+        leaf.name for leaf in sparse_optax.report.eligibility(params).leaves
+    }
+    masks = names["from_torch"](
+        {"fc.weight_mask": there}, params, {name: "fc.weight_mask"}
+    )
+    np.testing.assert_array_equal(found(masks), there.astype(bool))
+    assert sparse_optax.masks.count(masks) == 3
+    with pytest.raises(AssertionError, match="no such leaves"):
+        names["from_torch"]({"m": there}, params, {name: "m", "fc9/kernel": "m"})

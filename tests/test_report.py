@@ -893,6 +893,16 @@ def test_metrics_of_members_have_their_axis():
     assert found["kept/total"].tolist() == [5, 5]
 
 
+def test_the_table_of_members_is_one_of_each():
+    summaries = [
+        report.summary(PARAMS),
+        report.summary(jax.tree.map(jnp.zeros_like, PARAMS)),
+    ]
+    first, second = map(report.table, summaries)
+    expected = f"member 0\n{first}\n\nmember 1\n{second}"
+    assert report.table(tuple(summaries)) == expected
+
+
 def test_metrics_refuses():
     with refuses("metrics", "`opt_state`", "no sparse method"):
         report.metrics(PARAMS, optax.sgd(0.1).init(PARAMS))

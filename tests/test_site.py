@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import runpy
 import tomllib
 import types
 
@@ -124,7 +125,9 @@ def test_the_version_is_said_once():
 def test_addresses_are_those_of_the_project():
     """Publishing elsewhere is one edit, and `.ci/addresses.py` writes the others."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    home = project["project"]["urls"]["Repository"]
+    home, site = (
+        project["project"]["urls"][x] for x in ("Repository", "Documentation")
+    )
     owner = home.removeprefix("https://github.com/")
     hosts = r"(?:github\.com|raw\.githubusercontent\.com|research\.google\.com/github)"
     files = [
@@ -140,4 +143,17 @@ def test_addresses_are_those_of_the_project():
         for name in re.findall(rf"{hosts}/([\w.-]+/sparse[_-]optax)", text):
             assert name == owner, path
             seen += 1
+        for address in re.findall(r"https://\S+?/sparse[_-]optax/\S+\.html", text):
+            page = address.removeprefix(f"{site}/")
+            assert (DOCS / page).with_suffix(".md").exists(), (path, address)
     assert seen > 10
+
+
+def test_the_figure_of_all_methods_is_that_of_the_records():
+    """Draw it again with `python docs/images/methods.py` where this fails."""
+    image = pytest.importorskip("PIL.Image")
+    path = DOCS / "images" / "methods.py"
+    names = runpy.run_path(str(path))
+    records = names["readme"].read_table(names["table"].TABLE, names["RESULTS"])
+    drawn = image.open(path.with_suffix(".png")).text["Source"]
+    assert drawn == names["fingerprint"](records)

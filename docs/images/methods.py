@@ -10,6 +10,8 @@ more. The dashed line in each panel is sparse momentum, the grey line the dense 
 with its interval. Methods without a record are left out.
 """
 
+import hashlib
+import json
 import math
 import pathlib
 from typing import Any
@@ -72,6 +74,17 @@ def panel(axes: Axes, records: dict, method: str) -> bool:
     return drawn
 
 
+def fingerprint(records: dict) -> str:
+    """What is drawn, in short; the file holds it, and a test compares it."""
+    methods = ["dense", *(m for family in table.FAMILIES.values() for m in family)]
+    errors = [
+        [method, density, table.errors(records, method, density)]
+        for method in methods
+        for density in (1.0, *sorted(table.DENSITIES))
+    ]
+    return hashlib.sha256(json.dumps(errors).encode()).hexdigest()
+
+
 def main() -> None:
     """Draws all methods that have records, a row of panels for each family."""
     records = readme.read_table(table.TABLE, RESULTS)
@@ -86,7 +99,8 @@ def main() -> None:
                 ax.set_visible(False)
         axes[0].set_ylabel("test error (%)")
     rows[-1].supxlabel("weights kept (%)", fontsize="medium")
-    plots.save(figure, HERE / "methods.png")
+    about = {"Source": fingerprint(records)}
+    plots.save(figure, HERE / "methods.png", about)
 
 
 if __name__ == "__main__":

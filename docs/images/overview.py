@@ -26,6 +26,8 @@ RUNS = {
     "5%, fixed random mask": {"density": DENSITY, "prune_rate": 0.0},
 }
 COLOURS = dict(zip(RUNS, ("#666666", "#0b5394", "#cc6600"), strict=True))
+# In grey, too, the lines and the bars can be told apart.
+LINES = dict(zip(RUNS, ("-", "--", ":"), strict=True))
 
 
 def train_all() -> dict[str, list[train.Trained]]:
@@ -49,7 +51,8 @@ def errors(axes: Axes, trained: dict[str, list[train.Trained]]) -> None:
             epochs, error.min(0), error.max(0), color=COLOURS[name], alpha=0.15, lw=0
         )
         label = f"{name}: {error[:, -1].mean():.1f}%"
-        axes.plot(epochs, error.mean(0), color=COLOURS[name], label=label)
+        line = {"color": COLOURS[name], "linestyle": LINES[name]}
+        axes.plot(epochs, error.mean(0), label=label, **line)
     axes.set(xlabel="epoch", ylabel="test error (%)", ylim=(0, 40))
     axes.set_title(f"mean and range of {len(SEEDS)} seeds", fontsize="medium")
     axes.legend(frameon=False)
@@ -64,13 +67,14 @@ def per_pixel(run: train.Trained) -> np.ndarray:
 def layers(axes: Axes, start: train.Trained, end: train.Trained) -> None:
     """Share of the weights that each layer keeps, at the start and at the end."""
     names = [layer["name"].removesuffix("/kernel") for layer in end.record.layers]
-    for run, offset, colour, label in (
-        (start, -0.2, COLOURS["5%, fixed random mask"], "start"),
-        (end, 0.2, COLOURS["5%, sparse momentum"], "end"),
+    for run, offset, colour, hatch, label in (
+        (start, -0.2, COLOURS["5%, fixed random mask"], "///", "start"),
+        (end, 0.2, COLOURS["5%, sparse momentum"], None, "end"),
     ):
         share = [100 * x["nonzero"] / x["weights"] for x in run.record.layers]
         places = np.arange(len(names)) + offset
-        bars = axes.barh(places, share, 0.4, color=colour, label=label)
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white"}
+        bars = axes.barh(places, share, 0.4, label=label, **look)
         axes.bar_label(bars, fmt="%.3g%%", padding=3)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="weights kept (%)")
     axes.set_title("each layer finds its share", fontsize="medium")

@@ -633,7 +633,8 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
         _note(str(error))
         return 1
     except KeyboardInterrupt as stopped:
-        _note(str(stopped) or "stopped; the same command goes on.")
+        where = "from its last checkpoint, or starts again where there is none"
+        _note(str(stopped) or f"stopped; the same command goes on {where}.")
         return 128 + signal.SIGINT
     return 0
 

@@ -1,4 +1,8 @@
-"""The entry point of ``sparse-optax``: answers at once, and says what is missing."""
+"""The entry point of ``sparse-optax``: answers at once, and says what is missing.
+
+It is installed as the module ``sparse_optax_command`` too, which is what the command
+runs: a module of the package is imported after the package, and that after jax.
+"""
 
 import contextlib
 import importlib.metadata

@@ -257,12 +257,15 @@ def figure(record: Record) -> Figure:
     return canvas
 
 
-def save(canvas: Figure, path: str | Path) -> None:
+def save(
+    canvas: Figure, path: str | Path, about: Mapping[str, str] | None = None
+) -> None:
     """Writes a figure as PNG.
 
     Args:
       canvas: the figure.
       path: file to write or replace.
+      about: texts that the file holds, by their names; None for no more than usual.
 
     Raises:
       ValueError: where the folder cannot be written to.
@@ -270,5 +273,5 @@ def save(canvas: Figure, path: str | Path) -> None:
     path = Path(path)
     check_writable(path.parent)
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=144)
+    canvas.savefig(buffer, format="png", dpi=144, metadata=dict(about or {}))
     write_atomically(path, lambda file: file.write(buffer.getvalue()))

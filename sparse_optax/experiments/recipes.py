@@ -135,6 +135,8 @@ COMMON_NAMES = {
 }
 _NAMED = {
     **{name: name for name in METHODS},
+    # Functions beside the one that the command uses.
+    **{"gsm_mask": "gsm", "ticket_masks": "ticket"},
     **{function: name for name, function in FUNCTIONS.items()},
     **{short: name for name, others in COMMON_NAMES.items() for short in others},
 }

@@ -32,10 +32,14 @@ def iterative_magnitude(
     pattern: Pattern | None = None,
     within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes the same fraction of the remaining weights n times and trains between.
+    r"""Prunes the same fraction of the remaining weights n times and trains between.
 
-    For a final density d, each of n prunes removes the smallest weights of each layer,
-    a fraction of :math:`1 - d^{1/n}`; the k-th leaves :math:`d^{k/n}`. Pruned weights
+    For a final density d, each of n prunes removes the smallest weights of each layer;
+    the k-th leaves the share
+
+    .. math:: d_k = d^{k/n}, \quad k = 1, \dots, n
+
+    so that each takes a fraction of :math:`1 - d^{1/n}` of what is left. Pruned weights
     stay zero. The n-th prune meets the target exactly.
 
     .. note:: Last in the chain; it wraps the optimizer, usually for a trained network.
@@ -137,9 +141,19 @@ def one_shot_magnitude(
     pattern: Pattern | None = None,
     within: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes the smallest weights of each layer once; training continues.
+    r"""Prunes the smallest weights of each layer once; training continues.
+
+    A layer of N weights keeps the K of the largest size, the number for its density d;
+    after the prune
+
+    .. math:: m_i = [\, |w_i| \text{ is among the } K \text{ largest} \,], \quad
+              w_i \leftarrow m_i w_i, \quad K \approx d N
+
+    with exactly K also where sizes are equal. What is pruned stays zero.
 
     .. note:: Last in the chain; the prune comes at the start of update ``at + 1``.
+      Memory: one byte per weight, one bit with ``packed``. The prune is one selection;
+      all other updates cost what they cost under fixed masks.
 
     Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
     a clip outside of it, or by the global norm, also measures missing weights.
@@ -179,6 +193,15 @@ def one_shot_magnitude(
       ...     counts.append(int((params["w"] != 0).sum()))
       >>> counts
       [20, 20, 5, 5]
+
+    References:
+      Han et al, `Learning both Weights and Connections
+      <https://arxiv.org/abs/1506.02626>`_, 2015, where one prune and training after it
+      is the plain form beside the iterative one.
+
+    Differences from the paper: Han et al prune below a multiple of each layer's
+    standard deviation, and retrain with a lower learning rate and dropout; here the
+    number is given, and the optimizer is the caller's.
     """
     checks.updates("at", at, 1)
     return unnamed(iterative_magnitude)(

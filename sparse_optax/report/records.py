@@ -155,14 +155,15 @@ def scalars(summary: Summary) -> dict[str, float]:
     return found
 
 
-def table(summary: Summary) -> str:
+def table(summary: Summary | Sequence[Summary]) -> str:
     """A summary as aligned plain text, one line per layer.
 
     Args:
-      summary: From ``summary``.
+      summary: From ``summary``; of a vmapped state one a member.
 
     Returns:
-      Text, with dashes for unknown numbers and without unknown columns.
+      Text, with dashes for unknown numbers and without unknown columns; of several
+      members one table after another.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -173,6 +174,9 @@ def table(summary: Summary) -> str:
       total        80     2     2.5%     10           38
       10 bytes sparse, 320 dense; 0 parameters in dense leaves included.
     """
+    if not isinstance(summary, Summary):
+        parts = (f"member {i}\n{table(each)}" for i, each in enumerate(summary))
+        return "\n\n".join(parts)
     rows = (*summary.layers, summary.total)
     columns = [["layer", *(layer.name for layer in rows)]]
     for quantity, read in _SHOWN.items():
