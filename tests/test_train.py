@@ -668,6 +668,27 @@ def test_densities_of_a_cut_share_one_training(tmp_path):
             assert len(leaf.values) == np.count_nonzero(kernel)
 
 
+def test_cuts_of_a_dense_network_share_its_training(tmp_path):
+    """Wanda and SparseGPT, in any pattern, cut what L2 trains, at any density."""
+    runs = [
+        dataclasses.replace(SMALL, method="l2", density=1.0),
+        dataclasses.replace(SMALL, method="wanda", density=0.5, pattern="2:4"),
+        dataclasses.replace(SMALL, method="sparse_gpt", density=0.3),
+    ]
+    epochs = []
+    done = [train.train(run, runs=tmp_path, on_epoch=epochs.append) for run in runs]
+    assert [progress.epoch for progress in epochs] == [1, 2, 3, 4]
+    dense = train.train(dataclasses.replace(SMALL, method="dense"), runs=None)
+    same(dense.params, done[0].params)
+    errors = [trained.record.results["test_error_before_cut"] for trained in done]
+    assert errors == [dense.record.results["test_error"]] * 3
+    assert [trained.record.results["kept"] for trained in done] == [
+        50_200,
+        25_100,
+        15_060,
+    ]
+
+
 def test_dead_units_are_constant_or_unheard():
     rng = np.random.default_rng(0)
     shapes = {"fc1": (6, 5), "fc2": (5, 4), "fc3": (4, 3)}

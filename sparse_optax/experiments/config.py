@@ -577,6 +577,37 @@ def base_of(config: Resolved) -> Resolved | None:
     )
 
 
+def training_of(config: Resolved) -> Resolved:
+    """The run that trains: ``config`` itself, but for methods that cut afterwards.
+
+    Such a method reads density and pattern after training, so that runs at several
+    densities share one; ``"wanda"`` and ``"sparse_gpt"`` share that of ``"l2"``.
+
+    Args:
+      config: a resolved run.
+
+    Returns:
+      A resolved run. Those that share their training give the same one.
+
+    Examples:
+      >>> from sparse_optax.experiments import config
+      >>> run = config.resolve(config.TrainConfig(method="wanda", density=0.5))
+      >>> shared = config.training_of(run)
+      >>> shared.method, shared.density
+      ('l2', 1.0)
+    """
+    method = recipes.METHODS[config.method]
+    if not method.cut_only:
+        return config
+    return dataclasses.replace(
+        config,
+        method=method.trains_as or config.method,
+        density=1.0,
+        budget=None,
+        pattern="weights",
+    )
+
+
 def dense_of(config: Resolved) -> Resolved:
     """The dense run that a run is judged by.
 

@@ -48,6 +48,8 @@ class Method(NamedTuple):
       shares: how its density is shared among the layers, unless the run says.
       cut_only: it reads the density after training only, so that runs at several
         densities share theirs.
+      trains_as: the method that trains alike before its own cut; the runs of both share
+        their training.
       pooled: it ranks the weights of all layers at once, whatever the shares.
       moves: it moves weights between the layers while it trains.
     """
@@ -55,6 +57,7 @@ class Method(NamedTuple):
     recipe: str = "scratch"
     shares: str = "uniform"
     cut_only: bool = False
+    trains_as: str | None = None
     pooled: bool = False
     moves: bool = False
 
@@ -94,8 +97,8 @@ METHODS: dict[str, Method] = {
     "soft_weight_sharing": Method(recipe="trained", pooled=True),
     "sparse_variational_dropout": Method(cut_only=True, pooled=True),
     "l0_regularization": Method(cut_only=True, pooled=True),
-    "wanda": Method(cut_only=True),
-    "sparse_gpt": Method(cut_only=True),
+    "wanda": Method(cut_only=True, trains_as="l2"),
+    "sparse_gpt": Method(cut_only=True, trains_as="l2"),
 }
 
 # The functions of the library that the methods are, where the name is another.

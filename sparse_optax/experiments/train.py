@@ -314,11 +314,9 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     start = draw(key=keys[0])
     if setting.runs is None:
         return _train_stage(config, setting, stage, draw, start, keys, None)
-    # Where the density is read after training only, all of them go on from one run.
     shared = None
     if recipes.METHODS[config.method].cut_only:
-        whole = dataclasses.replace(config, density=1.0, budget=None)
-        shared = setting.runs / configs.default_name(whole)
+        shared = setting.runs / configs.default_name(configs.training_of(config))
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
     with folder.lock(wait=lambda: stage == "base" and setting.clock.left() > 0):
         if setting.fresh:

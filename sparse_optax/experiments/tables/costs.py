@@ -76,9 +76,10 @@ def told(value: float | None) -> str:
 
 
 def _stages(config: configs.Resolved) -> list[configs.Resolved]:
-    """A run after all that come before it."""
+    """What trains a run, after all that comes before it."""
     base = configs.base_of(config)
-    return [*([] if base is None else _stages(base)), config]
+    earlier = [] if base is None else _stages(base)
+    return [*earlier, configs.training_of(config)]
 
 
 def _stage_hours(config: configs.Resolved) -> float | None:
