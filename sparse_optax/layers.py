@@ -361,6 +361,15 @@ class Leaf(NamedTuple):
         return math.prod(self.layer_shape)
 
 
+def _laid_like(mask: jax.Array, like: Any) -> jax.Array:
+    """A mask with the sharding of its leaf, which that of whole units may lack on an
+    Explicit mesh.
+    """
+    if jax.typeof(mask).sharding == jax.typeof(like).sharding:
+        return mask
+    return jnp.logical_and(mask, jnp.ones_like(like, dtype=bool))
+
+
 class Layers(NamedTuple):
     """The leaves of a tree that take part, with their layers and units."""
 
@@ -456,10 +465,13 @@ class Layers(NamedTuple):
         prices = [1] * len(sizes) if costs is None else costs
         return [price * size for price, size in zip(prices, sizes, strict=True)]
 
-    def spread(self, masks: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Masks of units as masks of weights."""
+    def spread(
+        self, masks: Sequence[jax.Array], likes: Sequence[Any] | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Masks of units as masks of weights, with the sharding of arrays ``likes``."""
         pairs = zip(masks, self.leaves, strict=True)
-        return tuple(x.pattern.spread(m, x.shape, x.axis) for m, x in pairs)
+        spread = tuple(x.pattern.spread(m, x.shape, x.axis) for m, x in pairs)
+        return spread if likes is None else tuple(map(_laid_like, spread, likes))
 
     def weights(self, units: Any) -> tuple[Any, ...]:
         """Weights per leaf, or stacked layer, from a vector of units per layer."""

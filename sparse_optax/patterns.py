@@ -19,10 +19,11 @@ and a leaf called ``weight``, as in equinox, is (out, in, ...). A bias beside a 
 has the shape of its outputs. Where this does not decide, an error asks for the axes:
 ``n_m(2, 4, axis={"query/kernel": 0})``; ``contraction_axes`` reads them from a module.
 
-Units should not cross devices. On a mesh with Explicit axes an axis that is cut into
-units must not be sharded, nor one of several that ``constant_fan_in`` joins, since JAX
-cannot split or join them there. A pattern is a tuple and not
-a function, since ``optax.inject_hyperparams`` takes every callable for a schedule.
+Units should not cross devices. On a mesh with Explicit axes blocks, slices and output
+units lie where their leaves do; but an axis that is cut into groups of N:M must not be
+sharded there, nor one of several that ``constant_fan_in`` joins. A pattern is a tuple
+and not a function, since ``optax.inject_hyperparams`` takes every callable for a
+schedule.
 """
 
 import math
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparse_optax import checks
 from sparse_optax.contraction import contraction_axes as contraction_axes
@@ -273,13 +275,22 @@ class Blocks(NamedTuple):
 
     def view(self, x: jax.Array, stacked: int | None = None) -> jax.Array:
         sizes = self._unit(x.shape, stacked)
-        pairs = zip(x.shape, sizes, strict=True)
-        parts = x.reshape([y for n, size in pairs for y in (n // size, size)])
-        within = tuple(range(1, 2 * x.ndim, 2))
+        parts, within, whole = x, [], []
+        # From the last axis on, so that those before it keep their numbers.
+        for axis, (n, size) in reversed([*enumerate(zip(x.shape, sizes, strict=True))]):
+            if 1 < size < n:
+                parts = _divided(parts, axis, size)
+                within = [axis + 1, *(i + 1 for i in within)]
+                whole = [i + 1 for i in whole]
+            elif size > 1:
+                whole.append(axis)
+        axes = (*within, *whole)
         if x.dtype == bool:
-            return jnp.any(parts, axis=within)
-        wide = as_wide(x.dtype)
-        return jnp.sum(jnp.abs(parts.astype(wide)), axis=within)
+            found = jnp.any(parts, axis=axes, keepdims=True)
+        else:
+            wide = jnp.abs(parts.astype(as_wide(x.dtype)))
+            found = jnp.sum(wide, axis=axes, keepdims=True)
+        return jnp.squeeze(found, within)
 
     def operands(
         self, score: Score, arrays: Operands, stacked: int | None = None
@@ -290,8 +301,9 @@ class Blocks(NamedTuple):
         self, units: jax.Array, shape: Shape, stacked: int | None = None
     ) -> jax.Array:
         for axis, size in enumerate(self._unit(shape, stacked)):
-            units = jnp.repeat(units, size, axis=axis, total_repeat_length=shape[axis])
-        return units
+            if 1 < size < shape[axis]:
+                units = _repeated(units, axis, size)
+        return jnp.broadcast_to(units, shape)
 
     def weights(self, units: Any, shape: Shape, stacked: int | None = None) -> Any:
         return units * self.unit_size(shape, stacked)
@@ -545,6 +557,38 @@ def _by_name(argument: str, given: Any, several: int) -> Any:
             checks.fail(argument, axes, allowed, cure)
         pairs.append((name, tuple(map(int, axes)) if several else int(axes[0])))
     return tuple(pairs)
+
+
+def _divided(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """An axis as blocks of some size, and a new one inside of them."""
+    shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+    return _reshaped(
+        x, shape, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :])
+    )
+
+
+def _repeated(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Each entry along an axis so many times."""
+    apart = jnp.expand_dims(x, axis + 1)
+    sides = list(apart.shape)
+    sides[axis + 1] = size
+    shape = (*x.shape[:axis], x.shape[axis] * size, *x.shape[axis + 1 :])
+    return _reshaped(
+        jnp.broadcast_to(apart, sides),
+        shape,
+        lambda spec: (*spec[: axis + 1], *spec[axis + 2 :]),
+    )
+
+
+def _reshaped(x: jax.Array, shape: Shape, moved: Callable[[Any], Any]) -> jax.Array:
+    """``x.reshape(shape)``; on an Explicit mesh ``moved`` says which axes lie where."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x.reshape(shape)
+    spec = PartitionSpec(
+        *moved((*sharding.spec, *[None] * (x.ndim - len(sharding.spec))))
+    )
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def _check_axes(pattern, sizes, name, shape, stacked) -> None:

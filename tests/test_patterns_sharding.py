@@ -11,17 +11,26 @@ from test_patterns import BLOCKS, FAN_IN, N_M, engine, normal, run
 
 import sparse_optax
 
+UNITS = sparse_optax.patterns.output_units(axis=-1)
+
 
 @not_on_eight
 def test_on_eight_devices():
-    run_on_eight_devices(__file__, 3)
+    run_on_eight_devices(__file__, 6)
 
 
 @on_eight
-@pytest.mark.parametrize("pattern", [BLOCKS, N_M, FAN_IN], ids=lambda p: p.name)
-def test_a_mesh_changes_nothing(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [
+        *((pattern, AxisType.Auto) for pattern in (BLOCKS, UNITS, N_M, FAN_IN)),
+        *((pattern, AxisType.Explicit) for pattern in (BLOCKS, UNITS)),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_a_mesh_changes_nothing(pattern, kind):
     params, specs = {"w": normal((16, 8))}, {"w": P("x", "y")}
-    mesh = mesh_of(AxisType.Auto)
+    mesh = mesh_of(kind)
     on_mesh = placed(params, mesh, specs)
     right = list(run(engine(pattern), params, 3))
     found = list(run(engine(pattern), on_mesh, 3))

@@ -91,7 +91,7 @@ def passing(
         if skip_zeros and layers.pattern.density != 1:
             alive = [scores(ranked, xs) != 0 for xs in units]
             kept = list(map(jnp.logical_and, kept, alive))
-        masks = list(layers.spread(kept))
+        masks = list(layers.spread(kept, [xs[0] for xs in arrays]))
         return Passing(masks, _or_zero(guess), counted([(m,) for m in masks]))
     # The search gives the counts. A mask of weights is never stored, but recomputed
     # where the gradient is read.
@@ -106,7 +106,8 @@ def passing(
     )
     threshold = chosen.threshold.astype(jnp.float32)
     passed = clipped(chosen.counts, layers.unit_sizes)
-    return Passing(list(layers.spread(chosen.masks)), threshold, passed)
+    masks = layers.spread(chosen.masks, [xs[0] for xs in arrays])
+    return Passing(list(masks), threshold, passed)
 
 
 def passing_ties(

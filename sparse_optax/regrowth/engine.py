@@ -868,9 +868,9 @@ def _open_cycle(operands: _Operands, how: _How):
         result = lax.cond(is_dense(evidence), cut_now, exchange)
 
     # The barrier stores the masks; recomputing them would double the kernels.
-    kept_masks = () if how.stays else layers.spread(result.kept)
+    kept_masks = () if how.stays else layers.spread(result.kept, old)
     new_masks, kept_masks = lax.optimization_barrier(
-        (layers.spread(result.masks), kept_masks)
+        (layers.spread(result.masks, old), kept_masks)
     )
     moves = new_masks
     if not how.stays:

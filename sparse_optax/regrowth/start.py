@@ -348,14 +348,7 @@ def _made(
             counts = at_most(counts, layers, usable)
         own = jax.random.fold_in(seed, 0)
         kept = random_of_layers(own, units, like, counts, usable)
-    return list(map(_laid_like, layers.spread(kept), leaves))
-
-
-def _laid_like(mask: jax.Array, leaf: Any) -> jax.Array:
-    """A mask with the sharding of its leaf, which a mask of units may lack."""
-    if jax.typeof(mask).sharding == jax.typeof(leaf).sharding:
-        return place(mask, leaf)
-    return jnp.logical_and(mask, jnp.ones_like(leaf, dtype=bool))
+    return list(map(place, layers.spread(kept, leaves), leaves))
 
 
 def _check_given(

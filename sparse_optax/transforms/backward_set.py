@@ -126,7 +126,7 @@ def _largest(
         kept, near, _ = follow_layers(operands, counts, axes, score or jnp.abs, near)
     else:
         kept = top_of_layers(operands, counts, axes, score)
-    return layers.rebuild(layers.spread(kept)), near
+    return layers.rebuild(layers.spread(kept, weights)), near
 
 
 def _active_first(weight: jax.Array, mask: jax.Array) -> jax.Array:

@@ -147,6 +147,7 @@ def proximal_group_lasso(
             shrink = 1 - least / jnp.where(norm > 0, norm, 1)
             factor = jnp.where(norm <= least, 0, shrink)
             factor = leaf.pattern.spread(factor, leaf.shape, leaf.axis)
+            factor = factor + jnp.zeros_like(moved)  # where the leaf lies on a mesh
             # In the parameter's dtype, so that the sum is exactly zero.
             step = (factor * moved - w.astype(wide)).astype(w.dtype)
             flat[i] = jnp.where(factor == 0, -w, step)
