@@ -20,10 +20,10 @@ has the shape of its outputs. Where this does not decide, an error asks for the 
 ``n_m(2, 4, axis={"query/kernel": 0})``; ``contraction_axes`` reads them from a module.
 
 Units should not cross devices. On a mesh with Explicit axes blocks, slices and output
-units lie where their leaves do; but an axis that is cut into groups of N:M must not be
-sharded there, nor one of several that ``constant_fan_in`` joins. A pattern is a tuple
-and not a function, since ``optax.inject_hyperparams`` takes every callable for a
-schedule.
+units lie where their leaves do, and blocks that cross devices are an error; an axis
+that is cut into groups of N:M must not be sharded there, nor one of several that
+``constant_fan_in`` joins. A pattern is a tuple and not a function, since
+``optax.inject_hyperparams`` takes every callable for a schedule.
 """
 
 import math
@@ -561,10 +561,30 @@ def _by_name(argument: str, given: Any, several: int) -> Any:
 
 def _divided(x: jax.Array, axis: int, size: int) -> jax.Array:
     """An axis as blocks of some size, and a new one inside of them."""
+    _check_whole_blocks(x, axis, size)
     shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
-    return _reshaped(
-        x, shape, lambda spec: (*spec[: axis + 1], None, *spec[axis + 1 :])
-    )
+
+    def moved(spec):
+        return (*spec[: axis + 1], None, *spec[axis + 1 :])
+
+    return _reshaped(x, shape, moved)
+
+
+def _check_whole_blocks(x: jax.Array, axis: int, size: int) -> None:
+    """Raises where blocks along an Explicit axis of a mesh would cross devices."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return
+    names = (*sharding.spec, *[None] * x.ndim)[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    devices = math.prod(sharding.mesh.shape[name] for name in names)
+    if x.shape[axis] // size % devices:
+        raise checks.ArgumentError(
+            f"blocks of {size} along axis {axis} of a leaf of shape {x.shape} cross "
+            f"the {devices} devices that it is sharded over, on a mesh with Explicit "
+            "axes. Shard it by whole blocks, choose another size, or make the axes of "
+            "the mesh Auto."
+        )
 
 
 def _repeated(x: jax.Array, axis: int, size: int) -> jax.Array:

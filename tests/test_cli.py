@@ -545,6 +545,49 @@ def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
         assert set(row.needs) <= finished
 
 
+def test_rows_that_share_their_training_do_not_run_together(tmp_path, monkeypatch):
+    """Wanda and SparseGPT cut what L2 trains; a dense network runs beside them."""
+    methods = ("l2", "wanda", "sparse_gpt", "dense")
+    table = TABLES["digits_lenet300"]
+    rows = [
+        common.Row(method, configs.TrainConfig(method=method), method)
+        for method in methods
+    ]
+    jobs = [reproduce.Job(table, row) for row in rows]
+    active, together, done = set(), set(), []
+
+    class Worker:
+        returncode = 0
+
+        def __init__(self, job, slot, core, results, runs, hours):
+            del core, results, runs, hours
+            self.job, self.slot, self.start = job, slot, time.perf_counter()
+            self.process, self.polls = self, 0
+            active.add(job.row.name)
+            together.add(frozenset(active))
+
+        def poll(self):
+            self.polls += 1
+            return 0 if self.polls > 2 else None
+
+        def check(self):
+            active.remove(self.job.row.name)
+
+    monkeypatch.setattr(reproduce, "_Worker", Worker)
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1})
+    outcome = reproduce.run_jobs(
+        jobs,
+        jobs=2,
+        results=tmp_path,
+        runs=tmp_path,
+        on_job=lambda job, seconds: done.append(job.row.name),
+    )
+    assert outcome == ([], [], {})
+    assert sorted(done) == sorted(methods)
+    assert max(map(len, together)) == 2
+    assert all(len(names - {"dense"}) <= 1 for names in together)
+
+
 def test_failed_worker_is_told_with_what_it_printed(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho something broke\nexit 3\n")

@@ -937,6 +937,33 @@ def test_in_place_the_inputs_stay_whole():
     np.testing.assert_allclose(fn(small.params, x), fn(params, x), rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_entries_of_reshaped_inputs_are_taken_once(in_place):
+    """Rows and columns of images that nothing reads: one gather, after the reshape."""
+
+    def fn(params, x):
+        hidden = jax.nn.relu(x.reshape(x.shape[0], -1) @ params["v"])
+        return hidden @ params["w"]
+
+    key = jax.random.key(0)
+    live = jnp.zeros((6, 8)).at[1:5:2, jnp.array([0, 2, 3, 7])].set(1).reshape(-1, 1)
+    params = {
+        "v": jax.random.normal(key, (48, 400)) * live,
+        "w": jax.random.normal(key, (400, 7)),
+    }
+    x = jax.random.normal(key, (5, 6, 8))
+    small = compact(fn, params, x, in_place=in_place)
+    if in_place:
+        assert small.params["v"].shape == (48, 400)
+        np.testing.assert_allclose(fn(small.params, x), fn(params, x), rtol=1e-5)
+        return
+    assert small.params["v"].shape == (8, 400)
+    close = dict(rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(small(small.params, x), fn(params, x), **close)
+    program = str(jax.make_jaxpr(small)(small.params, x))
+    assert program.count(" gather[") == 1
+
+
 def test_code_that_fixes_shapes_is_not_cut_in_place():
     model = nn.Sequential([nn.Dense(20), nn.relu, nn.Dense(3)])
     x = jnp.ones((2, 8))

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -195,6 +196,32 @@ def test_corrupt_files_are_named_and_skipped_and_batches_stay_full(folder):
     seen = [n for images, _ in made for n in numbers(images)]
     # 45 files are left: the first 45 images are each of them once.
     assert sorted(seen[:45]) == sorted(set(range(48)) - bad)
+
+
+def test_errors_of_the_system_and_a_folder_of_broken_files_are_not_skipped(folder):
+    files = imagenet.find(folder, "val").files
+    valid = imagenet.find(folder, "val")
+    files[5].unlink()
+    with pytest.raises(FileNotFoundError, match=files[5].name):
+        list(imagenet.eval_batches(valid, 100, size=SIZE, corrupt="skip", threads=2))
+    for path in files:
+        path.write_bytes(b"no image")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(ValueError, match="nor were the 11 files before it"),
+    ):
+        next(imagenet.train_batches(valid, 4, seed=0, size=SIZE, corrupt="skip"))
+
+
+def test_the_center_of_a_thin_image_is_read_alone(folder):
+    """Its shorter side at full size would make it millions of pixels long."""
+    image = Image.fromarray(np.zeros((2, 60_000, 3), np.uint8))
+    with mock.patch.object(
+        Image.Image, "resize", autospec=True, side_effect=Image.Image.resize
+    ) as resize:
+        made = imagenet._center_crop(image, 56)
+    assert made.size == (56, 56)
+    assert [call.args[1] for call in resize.call_args_list] == [(56, 56)]
 
 
 def test_what_is_no_folder_of_classes_is_refused(folder, tmp_path):

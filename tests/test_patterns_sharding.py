@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import kept
+from helpers import kept, refuses
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from mesh_helpers import mesh_of, not_on_eight, on_eight, placed, run_on_eight_devices
@@ -16,7 +16,7 @@ UNITS = sparse_optax.patterns.output_units(axis=-1)
 
 @not_on_eight
 def test_on_eight_devices():
-    run_on_eight_devices(__file__, 6)
+    run_on_eight_devices(__file__, 7)
 
 
 @on_eight
@@ -45,3 +45,13 @@ def test_a_mesh_changes_nothing(pattern, kind):
     plain, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     far, _ = jax.jit(tx.update)(placed(grads, mesh, specs), tx.init(on_mesh), on_mesh)
     np.testing.assert_array_equal(plain["w"], far["w"])
+
+
+@on_eight
+def test_blocks_that_cross_explicit_devices_are_refused():
+    # Of 16 rows on four devices: each block would lie on two.
+    across = sparse_optax.patterns.blocks(8, 2)
+    params = {"w": normal((16, 8))}
+    there = placed(params, mesh_of(AxisType.Explicit), {"w": P("x", "y")})
+    with refuses("magnitude_masks", "blocks of 8 along axis 0", "4 devices"):
+        sparse_optax.masks.magnitude_masks(there, 0.5, pattern=across)

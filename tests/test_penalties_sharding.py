@@ -102,8 +102,10 @@ def test_a_method_on_a_mesh(name, kind):
     assert moved
     sizes = collectives(found[2])
     assert set(sizes) <= {"all-reduce"}, sizes
-    # Norms of the units of a layer at most, no leaf.
-    assert max(sizes.get("all-reduce", [0])) <= 64, sizes
+    # Norms of eight units on a device, and no part of a leaf, which has 16 at least.
+    assert max(sizes.get("all-reduce", [0])) <= 10, sizes
+    if name in DRAWN or name.endswith("blocks"):
+        assert not sizes
 
 
 @on_eight

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+import sparse_optax
+
 pytest.importorskip("flax")
 
 from sparse_optax import load_sparse, masks
@@ -687,6 +689,31 @@ def test_cuts_of_a_dense_network_share_its_training(tmp_path):
         25_100,
         15_060,
     ]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparse_gpt"])
+def test_a_cut_is_calibrated_with_the_statistics_of_training(method, monkeypatch):
+    """Not with those that batch norm starts from."""
+    seen = []
+    name = "wanda_masks" if method == "wanda" else "sparse_gpt"
+    own = getattr(sparse_optax, name)
+
+    def spy(forward, params, batches, *args, **options):
+        seen.append((forward, params, batches[0]))
+        return own(forward, params, batches, *args, **options)
+
+    monkeypatch.setattr(sparse_optax, name, spy)
+    run = dataclasses.replace(
+        SMALL, model="lenet-300-100-bn", method=method, density=0.5, epochs=1
+    )
+    done = train.train(dataclasses.replace(run, drop_epochs=()), runs=None)
+    [(forward, params, images)] = seen
+    apply, _, start = models.create_stateful(
+        run.model, images.shape[1:], 10, key=jax.random.key(0)
+    )
+    trained = apply(params, done.stats, images)[0]
+    np.testing.assert_allclose(forward(params, images), trained, rtol=1e-5, atol=1e-5)
+    assert np.abs(apply(params, start, images)[0] - trained).max() > 0.1
 
 
 def test_dead_units_are_constant_or_unheard():

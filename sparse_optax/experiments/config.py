@@ -599,12 +599,16 @@ def training_of(config: Resolved) -> Resolved:
     method = recipes.METHODS[config.method]
     if not method.cut_only:
         return config
+    plain = TrainConfig()
     return dataclasses.replace(
         config,
         method=method.trains_as or config.method,
         density=1.0,
         budget=None,
-        pattern="weights",
+        shares="uniform",
+        update_epochs=plain.update_epochs,
+        cycles=plain.cycles,
+        pattern=plain.pattern,
     )
 
 

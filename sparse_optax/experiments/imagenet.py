@@ -18,6 +18,7 @@ References:
   <https://arxiv.org/abs/1706.02677>`_, 2017, for the recipe that uses them.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -151,7 +152,9 @@ def train_batches(
       size: height and width of the images that it gives.
       epochs: how many times all files are read; None for no end.
       corrupt: what a file that is no readable image does: ``"refuse"`` raises an error
-        that names it, ``"skip"`` warns of it and goes on with the next one.
+        that names it, ``"skip"`` warns of it and goes on with the next one. Errors of
+        the system, such as a missing file, are raised in any case, and so is one after
+        as many corrupt files in a row as there are files.
       threads: files that are decoded at a time.
 
     Returns:
@@ -164,12 +167,16 @@ def train_batches(
     """
     grain = _grain()
     _check_whole("train_batches", "seed", seed, 0, 2**32 - 1)
-    _check("train_batches", images, batch_size, size, corrupt, threads)
+    _check_whole("train_batches", "batch_size", batch_size, 1, len(images.files))
+    _check("train_batches", size, corrupt, threads)
     if epochs is not None:
         _check_whole("train_batches", "epochs", epochs, 1, None)
 
+    skipped = _Skipped(images)
+
     def read(index: int, random: np.random.Generator) -> Any:
-        return _read(images, index, corrupt, lambda x: _random_crop(x, size, random))
+        crop = functools.partial(_random_crop, size=size, random=random)
+        return _read(images, index, corrupt, crop, skipped)
 
     order = grain.MapDataset.range(len(images.files)).seed(seed).shuffle()
     data = order.repeat(epochs).random_map(read)
@@ -201,10 +208,14 @@ def eval_batches(
       ImportError: without grain or Pillow.
     """
     grain = _grain()
-    _check("eval_batches", images, batch_size, size, corrupt, threads)
+    _check_whole("eval_batches", "batch_size", batch_size, 1, None)
+    _check("eval_batches", size, corrupt, threads)
+
+    skipped = _Skipped(images)
 
     def read(index: int) -> Any:
-        return _read(images, index, corrupt, lambda x: _center_crop(x, size))
+        crop = functools.partial(_center_crop, size=size)
+        return _read(images, index, corrupt, crop, skipped)
 
     data = grain.MapDataset.range(len(images.files)).map(read)
     return _batches(data, batch_size, threads, drop_remainder=False)
@@ -228,21 +239,14 @@ def _check_whole(
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        nearest = least if most is None or not is_whole or value < least else most
         raise ValueError(
             f"{function}: {name}={value!r} must be a whole number, {allowed}. Give "
-            f"{name}={least}, for instance."
+            f"{name}={nearest}, for instance."
         )
 
 
-def _check(
-    function: str,
-    images: Images,
-    batch_size: int,
-    size: int,
-    corrupt: str,
-    threads: int,
-) -> None:
-    _check_whole(function, "batch_size", batch_size, 1, len(images.files))
+def _check(function: str, size: int, corrupt: str, threads: int) -> None:
     _check_whole(function, "size", size, 1, None)
     _check_whole(function, "threads", threads, 1, None)
     if corrupt not in ("refuse", "skip"):
@@ -260,8 +264,19 @@ def _batches(data: Any, batch_size: int, threads: int, drop_remainder: bool) -> 
     return iter(data.batch(batch_size, drop_remainder=drop_remainder))
 
 
+class _Skipped:
+    """How many files in a row have been skipped, by all threads."""
+
+    def __init__(self, images: Images):
+        self.most, self.count = len(images.files), 0
+
+
 def _read(
-    images: Images, index: int, corrupt: str, crop: Callable[[Any], Any]
+    images: Images,
+    index: int,
+    corrupt: str,
+    crop: Callable[[Any], Any],
+    skipped: _Skipped,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """One image and its label; None for a file that is skipped."""
     from PIL import Image
@@ -272,14 +287,24 @@ def _read(
             pixels = np.asarray(crop(opened.convert("RGB")), np.float32)
     # What Pillow raises for bytes that are no image, or not all of one.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # A number comes from the system: the file is gone, a disk fails.
+        if getattr(error, "errno", None) is not None:
+            raise
         told = f"{path} is no readable image ({error})"
         if corrupt == "refuse":
             raise ValueError(
                 f"imagenet: {told}. Replace or remove the file, or give corrupt='skip' "
                 "to go on without it."
             ) from error
+        skipped.count += 1
+        if skipped.count >= skipped.most:
+            raise ValueError(
+                f"imagenet: {told}, nor were the {skipped.most - 1} files before it. "
+                "Give a folder with readable images."
+            ) from error
         warnings.warn(f"imagenet: {told}; it is skipped.", stacklevel=1)
         return None
+    skipped.count = 0
     pixels = (pixels / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
     return pixels, images.labels[index]
 
@@ -316,8 +341,8 @@ def _center_crop(image: Any, size: int) -> Any:
     """The center of an image whose shorter side is a little longer than the crop."""
     from PIL import Image
 
-    scale = size * _MARGIN / min(image.size)
-    wide = [max(size, round(side * scale)) for side in image.size]
-    image = image.resize(wide, Image.Resampling.BILINEAR)
-    left, top = ((side - size) // 2 for side in wide)
-    return image.crop((left, top, left + size, top + size))
+    # The part is resized, not the whole image, which may be much longer than wide.
+    side = min(image.size) * size / round(size * _MARGIN)
+    left, top = ((length - side) / 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)

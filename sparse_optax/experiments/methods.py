@@ -26,9 +26,9 @@ DSR_NUMBER = {"mnist": 600, "fashion-mnist": 600, "cifar10": 20_000}
 
 
 # --- dense, and cut afterwards --------------------------------------------------------
-def _cut(setup: Setup) -> Callable[[Params, Any], Params]:
-    def cut(params, opt_state):
-        del opt_state
+def _cut(setup: Setup) -> Callable[..., Params]:
+    def cut(params, opt_state, forward):
+        del opt_state, forward
         density = setup.config.density
         masks = sparse_optax.masks.magnitude_masks(params, density)
         return sparse_optax.sparsify(params, masks)
@@ -87,10 +87,10 @@ def _pattern(setup: Setup) -> Any:
 def wanda(setup: Setup) -> Build:
     """Dense training, then one cut by weights times the norm of their inputs."""
 
-    def cut(params, opt_state):
+    def cut(params, opt_state, forward):
         del opt_state
         masks = sparse_optax.wanda_masks(
-            setup.forward,
+            forward,
             params,
             _calibration(setup),
             shared.budget(setup),
@@ -104,10 +104,10 @@ def wanda(setup: Setup) -> Build:
 def sparse_gpt(setup: Setup) -> Build:
     """Dense training, then SparseGPT: one cut that corrects the weights that stay."""
 
-    def cut(params, opt_state):
+    def cut(params, opt_state, forward):
         del opt_state
         _, new = sparse_optax.sparse_gpt(
-            setup.forward,
+            forward,
             params,
             _calibration(setup),
             shared.budget(setup),
@@ -139,7 +139,7 @@ def _drawn(setup: Setup, make: Callable[..., Any], **options: Any) -> Build:
     )
     return Build(
         optimizer,
-        cut=lambda params, opt_state: sparse_optax.final_weights(
+        cut=lambda params, opt_state, forward: sparse_optax.final_weights(
             params, opt_state, setup.config.density
         ),
         sample=sparse_optax.sample_weights,

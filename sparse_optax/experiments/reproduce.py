@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_optax.experiments import checkpoints, records, train
+from sparse_optax.experiments import config as configs
 from sparse_optax.experiments.tables import QUEUE, TABLES, common
 from sparse_optax.experiments.tables.common import Row, Table
 
@@ -227,6 +228,7 @@ def run_jobs(
     waiting, begun = list(todo), False  # one is begun whatever the hours
     outcome = Outcome([], [], {})
     free = list(range(jobs))
+    trainings = {job.name: _training(job) for job in todo}
     with _told_to_end() as told, _workers() as active:
         while waiting or active:
             if told:
@@ -240,9 +242,14 @@ def run_jobs(
                 waiting.remove(job)
                 outcome.busy.append(job.name)
             pending = {job.name for job in [*waiting, *(w.job for w in active)]}
+            # Of runs that share their training one at a time: the others read it then.
+            trained = {trainings[w.job.name] for w in active}
             ready = [job for job in waiting if not pending & _needs(job)]
             while free and ready:
                 job = ready.pop(0)
+                if trainings[job.name] in trained:
+                    continue
+                trained.add(trainings[job.name])
                 waiting.remove(job)
                 slot = free.pop(0)
                 core = cores[slot] if jobs > 1 and cores else None
@@ -268,6 +275,12 @@ def _needs(job: Job) -> set[str]:
     return {
         job._replace(row=job.row._replace(name=name)).name for name in job.row.needs
     }
+
+
+def _training(job: Job) -> str:
+    """Name of the training of a job, which other jobs may share."""
+    resolved = configs.resolve(job.row.config)
+    return configs.default_name(configs.training_of(resolved))
 
 
 def _end(worker: Any, outcome: Outcome, on_job: Callable, *, keep_going: bool) -> None:

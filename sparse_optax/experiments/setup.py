@@ -35,8 +35,9 @@ class Build(NamedTuple):
       start: ``start(params, opt_state)`` gives the parameters of the first forward
         pass, from fresh or loaded ones.
       masks: ``masks(opt_state)`` gives the mask tree; None where there is none.
-      cut: ``cut(params, opt_state)`` gives the final, sparse parameters where training
-        alone does not leave exact zeros (GSM); None otherwise.
+      cut: ``cut(params, opt_state, forward)`` gives the final, sparse parameters where
+        training alone does not leave exact zeros (GSM); None otherwise. ``forward`` is
+        that of :class:`Setup` with the statistics that training has left.
       sample: ``sample(params, opt_state)`` gives the parameters that the loss is
         computed with.
       shown: ``shown(params, opt_state)`` gives those of a test during training.
@@ -45,7 +46,7 @@ class Build(NamedTuple):
     optimizer: optax.GradientTransformation
     start: Callable[[Params, Any], Params] = _unchanged
     masks: Callable[[Any], Any] | None = None
-    cut: Callable[[Params, Any], Params] | None = None
+    cut: Callable[[Params, Any, Callable[..., Any]], Params] | None = None
     sample: Callable[[Params, Any], Params] = _unchanged
     shown: Callable[[Params, Any], Params] = _unchanged
 

@@ -318,7 +318,8 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
     if recipes.METHODS[config.method].cut_only:
         shared = setting.runs / configs.default_name(configs.training_of(config))
     folder = checkpoints.RunFolder(setting.runs / configs.default_name(config), shared)
-    with folder.lock(wait=lambda: stage == "base" and setting.clock.left() > 0):
+    waits = stage == "base" or shared is not None
+    with folder.lock(wait=lambda: waits and setting.clock.left() > 0):
         if setting.fresh:
             folder.start_again()
         elif (done := folder.finished(joined(*start[1:]))) is not None:
@@ -735,6 +736,10 @@ class _Run(NamedTuple):
 
         return evaluate
 
+    def _logits(self, stats, params, images):
+        """The network with statistics of its own, as it is evaluated."""
+        return self.apply(params, stats, images)[0]
+
     def _results(self, params, stats, opt_state, history, evaluate):
         """Final errors, layers and params, after the cut where the method has one."""
         errors = ("valid_error", "test_error")
@@ -744,7 +749,8 @@ class _Run(NamedTuple):
         results = dict(last)
         if self.plan.cut is not None:
             gap = sparse_optax.gsm_gap(params, self.config.density)
-            params = self.plan.cut(params, opt_state)
+            trained = functools.partial(self._logits, stats)
+            params = self.plan.cut(params, opt_state, trained)
             after = evaluate(params, stats)
             results = {
                 **{name: after[name] for name in errors},
