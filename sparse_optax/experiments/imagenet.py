@@ -324,7 +324,8 @@ def _box(image: Any, random: np.random.Generator) -> tuple[int, int, int, int]:
     width, height = image.size
     for _ in range(_TRIES):
         area = width * height * random.uniform(*_AREA)
-        ratio = math.exp(random.uniform(*map(math.log, _RATIO)))
+        low, high = map(math.log, _RATIO)
+        ratio = math.exp(random.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left = int(random.integers(width - w + 1))
