@@ -505,56 +505,13 @@ def test_rows_that_need_one_another_are_refused(tmp_path):
         )
 
 
-def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
-    """With workers that do nothing but write down when they began."""
-    table = TABLES["gsm_lenet300"]
-    rows = [row for row in table.rows if row.name.endswith(("s0", "s1"))]
-    began, ended, most = [], [], []
+def with_idle_workers(jobs, folder, monkeypatch):
+    """Runs jobs, two at a time, with workers that do nothing.
 
-    class Worker:
-        returncode = 0
-
-        def __init__(self, job, slot, core, results, runs, hours):
-            del core, results, runs, hours
-            self.job, self.slot, self.start = job, slot, time.perf_counter()
-            self.process, self.polls = self, 0
-            began.append((job.row.name, set(ended)))
-            most.append(len(began) - len(ended))
-
-        def poll(self):
-            self.polls += 1
-            return 0 if self.polls > 2 else None
-
-        def check(self):
-            ended.append(self.job.row.name)
-
-    monkeypatch.setattr(reproduce, "_Worker", Worker)
-    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1})
-    done = []
-    reproduce.run_jobs(
-        [reproduce.Job(table, row) for row in rows],
-        jobs=2,
-        results=tmp_path,
-        runs=tmp_path,
-        on_job=lambda job, seconds: done.append(job.row.name),
-    )
-    assert sorted(done) == sorted(row.name for row in rows)
-    assert max(most) == 2
-    for row in rows:
-        finished = dict(began)[row.name]
-        assert set(row.needs) <= finished
-
-
-def test_rows_that_share_their_training_do_not_run_together(tmp_path, monkeypatch):
-    """Wanda and SparseGPT cut what L2 trains; a dense network runs beside them."""
-    methods = ("l2", "wanda", "sparse_gpt", "dense")
-    table = TABLES["digits_lenet300"]
-    rows = [
-        common.Row(method, configs.TrainConfig(method=method), method)
-        for method in methods
-    ]
-    jobs = [reproduce.Job(table, row) for row in rows]
-    active, together, done = set(), set(), []
+    Returns the outcome, the names that were done, and for each name that began those
+    that were active with it and those that had ended.
+    """
+    active, ended, began, done = set(), set(), {}, []
 
     class Worker:
         returncode = 0
@@ -564,7 +521,7 @@ def test_rows_that_share_their_training_do_not_run_together(tmp_path, monkeypatc
             self.job, self.slot, self.start = job, slot, time.perf_counter()
             self.process, self.polls = self, 0
             active.add(job.row.name)
-            together.add(frozenset(active))
+            began[job.row.name] = set(active), set(ended)
 
         def poll(self):
             self.polls += 1
@@ -572,20 +529,45 @@ def test_rows_that_share_their_training_do_not_run_together(tmp_path, monkeypatc
 
         def check(self):
             active.remove(self.job.row.name)
+            ended.add(self.job.row.name)
 
     monkeypatch.setattr(reproduce, "_Worker", Worker)
     monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1})
     outcome = reproduce.run_jobs(
         jobs,
         jobs=2,
-        results=tmp_path,
-        runs=tmp_path,
+        results=folder,
+        runs=folder,
         on_job=lambda job, seconds: done.append(job.row.name),
     )
+    return outcome, done, began
+
+
+def test_rows_wait_for_what_they_need(tmp_path, monkeypatch):
+    table = TABLES["gsm_lenet300"]
+    rows = [row for row in table.rows if row.name.endswith(("s0", "s1"))]
+    jobs = [reproduce.Job(table, row) for row in rows]
+    _, done, began = with_idle_workers(jobs, tmp_path, monkeypatch)
+    assert sorted(done) == sorted(row.name for row in rows)
+    assert max(len(active) for active, _ in began.values()) == 2
+    for row in rows:
+        _, finished = began[row.name]
+        assert set(row.needs) <= finished
+
+
+def test_rows_that_share_their_training_do_not_run_together(tmp_path, monkeypatch):
+    """Wanda and SparseGPT cut what L2 trains; a dense network runs beside them."""
+    methods = ("l2", "wanda", "sparse_gpt", "dense")
+    rows = [
+        common.Row(method, configs.TrainConfig(method=method), method)
+        for method in methods
+    ]
+    jobs = [reproduce.Job(TABLES["digits_lenet300"], row) for row in rows]
+    outcome, done, began = with_idle_workers(jobs, tmp_path, monkeypatch)
     assert outcome == ([], [], {})
     assert sorted(done) == sorted(methods)
-    assert max(map(len, together)) == 2
-    assert all(len(names - {"dense"}) <= 1 for names in together)
+    assert max(len(active) for active, _ in began.values()) == 2
+    assert all(len(active - {"dense"}) <= 1 for active, _ in began.values())
 
 
 def test_failed_worker_is_told_with_what_it_printed(tmp_path, monkeypatch):
