@@ -98,7 +98,9 @@ def trained(method, options, density, seed):
                 density=density,
                 shares=shares,
                 seed=seed,
-            )
+            ),
+            # Its folder would be that of the defaults, and a finished run is read.
+            runs=None,
         )
     finally:
         methods.BUILDERS[method] = plain
