@@ -36,6 +36,9 @@ BATCHES = {
     "wrn-16-8": 128,
     "wrn-22-8": 128,
     "wrn-16-10": 128,
+    "resnet-50": 64,
+    "thin-resnet-50-0.1": 64,
+    "thin-resnet-50-0.2": 64,
 }
 CHARACTERS = 103
 
@@ -43,8 +46,10 @@ CHARACTERS = 103
 def seconds(name: str, batch: int, steps: int) -> float:
     """The smallest time of a step."""
     text = models.MODELS[name].text
+    large = "resnet-50" in name
     shape = (128,) if text else (28, 28, 1) if "lenet" in name else (32, 32, 3)
-    classes = CHARACTERS if text else 10
+    shape = (224, 224, 3) if large else shape
+    classes = CHARACTERS if text else 1000 if large else 10
     rng = np.random.default_rng(0)
     if text:
         x = rng.integers(classes, size=(batch, *shape)).astype(np.int32)

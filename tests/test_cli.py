@@ -52,6 +52,7 @@ from sparse_optax.experiments.tables import (
     gsm_networks,
     methods_lenet300,
     others_lenet300,
+    resnet50_mostafa,
     text_transformer,
     ticket_gsm,
     wrn28_mostafa,
@@ -798,7 +799,7 @@ def test_every_row_knows_its_cost():
 
 PUBLISHED = (
     *(cifar10_lee, wrn28_mostafa, ablation_networks, gsm_networks, ticket_gsm),
-    *(cifar10_short, text_transformer, others_lenet300),
+    *(cifar10_short, text_transformer, others_lenet300, resnet50_mostafa),
 )
 
 
@@ -847,6 +848,9 @@ def test_numbers_of_the_papers_are_those_of_the_papers():
         ("ablation_networks", "vgg16-d_size_momentum"): (7.28, np.hypot(0.045, 0.082)),
         ("gsm_networks", "lenet-5-caffe_300x_plain"): (0.94, None),
         ("gsm_networks", "densenet-40_8x_plain"): (5.98, None),
+        ("gsm_networks", "resnet-50_5x_plain"): (25.70, None),
+        ("resnet50_mostafa", "sparse_momentum_d0.1"): (26.9, None),
+        ("resnet50_mostafa", "static_d0.2"): (28.4, None),
         ("ticket_gsm", "lenet-300-100_60x_magnitude"): (2.61, None),
         ("ticket_gsm", "lenet-5-caffe_300x_gsm"): (1.12, None),
     }

@@ -264,3 +264,203 @@ def test_the_path_may_be_text(folder):
     assert imagenet.find(str(folder)).files[0].parent == pathlib.Path(
         folder, "train", "n01"
     )
+
+
+# --- the data set of sparse-optax train -----------------------------------------------
+
+
+@pytest.fixture
+def root(folder, tmp_path_factory, monkeypatch):
+    """The same images as a data set of the command, small."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "imagenet").symlink_to(folder)
+    monkeypatch.setenv("SPARSE_OPTAX_DATA", str(root))
+    monkeypatch.setattr(imagenet, "SIZE", SIZE)
+    return root
+
+
+def config(**options):
+    configs = pytest.importorskip("sparse_optax.experiments.config")
+    plain = {"epochs": 2, "batch_size": 8, "drop_epochs": (), "learning_rate": 0.02}
+    return configs.TrainConfig(dataset="imagenet", **(plain | options))
+
+
+def test_each_class_holds_back_its_last_tenth(root):
+    data = pytest.importorskip("sparse_optax.experiments.data")
+    found = data.load("imagenet")
+    assert found.train_x.shape == (42, SIZE, SIZE, 3)  # 14 of 16 of each class
+    assert found.train_x.dtype == np.float32
+    assert [len(found.valid_x), len(found.test_x), found.classes] == [6, 12, 3]
+    assert numbers(found.train_x[:]) == [n for n in range(48) if n % 16 < 14]
+    assert numbers(found.valid_x[:]) == [14, 15, 30, 31, 46, 47]
+    assert found.valid_y.tolist() == [0, 0, 1, 1, 2, 2]
+    whole = data.load("imagenet", split="full")
+    assert [len(whole.train_x), len(whole.valid_x), len(whole.valid_y)] == [48, 0, 0]
+
+
+def test_a_class_of_one_file_trains_on_it():
+    files = tuple(pathlib.Path(str(i)) for i in range(4))
+    labels = np.array([0, 1, 1, 1], np.int32)
+    kept, rest = imagenet.held_back(imagenet.Images(files, labels, ("a", "b")))
+    assert kept.labels.tolist() == [0, 1, 1]
+    assert rest.files == files[3:]
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(5), slice(40, None), np.array([7, 3, 3]), slice(3, 3)]
+)
+def test_rows_are_those_of_an_array(folder, rows):
+    images = imagenet.find(folder)
+    found = imagenet.Cropped(images, SIZE)
+    whole = np.concatenate([x for x, _ in imagenet.eval_batches(images, 7, size=SIZE)])
+    np.testing.assert_array_equal(found[rows], whole[rows])
+    assert found[rows].dtype == found.dtype
+
+
+def test_a_folder_that_is_none_is_named(root, monkeypatch):
+    data = pytest.importorskip("sparse_optax.experiments.data")
+    (root / "imagenet" / "val" / "n03").rename(root / "imagenet" / "val" / "n04")
+    with pytest.raises(
+        ValueError, match=r"same classes in train and val, but n03, n04"
+    ):
+        data.load("imagenet")
+    monkeypatch.setenv("SPARSE_OPTAX_DATA", str(root / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere/imagenet/train"):
+        data.load("imagenet")
+    monkeypatch.delenv("SPARSE_OPTAX_DATA")
+    with pytest.raises(FileNotFoundError, match="SPARSE_OPTAX_DATA, which is not set"):
+        data.load("imagenet")
+
+
+def test_steps_take_the_batches_of_the_files(root):
+    """Two epochs against a loop by hand, with the same crops, in NumPy's order."""
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    from sparse_optax.experiments import data, models
+
+    run = config(method="dense", density=1.0, weight_decay=0.0)
+    trained = train.train(run, runs=None)
+    record = trained.record
+    assert [record.steps_per_epoch, len(record.history["epoch"])] == [5, 2]
+
+    files = data.load("imagenet").train_x.images
+    keys = jax.random.split(jax.random.key(0), 3)
+    apply, params = models.create("lenet-300-100", (SIZE, SIZE, 3), 3, key=keys[0])
+
+    def loss(params, x, y):
+        logits = apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    tx = optax.sgd(0.02, momentum=0.9, nesterov=True)
+    state, losses = tx.init(params), []
+    for epoch in range(2):
+        seed = jax.random.bits(jax.random.fold_in(keys[1], epoch), dtype=np.uint32)
+        for x, y in imagenet.train_batches(
+            files, 8, seed=int(seed), size=SIZE, epochs=1
+        ):
+            value, gradient = jax.value_and_grad(loss)(params, x, y)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(value))
+    assert len(losses) == 10
+    expected = [np.mean(losses[:5]), np.mean(losses[5:])]
+    np.testing.assert_allclose(record.history["train_loss"], expected, rtol=1e-5)
+    for ours, right in zip(
+        jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-6)
+    # The errors are those of all images of their parts.
+    for part in ("valid", "test"):
+        x, y = (getattr(data.load("imagenet"), f"{part}_{name}") for name in "xy")
+        wrong = float((apply(params, x[:]).argmax(-1) != y).mean())
+        assert record.results[f"{part}_error"] == pytest.approx(100 * wrong, abs=1e-3)
+
+
+def test_a_stopped_run_goes_on_with_the_same_images(root, tmp_path):
+    jax = pytest.importorskip("jax")
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    run = config(epochs=3, method="sparse_momentum", density=0.2)
+    whole = train.train(run, runs=None)
+    with pytest.raises(train.TimeOver, match="stopped after epoch 1 of 3"):
+        train.train(run, runs=tmp_path / "runs", hours=0)
+    broken = train.train(run, runs=tmp_path / "runs")
+    for ours, right in zip(
+        jax.tree.leaves(broken.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, right)
+    assert whole.record.results["nonzeros"] <= whole.record.results["kept"]
+
+
+@pytest.mark.parametrize("method", ["snip", "gsm", "layerwise_obs", "static"])
+def test_methods_that_look_at_images_or_start_from_a_network(root, method):
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    from sparse_optax.experiments.config import Base
+
+    base = {}
+    if method in ("gsm", "layerwise_obs"):
+        base = {"base": Base(epochs=1, batch_size=8, drop_epochs=())}
+    run = config(method=method, density=0.1, **base)
+    results = train.train(run, runs=None).record.results
+    weights = 3 * SIZE**2 * 300 + 300 * 100 + 100 * 3
+    # Each layer rounds up its own tenth; one pool rounds to the nearest.
+    assert abs(results["kept"] - 0.1 * weights) <= 2
+    assert results["weights"] == weights
+
+
+def test_a_broken_file_stops_a_run_with_its_name(root, tmp_path):
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    broken = root / "imagenet" / "train" / "n02" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"n02/03\.jpg is no readable image"):
+        train.train(config(method="dense"), runs=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"augment": "reflect"},
+            "must be 'random_resized_crop' for dataset='imagenet'",
+        ),
+        ({"augment": "none"}, "must be 'random_resized_crop' for dataset='imagenet'"),
+        ({"pixels": "half"}, "must be 'channels' for dataset='imagenet'"),
+        ({"dataset": "digits", "augment": "random_resized_crop"}, "dataset='imagenet'"),
+    ],
+)
+def test_images_in_files_are_cropped_in_one_way(options, message):
+    configs = pytest.importorskip("sparse_optax.experiments.config")
+    with pytest.raises(ValueError, match=message):
+        configs.resolve(configs.TrainConfig(**({"dataset": "imagenet"} | options)))
+
+
+def test_its_recipes_are_those_of_a_resnet_50():
+    configs = pytest.importorskip("sparse_optax.experiments.config")
+    plain = configs.resolve(configs.TrainConfig(dataset="imagenet", model="resnet-50"))
+    assert [plain.epochs, plain.batch_size, plain.learning_rate] == [100, 256, 0.1]
+    assert [plain.drop_epochs, plain.weight_decay] == [(30, 60, 90), 1e-4]
+    gsm = configs.resolve(configs.TrainConfig(dataset="imagenet", method="gsm"))
+    assert [gsm.epochs, gsm.batch_size, gsm.learning_rate] == [60, 64, 1e-3]
+    assert [gsm.drop_epochs, gsm.momentum, gsm.weight_decay] == [(40, 50), 0.98, 1e-4]
+    assert [gsm.base.epochs, gsm.base.batch_size, gsm.base.momentum] == [100, 256, 0.9]
+
+
+def test_the_command_says_what_is_not_installed(root, capsys, monkeypatch):
+    cli = pytest.importorskip("sparse_optax.experiments.cli")
+    monkeypatch.setitem(sys.modules, "grain", None)
+    words = "train --dataset imagenet --epochs 2 --batch-size 8 --drop-epochs 1"
+    monkeypatch.chdir(root)
+    assert cli.main(words.split()) == 1
+    assert "grain is not installed" in capsys.readouterr().err
+
+
+def test_a_budget_counts_the_network_of_its_images(root):
+    sizes = pytest.importorskip("sparse_optax.experiments.sizes")
+    weights = 3 * SIZE**2 * 300 + 300 * 100 + 100 * 3
+    # The network is kept by model and data set.
+    sizes._network.cache_clear()
+    try:
+        found = sizes.density(sizes.parse("5000"), "lenet-300-100", "imagenet")
+    finally:
+        sizes._network.cache_clear()
+    assert found == 5000 / weights

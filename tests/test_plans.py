@@ -213,6 +213,23 @@ def test_the_budget_of_mostafa_and_wang():
     assert (kept, dense) == (1_451_520 // 10, 12_464)
 
 
+def test_in_a_resnet_50_the_last_layer_takes_part():
+    make = lambda key: models.create_stateful(  # noqa: E731
+        "resnet-50", (224, 224, 3), 1000, key=key
+    )[1]
+    params = jax.eval_shape(make, jax.random.key(0))
+    made = setup_of(model="resnet-50", method="static", shares="mostafa_wang")
+    made = made._replace(params=params)
+    budget = setup.budget(made, 0.1)
+    counts = sparse_optax.budgets.resolve(budget, params)
+    kept = sum(n for n in jax.tree.leaves(counts, is_leaf=hole) if not hole(n))
+    # The first layer and the four shortcuts are dense, by the sizes of the network.
+    dense = 9_408 + 2_768_896
+    assert kept == dense + int(0.1 * (25_502_912 - dense))
+    fc = counts["fc"]["kernel"]
+    assert abs(fc - 0.1 * 2_048_000) < 2
+
+
 def hole(leaf):
     return isinstance(leaf, optax.MaskedNode)
 

@@ -250,6 +250,30 @@ def test_dense_is_sgd_over_shuffled_batches():
     )
 
 
+def test_smooth_labels_give_their_share_to_all_classes():
+    """The loss of one step over all images, at a rate of zero, by its definition."""
+    digits = data.load("digits")
+    images = len(digits.train_x)
+    run = configs.TrainConfig(
+        method="dense",
+        density=1.0,
+        epochs=1,
+        batch_size=images,
+        learning_rate=0.0,
+        drop_epochs=(),
+        label_smoothing=0.2,
+    )
+    found = train.train(run, runs=None).record.history["train_loss"][0]
+    key = jax.random.split(jax.random.key(0), 3)[0]
+    apply, params = models.create("lenet-300-100", (8, 8, 1), 10, key=key)
+    logits = np.asarray(apply(params, digits.train_x), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    own = log_p[np.arange(images), digits.train_y]
+    assert found == pytest.approx(-(0.8 * own + 0.2 * log_p.mean(-1)).mean(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"label_smoothing=1 must be in \[0, 1\)"):
+        configs.resolve(configs.TrainConfig(label_smoothing=1))
+
+
 def test_sparse_momentum_learns_with_the_weights_it_was_given():
     run = dataclasses.replace(SPARSE, density=0.1, epochs=8, drop_epochs=(6,))
     trained = train.train(run, runs=None)

@@ -629,7 +629,7 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         command.run(started)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         _note(str(error))
         return 1
     except KeyboardInterrupt as stopped:

@@ -83,8 +83,10 @@ class TrainConfig:
 
     Attributes:
       dataset: images to train on. The digits are bundled with scikit-learn; the others
-        are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded. topics
-        is a text, the help pages of Python, for model transformer.
+        are read from $SPARSE_OPTAX_DATA or, where that is not set, downloaded. imagenet
+        is a folder there, imagenet/train and imagenet/val, each with a folder of JPEG
+        files for each class. topics is a text, the help pages of Python, for model
+        transformer.
       model: network; for method thin, lenet-300-100 stands for the smaller one.
       method: how the weights become sparse; dense keeps all of them. The names of the
         library's functions and common ones (set, snfs, gmp, dns, obd) are understood;
@@ -106,8 +108,10 @@ class TrainConfig:
       schedule: the learning rate at drops, or one cycle: up in the first 30% of the
         steps and down again, along cosines.
       warmup_epochs: epochs in which the learning rate rises from zero, before drops.
+      label_smoothing: share of each label that is spread over all classes, in [0, 1).
       augment: random crops and flips of the training images, padded with their mirror
-        images or with black; validation and test images stay as they are.
+        images or with black, or, of imagenet, crops of a random size; validation and
+        test images stay as they are.
       pixels: how pixels are normalised: by mean and deviation of each channel, or all
         to [-1, 1].
       dtype: what convolutions and dense layers compute in; weights are float32.
@@ -165,6 +169,7 @@ class TrainConfig:
         ScheduleName | None, flag("{" + ",".join(recipes.SCHEDULES) + "}", _RECIPE)
     ] = None
     warmup_epochs: Count = None
+    label_smoothing: float = 0.0
     augment: Annotated[
         AugmentName | None, flag("{" + ",".join(recipes.AUGMENT) + "}", _RECIPE)
     ] = None
@@ -233,7 +238,7 @@ class Resolved(TrainConfig):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["drops", "one_cycle"] = "drops"
     warmup_epochs: int = 0
-    augment: Literal["none", "reflect", "zero"] = "none"
+    augment: Literal["none", "reflect", "zero", "random_resized_crop"] = "none"
     pixels: Literal["channels", "half"] = "channels"
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -251,6 +256,7 @@ EARLIER: dict[str, Any] = dict(
     optimizer="sgd",
     schedule="drops",
     warmup_epochs=0,
+    label_smoothing=0.0,
     augment="none",
     pixels="channels",
     dtype="float32",
@@ -378,7 +384,8 @@ def _with_density(config):
 def _thin_model(config) -> str:
     """The smaller network that has as many weights as the density keeps."""
     name = f"thin-lenet-{config.density:g}"
-    there = [n.removeprefix("thin-lenet-") for n in models.MODELS if "thin" in n]
+    names = [n for n in models.MODELS if n.startswith("thin-lenet-")]
+    there = [n.removeprefix("thin-lenet-") for n in names]
     if config.model not in ("lenet-300-100", name):
         raise ValueError(
             f"TrainConfig: model={config.model!r} must be 'lenet-300-100' for "
@@ -472,6 +479,23 @@ def _check(config):
         config.update_epochs,
         f"between 1 and epochs={config.epochs}; masks that never change are those of "
         "method='static'",
+    )
+    need(
+        0 <= config.label_smoothing < 1,
+        "label_smoothing",
+        config.label_smoothing,
+        "in [0, 1)",
+    )
+    for field, value in (("augment", "random_resized_crop"), ("pixels", "channels")):
+        # Images in files are cropped and normalised while they are read, in one way.
+        given = getattr(config, field)
+        if config.dataset == "imagenet":
+            need(given == value, field, given, f"{value!r} for dataset='imagenet'")
+    need(
+        config.augment != "random_resized_crop" or config.dataset == "imagenet",
+        "augment",
+        config.augment,
+        "another one for images that are arrays; this one is of dataset='imagenet'",
     )
     need(
         config.cycles >= 1,
@@ -640,7 +664,8 @@ def dense_of(config: Resolved) -> Resolved:
     if recipes.METHODS[config.method].recipe == "scratch":
         names = ("epochs", "batch_size", "learning_rate", "drop_factor", "momentum")
         names = (*names, "nesterov", "weight_decay", "decay", "init", "optimizer")
-        names = (*names, "schedule", "warmup_epochs", "augment", "pixels")
+        names = (*names, "schedule", "warmup_epochs", "label_smoothing")
+        names = (*names, "augment", "pixels")
         drops = "drop_steps" if config.drop_steps else "drop_epochs"
         same |= {name: getattr(config, name) for name in (*names, drops)}
     return resolve(TrainConfig(method="dense", **same))

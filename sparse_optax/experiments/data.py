@@ -1,11 +1,13 @@
-"""Data sets as arrays: digits, MNIST, Fashion-MNIST, CIFAR-10, and a text.
+"""Data sets: digits, MNIST, Fashion-MNIST, CIFAR-10, a text, and ImageNet in files.
 
 The digits are bundled with scikit-learn. The others are read from the folder named
 by the environment variable ``SPARSE_OPTAX_DATA`` (sub-folders ``mnist``,
 ``fashion_mnist``, ``cifar10``); where the variable is not set they are downloaded
 once into pooch's cache. Whatever the source, the content of every file is compared
 with its published md5 before a byte of it is used, and the pickles of CIFAR-10 are
-opened only after that.
+opened only after that. ImageNet is not downloaded: its images are JPEG files in the
+sub-folder ``imagenet``, read while a network trains, see
+:mod:`~sparse_optax.experiments.imagenet`.
 """
 
 import gzip
@@ -21,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparse_optax.experiments import imagenet
+
 VARIABLE = "SPARSE_OPTAX_DATA"
 
 
@@ -31,7 +35,8 @@ class Dataset(NamedTuple):
     scaled to about zero mean and unit variance.
 
     Attributes:
-      train_x: images to train on, float32 of shape (n, h, w, c).
+      train_x: images to train on, float32 of shape (n, h, w, c); of ImageNet this and
+        the other images are no arrays but give their rows, see ``imagenet.Cropped``.
       train_y: their labels, int32 of shape (n,).
       valid_x: validation images; none of them with ``split="full"``.
       valid_y: their labels.
@@ -41,11 +46,11 @@ class Dataset(NamedTuple):
       name: the name the set was loaded by.
     """
 
-    train_x: np.ndarray
+    train_x: np.ndarray | imagenet.Cropped
     train_y: np.ndarray
-    valid_x: np.ndarray
+    valid_x: np.ndarray | imagenet.Cropped
     valid_y: np.ndarray
-    test_x: np.ndarray
+    test_x: np.ndarray | imagenet.Cropped
     test_y: np.ndarray
     classes: int
     name: str
@@ -106,11 +111,12 @@ def load(
     the last 360, by writers who are not among the others, are the test set.
 
     Args:
-      name: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"``, or
-        ``"topics"``, the help pages of Python, see :func:`text`.
+      name: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"``,
+        ``"imagenet"``, a folder of JPEG files, or ``"topics"``, the help pages of
+        Python, see :func:`text`.
       split: ``"lee"`` trains on the first 90% of the training images and validates
-        on the last 10% (54,000 and 6,000 of MNIST); ``"full"`` trains on all of them
-        and leaves the validation set empty.
+        on the last 10% (54,000 and 6,000 of MNIST), of ImageNet on those of each
+        class; ``"full"`` trains on all of them and leaves the validation set empty.
       pixels: ``"channels"`` normalises as above, ``"half"`` to [-1, 1], as the released
         code of GSM does: a mean and a deviation of 0.5.
 
@@ -140,6 +146,8 @@ def load(
         )
     if name == "topics":
         return text(split=split)
+    if name == "imagenet":
+        return _imagenet(split)
     largest, mean, std = scale(name, pixels)
     if name == "digits":
         train_x, train_y, test_x, test_y = _digits()
@@ -191,14 +199,15 @@ def scale(name: str, pixels: str) -> tuple[int, tuple[float, ...], tuple[float, 
 
 
 def black(name: str, pixels: str = "channels") -> tuple[float, ...]:
-    """What a black pixel is after normalisation, one number a channel.
+    """What a black pixel is after normalisation, one number a channel; nothing where
+    images are not padded.
 
     Examples:
       >>> from sparse_optax.experiments import data
       >>> data.black("cifar10", "half")
       (-1.0, -1.0, -1.0)
     """
-    if name == "topics":
+    if name in ("topics", "imagenet"):
         return ()
     _, mean, std = scale(name, pixels)
     return tuple(-m / s for m, s in zip(mean, std, strict=True))
@@ -242,6 +251,33 @@ def text(*, split: str = "lee", length: int = 128) -> Dataset:
         places = starts + np.arange(length)[None]
         parts += [part[places], part[places + 1]]
     return Dataset(*parts, classes=len(alphabet), name="topics")
+
+
+def _imagenet(split: str) -> Dataset:
+    """The folder of ImageNet; its images stay in their files."""
+    root = os.environ.get(VARIABLE)
+    if not root:
+        raise FileNotFoundError(
+            f"load: imagenet needs {VARIABLE}, which is not set: nothing downloads it. "
+            "Set it to the folder that holds imagenet/train and imagenet/val, in which "
+            "each class has a folder of JPEG files."
+        )
+    imagenet.load_grain()
+    folder = Path(root) / "imagenet"
+    train, test = imagenet.find(folder), imagenet.find(folder, "val")
+    if train.classes != test.classes:
+        alone = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(
+            f"load: {folder} must have the same classes in train and val, but "
+            f"{', '.join(alone[:3])}{' and others' * (len(alone) > 3)} are in one of "
+            "them only. Add or remove these folders."
+        )
+    nothing = imagenet.Images((), np.zeros(0, np.int32), train.classes)
+    kept, valid = imagenet.held_back(train) if split == "lee" else (train, nothing)
+    parts = []
+    for part in (kept, valid, test):
+        parts += [imagenet.Cropped(part, imagenet.SIZE), part.labels]
+    return Dataset(*parts, classes=len(train.classes), name="imagenet")
 
 
 def _normalise(x, largest, mean, std):
@@ -498,4 +534,4 @@ ORIGINS = {
         decode=_decode_cifar,
     ),
 }
-NAMES = ("digits", *ORIGINS, "topics")
+NAMES = ("digits", *ORIGINS, "imagenet", "topics")

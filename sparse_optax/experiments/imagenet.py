@@ -18,6 +18,7 @@ References:
   <https://arxiv.org/abs/1706.02677>`_, 2017, for the recipe that uses them.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -30,6 +31,8 @@ import numpy as np
 # Means and deviations of the channels, of pixels in 0..1.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Height and width of the images that `sparse-optax train` takes.
+SIZE = 224
 # Share of the area of an image that a crop has, and its width over its height.
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
@@ -52,6 +55,48 @@ class Images(NamedTuple):
     files: tuple[Path, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
+
+    def pick(self, numbers: np.ndarray) -> "Images":
+        """The files of these numbers, in this order."""
+        files = tuple(self.files[i] for i in numbers)
+        return Images(files, self.labels[numbers], self.classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cropped:
+    """The images of a part, as an array of shape (n, size, size, 3) would give them.
+
+    Rows are read from their files when they are asked for, cropped at the center.
+
+    Attributes:
+      images: the files.
+      size: height and width.
+    """
+
+    images: Images
+    size: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The numbers of the rows that it gives."""
+        return np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, height, width and channels."""
+        return len(self.images.files), self.size, self.size, 3
+
+    def __len__(self) -> int:
+        return len(self.images.files)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The images of a slice or of an array of row numbers, float32."""
+        chosen = rows if isinstance(rows, slice) else np.asarray(rows)
+        numbers = np.arange(len(self))[chosen]
+        if not len(numbers):
+            return np.zeros((0, *self.shape[1:]), self.dtype)
+        found = eval_batches(self.images.pick(numbers), len(numbers), size=self.size)
+        return next(iter(found))[0]
 
 
 class Batches(Protocol):
@@ -127,6 +172,30 @@ def find(folder: str | Path, part: str = "train") -> Images:
     return Images(tuple(files), np.asarray(labels, np.int32), classes)
 
 
+def held_back(images: Images) -> tuple[Images, Images]:
+    """The first nine tenths of each class, and the rest.
+
+    Args:
+      images: the files of all classes.
+
+    Returns:
+      What is left to train on, at least one file of each class, and what validates.
+
+    Examples:
+      >>> import numpy as np
+      >>> from sparse_optax.experiments import imagenet
+      >>> files = tuple(range(12))  # stand for paths
+      >>> images = imagenet.Images(files, np.repeat([0, 1], 6), ("cat", "dog"))
+      >>> [part.files for part in imagenet.held_back(images)]
+      [(0, 1, 2, 3, 4, 6, 7, 8, 9, 10), (5, 11)]
+    """
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    first = np.cumsum(counts) - counts
+    place = np.arange(len(images.labels)) - first[images.labels]
+    kept = place < np.maximum(1, counts * 9 // 10)[images.labels]
+    return images.pick(np.nonzero(kept)[0]), images.pick(np.nonzero(~kept)[0])
+
+
 def train_batches(
     images: Images,
     batch_size: int,
@@ -165,7 +234,7 @@ def train_batches(
       ValueError: for a value outside its range; while it is read for a corrupt file.
       ImportError: without grain or Pillow.
     """
-    grain = _grain()
+    grain = load_grain()
     _check_whole("train_batches", "seed", seed, 0, 2**32 - 1)
     _check_whole("train_batches", "batch_size", batch_size, 1, len(images.files))
     _check("train_batches", size, corrupt, threads)
@@ -207,7 +276,7 @@ def eval_batches(
       ValueError: for a value outside its range; while it is read for a corrupt file.
       ImportError: without grain or Pillow.
     """
-    grain = _grain()
+    grain = load_grain()
     _check_whole("eval_batches", "batch_size", batch_size, 1, None)
     _check("eval_batches", size, corrupt, threads)
 
@@ -221,7 +290,8 @@ def eval_batches(
     return _batches(data, batch_size, threads, drop_remainder=False)
 
 
-def _grain() -> Any:
+def load_grain() -> Any:
+    """The package grain, which needs Pillow here; a clear error without."""
     try:
         import grain
         import PIL  # noqa: F401
@@ -258,7 +328,7 @@ def _check(function: str, size: int, corrupt: str, threads: int) -> None:
 
 def _batches(data: Any, batch_size: int, threads: int, drop_remainder: bool) -> Any:
     """Reads ahead in threads; what is None has been skipped."""
-    grain = _grain()
+    grain = load_grain()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     data = data.filter(lambda read: read is not None).to_iter_dataset(options)
     return iter(data.batch(batch_size, drop_remainder=drop_remainder))

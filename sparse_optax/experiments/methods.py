@@ -22,7 +22,12 @@ SCORED = 1000
 # Updates between two cycles of RigL, in the paper and in its code.
 RIGL_PERIOD = 100
 # Weights that DSR replaces in a cycle, by the code of its authors; elsewhere a tenth.
-DSR_NUMBER = {"mnist": 600, "fashion-mnist": 600, "cifar10": 20_000}
+DSR_NUMBER = {
+    "mnist": 600,
+    "fashion-mnist": 600,
+    "cifar10": 20_000,
+    "imagenet": 400_000,
+}
 
 
 # --- dense, and cut afterwards --------------------------------------------------------

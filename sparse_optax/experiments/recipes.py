@@ -18,7 +18,7 @@ GROW = ("momentum", "gradient", "random", "momentum_per_neuron", "global_momentu
 # How a run trains: its optimizer, its learning rate and what it does to images.
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("drops", "one_cycle")
-AUGMENT = ("none", "reflect", "zero")
+AUGMENT = ("none", "reflect", "zero", "random_resized_crop")
 PIXELS = ("channels", "half")
 # What finds the mask of a ticket, and what a weight of the mask is.
 FINDERS = ("sparse_momentum", "gsm", "magnitude")
@@ -195,6 +195,11 @@ _TEXT: dict[str, Any] = dict(
     weight_decay=0.1,
     decay="kernels",
 )
+# The plain recipe of a ResNet-50, as Mostafa and Wang had it
+# (https://arxiv.org/abs/1902.05967).
+_IMAGENET: dict[str, Any] = dict(
+    learning_rate=0.1, weight_decay=1e-4, augment="random_resized_crop"
+)
 # Recipes by data set: the protocol of Lee et al. as the sparse momentum paper ran it
 # (https://arxiv.org/abs/1907.04840), and a short one for the digits.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -208,6 +213,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         drop_steps=(30_000, 60_000),
         augment="reflect",
     ),
+    "imagenet": dict(epochs=100, batch_size=256, drop_epochs=(30, 60, 90), **_IMAGENET),
     "topics": _TEXT,
 }
 # GSM starts from a trained network and needs a momentum near one to carry the passive
@@ -265,6 +271,23 @@ GSM_RECIPES: dict[str, dict[str, Any]] = {
             momentum=0.9,
         ),
     ),
+    # A ResNet-50, from the dense network of the plain recipe.
+    "imagenet": _IMAGENET
+    | dict(
+        epochs=60,
+        batch_size=64,
+        learning_rate=1e-3,
+        drop_epochs=(40, 50),
+        momentum=0.98,
+        init="torch",
+        base=dict(
+            epochs=100,
+            batch_size=256,
+            learning_rate=0.1,
+            drop_epochs=(30, 60, 90),
+            momentum=0.9,
+        ),
+    ),
     # Decoupled decay carries a passive weight to exp(-sum(rate * decay)) of itself.
     "topics": _TEXT
     | dict(
@@ -314,6 +337,20 @@ TRAINED_RECIPES: dict[str, dict[str, Any]] = {
             epochs=85, batch_size=128, learning_rate=0.1, drop_epochs=(), momentum=0.9
         ),
         augment="reflect",
+    ),
+    "imagenet": _IMAGENET
+    | dict(
+        epochs=70,
+        batch_size=256,
+        learning_rate=0.01,
+        drop_epochs=(30, 60),
+        base=dict(
+            epochs=30,
+            batch_size=256,
+            learning_rate=0.1,
+            drop_epochs=(),
+            momentum=0.9,
+        ),
     ),
     "topics": _TEXT
     | dict(

@@ -225,21 +225,25 @@ def budget(setup: Setup, density: float | None = None) -> Any:
     """The run's density, or another, in the shares that the run asks for."""
     density = setup.config.density if density is None else density
     if setup.config.shares == "mostafa_wang" and density < 1:
-        return mostafa_wang(setup.params, density)
+        # In a ResNet-50 the last layer, of two million weights, takes part.
+        last = setup.config.model != "resnet-50"
+        return mostafa_wang(setup.params, density, last=last)
     # A uniform density is the density itself.
     even = setup.config.shares == "uniform" or density == 1
     return density if even else SHARES[setup.config.shares](density)
 
 
-def mostafa_wang(params: Params, density: float) -> Any:
+def mostafa_wang(params: Params, density: float, *, last: bool = True) -> Any:
     """The budget of Mostafa and Wang: first layer, last layer and shortcuts dense.
 
     Args:
       params: parameters of a residual network.
       density: share of the weights of the other layers that is kept, in (0, 1].
+      last: whether the last layer stays dense, too.
 
     Returns:
-      A budget for ``density``; WRN-28-2 keeps 12,464 weights dense besides.
+      A budget for ``density``; WRN-28-2 keeps 12,464 weights dense besides, and
+      ResNet-50, but for its last layer, 2,778,304.
 
     References:
       Mostafa & Wang, `Parameter efficient training of deep convolutional neural
@@ -256,7 +260,9 @@ def mostafa_wang(params: Params, density: float) -> Any:
     dense = [
         name
         for name in sizes
-        if name in ("conv/kernel", "fc/kernel") or "shortcut/" in name
+        if name == "conv/kernel"
+        or (last and name == "fc/kernel")
+        or "shortcut/" in name
     ]
     whole = sum(sizes[name] for name in dense)
     rest = sum(sizes.values()) - whole

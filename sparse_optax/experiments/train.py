@@ -3,7 +3,7 @@
 The data lie on the device. An epoch is one ``lax.scan`` over its steps, inside one
 jitted call that also draws the order of the images; networks with convolutions are
 stepped through in Python on a CPU, where XLA runs a convolution inside a scan ten
-times slower than the same step outside.
+times slower than the same step outside. ImageNet is read from its files, step by step.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from sparse_optax.experiments import (
     augment,
     checkpoints,
     data,
+    imagenet,
     methods,
     models,
     recipes,
@@ -43,8 +44,10 @@ from sparse_optax.experiments.setup import Build, Setup
 
 # Shares of |w| under these are recorded every epoch: what GSM drives to zero.
 SMALL = (1e-3, 1e-4, 1e-6)
-# Images a call when a network with convolutions is evaluated.
+# Images a call when a network with convolutions is evaluated, and of those in files,
+# which are larger.
 _CHUNK = 1000
+_FILES_CHUNK = 100
 # Seconds after which an epoch ends in a checkpoint, whatever its number.
 _SAVE_SECONDS = 300
 # Images of the rehearsal of a method: errors do not depend on how many there are.
@@ -509,17 +512,16 @@ class _Run(NamedTuple):
             self._tell(f"going on after epoch {first} of {config.epochs}")
         state = params, stats, opt_state
 
-        images = jax.device_put((dataset.train_x, dataset.train_y))
         self._tell("compiling")
         evaluate = self._evaluator()
         start = time.perf_counter()
-        run_epoch = self._epoch_function(state, images)
+        run_epoch = self._epoch_function(state)
         compiled = time.perf_counter()
         history["compile_seconds"] += compiled - start
         saved, kept_at = first, time.monotonic()
         clock = self.setting.clock
         masks = self._masks(opt_state)
-        steps = len(images[0]) // config.batch_size
+        steps = len(dataset.train_x) // config.batch_size
         if first < config.epochs:
             self._tell(f"epoch {first + 1} of {config.epochs}, {steps} steps")
         try:
@@ -529,7 +531,7 @@ class _Run(NamedTuple):
                         raise TimeOver
                     begin = time.perf_counter()
                     key = jax.random.fold_in(self.order_key, epoch)
-                    state, loss = jax.block_until_ready(run_epoch(state, key, *images))
+                    state, loss = jax.block_until_ready(run_epoch(state, key))
                     seconds = time.perf_counter() - begin
                     counts, masks = _movement(masks, self._masks(state[2]))
                     metrics = {
@@ -595,41 +597,42 @@ class _Run(NamedTuple):
         where = "from there" if saved == epoch else f"after epoch {saved}"
         return kind(f"{done}; the same command{without} goes on {where}.")
 
-    def _epoch_function(self, state, images):
-        """Compiles ``(state, key, x, y) -> (state, mean loss)`` for one epoch."""
-        apply, optimizer = self.apply, self.plan.optimizer
-        sample = self.plan.sample
+    def _epoch_function(self, state):
+        """Compiles ``(state, key) -> (state, mean loss)`` for one epoch."""
+        train_x, train_y = self.setting.dataset.train_x, self.setting.dataset.train_y
         batch = self.config.batch_size
-        steps = len(images[0]) // batch
-        kind = self.config.augment
-        black = data.black(self.config.dataset, self.config.pixels)
+        steps = len(train_x) // batch
+        key, step = self.order_key, self._step
 
-        def step(state, key, number, rows, x, y):
-            params, stats, opt_state = state
+        if isinstance(train_x, imagenet.Cropped):
+            files = train_x
+            example = (
+                jax.ShapeDtypeStruct((batch, *files.shape[1:]), files.dtype),
+                jax.ShapeDtypeStruct((batch,), np.int32),
+            )
+            one = jax.jit(step, donate_argnums=0)
+            one = one.lower(state, key, np.int32(0), *example).compile()
+
+            def read(state, key):
+                seed = int(jax.random.bits(key, dtype=jnp.uint32))
+                batches = imagenet.train_batches(
+                    files.images, batch, seed=seed, size=files.size, epochs=1
+                )
+                return self._taken(one, state, key, batches, steps)
+
+            return read
+
+        images = jax.device_put((train_x, train_y))
+
+        def chosen(state, key, number, rows, x, y):
             x, y = (a.at[rows].get(mode="promise_in_bounds") for a in (x, y))
-            if kind != "none":
-                # Not the key of the dropout, which the models use as it is.
-                crops = jax.random.fold_in(jax.random.fold_in(key, 2 + number), 1)
-                x = augment.augment(crops, x, kind, black)
-
-            def loss_of(params):
-                # Dropout. The order of the images takes the folds 0 and 1.
-                drop = jax.random.fold_in(key, 2 + number)
-                used = sample(params, opt_state)
-                logits, new = apply(used, stats, x, train=True, key=drop)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-                return losses.mean(), new
-
-            (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            return (optax.apply_updates(params, updates), stats, opt_state), loss
+            return step(state, key, number, x, y)
 
         def order(key):
             # The last images of the order make no full batch and sit this epoch out.
             rows = jax.random.permutation(key, len(images[0]))[: steps * batch]
             return rows.reshape(steps, batch)
 
-        key = self.order_key
         if not (
             models.MODELS[self.config.model].convolutional
             and jax.default_backend() == "cpu"
@@ -637,32 +640,65 @@ class _Run(NamedTuple):
 
             def scanned(state, key, x, y):
                 state, losses = jax.lax.scan(
-                    lambda state, numbered: step(state, key, *numbered, x, y),
+                    lambda state, numbered: chosen(state, key, *numbered, x, y),
                     state,
                     (jnp.arange(steps), order(key)),
                 )
                 return state, losses.mean()
 
             scanned = jax.jit(scanned, donate_argnums=0)
-            return scanned.lower(state, key, *images).compile()
+            whole = scanned.lower(state, key, *images).compile()
+            return lambda state, key: whole(state, key, *images)
 
         order = jax.jit(order)
         example = (state, key, np.int32(0), order(key)[0], *images)
-        one = jax.jit(step, donate_argnums=0).lower(*example).compile()
+        one = jax.jit(chosen, donate_argnums=0).lower(*example).compile()
 
-        def looped(state, key, x, y):
-            losses = []
-            for number, rows in enumerate(np.asarray(order(key))):
-                state, loss = one(state, key, np.int32(number), rows, x, y)
-                losses.append(loss)
-                # Steps are queued: what is told is a step that has been taken.
-                if number >= _QUEUED:
-                    losses[number - _QUEUED].block_until_ready()
-                    taken = number - _QUEUED + 1
-                    self._tell(f"step {taken} of {steps}", brief=True)
-            return state, jnp.stack(losses).mean()
+        def looped(state, key):
+            batches = ((rows, *images) for rows in np.asarray(order(key)))
+            return self._taken(one, state, key, batches, steps)
 
         return looped
+
+    def _step(self, state, key, number, x, y):
+        """One update on a batch, and its loss."""
+        config = self.config
+        if config.augment in augment.KINDS[1:]:
+            black = data.black(config.dataset, config.pixels)
+            # Not the key of the dropout, which the models use as it is.
+            crops = jax.random.fold_in(jax.random.fold_in(key, 2 + number), 1)
+            x = augment.augment(crops, x, config.augment, black)
+        params, stats, opt_state = state
+
+        def loss_of(params):
+            # Dropout. The order of the images takes the folds 0 and 1.
+            drop = jax.random.fold_in(key, 2 + number)
+            used = self.plan.sample(params, opt_state)
+            logits, new = self.apply(used, stats, x, train=True, key=drop)
+            if config.label_smoothing:
+                labels = jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
+                labels = optax.smooth_labels(labels, config.label_smoothing)
+                losses = optax.softmax_cross_entropy(logits, labels)
+            else:
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean(), new
+
+        (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = self.plan.optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    def _taken(self, step, state, key, batches, steps: int):
+        """Takes steps one by one; the state after them and their mean loss."""
+        losses = []
+        for number, batch in enumerate(batches):
+            state, loss = step(state, key, np.int32(number), *batch)
+            losses.append(loss)
+            # Steps are queued: what is told is a step that has been taken.
+            if number >= _QUEUED:
+                losses[number - _QUEUED].block_until_ready()
+                taken = number - _QUEUED + 1
+                self._tell(f"step {taken} of {steps}", brief=True)
+        return state, jnp.stack(losses).mean()
 
     def _evaluator(self):
         """Makes ``params, stats -> {"valid_error", "test_error", "below_..."}``."""
@@ -671,16 +707,8 @@ class _Run(NamedTuple):
             "valid_error": (dataset.valid_x, dataset.valid_y),
             "test_error": (dataset.test_x, dataset.test_y),
         }
-        whole = not models.MODELS[self.config.model].convolutional
         text = models.MODELS[self.config.model].text
-        parts = {
-            name: [
-                jax.device_put((x[i : i + chunk], y[i : i + chunk]))
-                for i in range(0, len(x), chunk)
-            ]
-            for name, (x, y) in sets.items()
-            for chunk in [len(x) or 1 if whole else _CHUNK]
-        }
+        calls = {name: self._calls(x, y) for name, (x, y) in sets.items()}
 
         @jax.jit
         def wrong(params, stats, parts):
@@ -719,14 +747,11 @@ class _Run(NamedTuple):
         def evaluate(params, stats):
             metrics = {}
             for name, (x, y) in sets.items():
-                # One call for the whole set; images of networks with convolutions
-                # go in several, for the memory that their activations take.
-                calls = [parts[name]] if whole else [[part] for part in parts[name]]
-                wrongs = (wrong(params, stats, call) for call in calls)
+                wrongs = (wrong(params, stats, call) for call in calls[name]())
                 count = sum(int(n) for numbers in wrongs for n in numbers)
                 metrics[name] = _short(100 * count / y.size) if len(x) else None
                 if text:
-                    values = [bits(params, stats, call) for call in calls]
+                    values = [bits(params, stats, call) for call in calls[name]()]
                     total = sum(float(n) for numbers in values for n in numbers)
                     size = _short(total / y.size) if len(x) else None
                     metrics[name.replace("error", "bits")] = size
@@ -735,6 +760,25 @@ class _Run(NamedTuple):
             return {**metrics, **dict(zip(names, shares, strict=True))}
 
         return evaluate
+
+    def _calls(self, x, y) -> Callable[[], Iterable[list[tuple[Any, Any]]]]:
+        """Makes a function that gives the parts of a set that each call evaluates."""
+        if isinstance(x, imagenet.Cropped):
+            if not len(x):
+                return lambda: ()
+            return lambda: (
+                [part]
+                for part in imagenet.eval_batches(x.images, _FILES_CHUNK, size=x.size)
+            )
+        # One call for the whole set; images of networks with convolutions go in
+        # several, for the memory that their activations take.
+        whole = not models.MODELS[self.config.model].convolutional
+        chunk = len(x) or 1 if whole else _CHUNK
+        parts = [
+            jax.device_put((x[i : i + chunk], y[i : i + chunk]))
+            for i in range(0, len(x), chunk)
+        ]
+        return lambda: [parts] if whole else ([part] for part in parts)
 
     def _logits(self, stats, params, images):
         """The network with statistics of its own, as it is evaluated."""
@@ -765,7 +809,10 @@ class _Run(NamedTuple):
         layers = records.layers(params, masks)
         for column, name in _TOTALS.items():
             results[name] = sum(layer[column] for layer in layers)
-        counts = units.dead_units(params, self.setting.dataset.train_x, masks)
+        images = self.setting.dataset.train_x
+        counts = None
+        if isinstance(images, np.ndarray):
+            counts = units.dead_units(params, images, masks)
         if counts is not None:
             results["dead_units"] = counts.dead
             results["removed_units"] = counts.removed

@@ -106,6 +106,14 @@ MODELS: dict[str, Entry] = {
         for depth in (20, 56)
     },
     "resnet-50": Entry(resnet.ResNet50, convolutional=True),
+    # The widths of the thin networks that Mostafa and Wang put beside sparse ones in
+    # which 10% and 20% of the weights stay.
+    **{
+        f"thin-resnet-50-{density}": Entry(
+            functools.partial(resnet.ResNet50, width=width), convolutional=True
+        )
+        for density, width in ((0.1, 0.46), (0.2, 0.54))
+    },
     "densenet-40": Entry(densenet.DenseNet, convolutional=True),
     "transformer": Entry(transformer.Transformer, convolutional=False, text=True),
 }

@@ -150,6 +150,7 @@ class ResNet50(nnx.Module):
       classes: number of classes.
       init: see :func:`parts.plain_conv`.
       rngs: random keys of the initial weights.
+      width: what the channels of all layers are multiplied by.
 
     Examples:
       >>> import jax
@@ -169,16 +170,19 @@ class ResNet50(nnx.Module):
         *,
         init: str = "torch",
         rngs: nnx.Rngs,
+        width: float = 1.0,
     ):
         """Draws the 54 kernels."""
-        self.conv = plain_conv(in_shape[-1], 64, 7, stride=2, init=init, rngs=rngs)
-        self.norm = norm(64, rngs)
-        names, inputs = [], 64
-        for stage, (width, blocks) in enumerate(STAGES, 1):
+        first = round(64 * width)
+        self.conv = plain_conv(in_shape[-1], first, 7, stride=2, init=init, rngs=rngs)
+        self.norm = norm(first, rngs)
+        names, inputs = [], first
+        for stage, (channels, blocks) in enumerate(STAGES, 1):
+            inner = round(channels * width)
             for block in range(1, blocks + 1):
                 stride = 2 if stage > 1 and block == 1 else 1
-                outputs = _EXPANSION * width
-                convs = ((width, 1, 1), (width, 3, stride), (outputs, 1, 1))
+                outputs = _EXPANSION * inner
+                convs = ((inner, 1, 1), (inner, 3, stride), (outputs, 1, 1))
                 names.append(f"block{stage}_{block}")
                 setattr(self, names[-1], Block(inputs, convs, init=init, rngs=rngs))
                 inputs = outputs

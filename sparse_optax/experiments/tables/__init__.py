@@ -19,6 +19,7 @@ from sparse_optax.experiments.tables import (
     mnist_lenet300,
     others_lenet300,
     recipes_lenet300,
+    resnet50_mostafa,
     text_transformer,
     ticket_gsm,
     ticket_lenet300,
@@ -46,6 +47,7 @@ TABLES: dict[str, Table] = {
         text_transformer,
         cifar10_lee,
         wrn28_mostafa,
+        resnet50_mostafa,
     )
 }
 
