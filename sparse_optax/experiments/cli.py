@@ -146,7 +146,7 @@ class Train:
         if self.quiet:
             print(record_path, file=_output)
             return
-        _print_record(trained.record, dense)
+        _print_record(trained.record, dense, _flags_of_dense(configs.dense_of(config)))
         if again:
             _console.print("This run had finished before; --fresh trains it again.")
         weights = self.runs / name / "weights.sparse"
@@ -523,7 +523,7 @@ def _method_row(name: str, dataset: str) -> tuple[str, ...]:
     return shares, f"{base}{run.epochs}", f"{run.learning_rate:g}", text
 
 
-def _print_record(record, dense: records.Record | None = None) -> None:
+def _print_record(record, dense: records.Record | None, flags_of_dense: str) -> None:
     table = rich.table.Table(title=record.name)
     for column in ("layer", "shape", "weights", "kept", "non-zero", "density"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -555,11 +555,8 @@ def _print_record(record, dense: records.Record | None = None) -> None:
         beside = compare.sentence(record, dense)
         _console.print(f"beside all weights    {beside}", soft_wrap=True)
     elif record.config["method"] != "dense":
-        config = record.config
         _console.print(
-            "beside all weights    not known: train --method dense "
-            f"--dataset {config['dataset']} --seed {config['seed']}",
-            soft_wrap=True,
+            f"beside all weights    not known: train {flags_of_dense}", soft_wrap=True
         )
     _print_sizes(record)
     _console.print(
