@@ -37,8 +37,8 @@ BATCHES = {
     "wrn-22-8": 128,
     "wrn-16-10": 128,
     "resnet-50": 64,
-    "thin-resnet-50-0.1": 64,
-    "thin-resnet-50-0.2": 64,
+    "resnet-50-0.46": 64,
+    "resnet-50-0.54": 64,
 }
 CHARACTERS = 103
 

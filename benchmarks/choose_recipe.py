@@ -109,8 +109,14 @@ def trained(method, options, density, seed):
 
 def recorded(path):
     """(variant, density, seed) -> validation error in percent, of a file of records."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    runs = [json.loads(line) for line in lines]
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            runs.append(json.loads(line))
+        except ValueError as error:
+            raise SystemExit(
+                f"{path}: line {number} is no whole record ({error}). Delete it."
+            ) from error
     return {
         (run["variant"], run["density"], run["seed"]): run["valid_error"]
         for run in runs
@@ -129,7 +135,6 @@ def validation_error(name, method, options, density, seed, path):
             "versions": record.versions,
             "commit": record.commit,
         }
-        path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(run) + "\n")
     return recorded(path)[name, density, seed]
@@ -142,6 +147,8 @@ def main():
     parser.add_argument("--only", default="", help="regular expression of variants")
     parser.add_argument("--records", type=pathlib.Path, default=RECORDS)
     given = parser.parse_args()
+    given.records.parent.mkdir(parents=True, exist_ok=True)
+    given.records.touch()
     seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
     for name, (method, options) in variants().items():
         if re.search(given.only, name):

@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--records", type=pathlib.Path, default=RECORDS)
     given = parser.parse_args()
-    given.records.parent.mkdir(exist_ok=True)
+    given.records.parent.mkdir(parents=True, exist_ok=True)
     given.records.touch()
     cifar = data.load("cifar10")
     for seed in given.seeds:

@@ -324,6 +324,8 @@ def test_a_folder_that_is_none_is_named(root, monkeypatch):
         ValueError, match=r"same classes in train and val, but n03, n04"
     ):
         data.load("imagenet")
+    with pytest.raises(ValueError, match="pixels='half' must be 'channels' for imag"):
+        data.load("imagenet", pixels="half")
     monkeypatch.setenv("SPARSE_OPTAX_DATA", str(root / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere/imagenet/train"):
         data.load("imagenet")
@@ -392,7 +394,7 @@ def test_a_stopped_run_goes_on_with_the_same_images(root, tmp_path):
     assert whole.record.results["nonzeros"] <= whole.record.results["kept"]
 
 
-@pytest.mark.parametrize("method", ["snip", "gsm", "layerwise_obs", "static"])
+@pytest.mark.parametrize("method", ["snip", "gsm", "layerwise_obs"])
 def test_methods_that_look_at_images_or_start_from_a_network(root, method):
     train = pytest.importorskip("sparse_optax.experiments.train")
     from sparse_optax.experiments.config import Base
@@ -408,12 +410,39 @@ def test_methods_that_look_at_images_or_start_from_a_network(root, method):
     assert results["weights"] == weights
 
 
-def test_a_broken_file_stops_a_run_with_its_name(root, tmp_path):
+@pytest.mark.parametrize("name", ["train/n02/03.jpg", "val/n02/01.jpg"])
+def test_a_broken_file_stops_a_run_with_its_name(root, tmp_path, name):
     train = pytest.importorskip("sparse_optax.experiments.train")
-    broken = root / "imagenet" / "train" / "n02" / "03.jpg"
+    broken, told = root / "imagenet" / name, []
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"n02/03\.jpg is no readable image"):
-        train.train(config(method="dense"), runs=tmp_path)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + " is no readable"):
+        train.train(
+            config(method="dense"),
+            runs=tmp_path,
+            on_activity=lambda activity: told.append(activity.text),
+        )
+    # What validates and tests is read before anything is trained.
+    begun = any(text.startswith("epoch 1 of") for text in told)
+    assert begun == name.startswith("train")
+
+
+def test_a_run_does_not_go_on_with_other_images(root, tmp_path):
+    train = pytest.importorskip("sparse_optax.experiments.train")
+    run = config(epochs=3, method="dense", density=1.0)
+    with pytest.raises(train.TimeOver):
+        train.train(run, runs=tmp_path, hours=0)
+    moved = root / "imagenet" / "train" / "n02" / "03.jpg"
+    moved.rename(moved.with_name("16.jpg"))
+    with pytest.raises(ValueError, match="train part of imagenet has 42 files, and"):
+        train.train(run, runs=tmp_path)
+    moved.with_name("16.jpg").rename(moved)
+    record = train.train(run, runs=tmp_path).record
+    assert {k: v[0] for k, v in record.results["files"].items()} == {
+        "train": 42,
+        "valid": 6,
+        "test": 12,
+    }
+    assert {"grain", "pillow"} <= record.versions.keys()
 
 
 @pytest.mark.parametrize(
@@ -443,6 +472,10 @@ def test_its_recipes_are_those_of_a_resnet_50():
     assert [gsm.epochs, gsm.batch_size, gsm.learning_rate] == [60, 64, 1e-3]
     assert [gsm.drop_epochs, gsm.momentum, gsm.weight_decay] == [(40, 50), 0.98, 1e-4]
     assert [gsm.base.epochs, gsm.base.batch_size, gsm.base.momentum] == [100, 256, 0.9]
+    # As many epochs in all, of which the dense network has those before the first fall.
+    after = configs.resolve(configs.TrainConfig(dataset="imagenet", method="fisher"))
+    assert [after.base.epochs, after.epochs, after.drop_epochs] == [30, 70, (30, 60)]
+    assert [after.base.learning_rate, after.learning_rate] == [0.1, 0.01]
 
 
 def test_the_command_says_what_is_not_installed(root, capsys, monkeypatch):

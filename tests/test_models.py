@@ -196,13 +196,16 @@ def test_wide_resnet_counts(depth, factor, total, weights, tensors):
         ("resnet-56", 855_770, 851_504, 58, 10, 4_256),
         ("densenet-40", 1_019_722, 1_001_616, 40, 10, 18_096),
         ("resnet-50", 25_557_032, 25_502_912, 54, 1_000, 53_120),
+        # Mostafa and Wang's thin ones: 29 and 35 channels, twice and twice again.
+        ("resnet-50-0.46", 5_771_217, 5_746_147, 54, 1_000, 24_070),
+        ("resnet-50-0.54", 8_167_095, 8_137_045, 54, 1_000, 29_050),
     ],
 )
 def test_counts_of_the_convolutional_networks(
     name, total, weights, tensors, biases, norms
 ):
     """As tabulated for the papers' networks; ResNet-20 by the definition."""
-    of_imagenet = [(224, 224, 3), 1000] if name == "resnet-50" else []
+    of_imagenet = [(224, 224, 3), 1000] if "resnet-50" in name else []
     params, stats = shapes(name, *of_imagenet)
     assert count(params) == total == weights + biases + norms
     assert kernels(params) == (weights, tensors)

@@ -14,6 +14,7 @@ from helpers import refuses
 import sparse_optax
 from sparse_optax import regrowth
 from sparse_optax.experiments import config, methods, models, recipes, setup
+from sparse_optax.experiments.tables import resnet50_mostafa
 
 SHAPES = {"fc1": (20, 30), "fc2": (30, 10)}
 
@@ -213,11 +214,17 @@ def test_the_budget_of_mostafa_and_wang():
     assert (kept, dense) == (1_451_520 // 10, 12_464)
 
 
+def resnet_50():
+    """The shapes of its parameters."""
+    shape = (224, 224, 3)
+    return jax.eval_shape(
+        lambda key: models.create_stateful("resnet-50", shape, 1000, key=key)[1],
+        jax.random.key(0),
+    )
+
+
 def test_in_a_resnet_50_the_last_layer_takes_part():
-    make = lambda key: models.create_stateful(  # noqa: E731
-        "resnet-50", (224, 224, 3), 1000, key=key
-    )[1]
-    params = jax.eval_shape(make, jax.random.key(0))
+    params = resnet_50()
     made = setup_of(model="resnet-50", method="static", shares="mostafa_wang")
     made = made._replace(params=params)
     budget = setup.budget(made, 0.1)
@@ -228,6 +235,47 @@ def test_in_a_resnet_50_the_last_layer_takes_part():
     assert kept == dense + int(0.1 * (25_502_912 - dense))
     fc = counts["fc"]["kernel"]
     assert abs(fc - 0.1 * 2_048_000) < 2
+
+
+@pytest.mark.parametrize(
+    ("group", "wanted", "kept"),
+    [
+        ("dense", {"epochs": 100, "nesterov": True, "label_smoothing": 0.0}, None),
+        # A tenth of all weights; the others keep 2,778,304 dense besides.
+        (
+            "sparse_momentum_d0.1",
+            {
+                "prune_rate": 0.5,
+                "nesterov": False,
+                "drop_epochs": (30, 60, 80),
+                "warmup_epochs": 5,
+                "label_smoothing": 0.1,
+            },
+            2_550_291,
+        ),
+        ("dynamic_sparse_d0.1", {"epochs": 100, "nesterov": True}, 5_050_764),
+        ("static_d0.2", {"epochs": 200, "drop_epochs": (60, 120, 180)}, 7_323_225),
+    ],
+)
+def test_rows_of_resnet_50_are_those_of_their_sources(group, wanted, kept):
+    run = config.resolve(config.TrainConfig(**resnet50_mostafa.LINES[group].options))
+    assert {name: getattr(run, name) for name in wanted} == wanted
+    assert (run.batch_size, run.learning_rate, run.split) == (256, 0.1, "full")
+    if kept is None:
+        return
+    params = jax.eval_shape(
+        lambda key: models.create_stateful("resnet-50", (224, 224, 3), 1000, key=key)[
+            1
+        ],
+        jax.random.key(0),
+    )
+    budget = setup.budget(setup_of()._replace(config=run, params=params))
+    if isinstance(budget, float):
+        budget = sparse_optax.budgets.uniform(budget)
+    counts = sparse_optax.budgets.resolve(budget, params)
+    # Each of the 54 layers rounds its own share.
+    found = sum(int(n) for n in jax.tree.leaves(counts, is_leaf=hole) if not hole(n))
+    assert abs(found - kept) <= 27
 
 
 def hole(leaf):

@@ -54,7 +54,7 @@ def specialization(found):
             shares = np.linspace(0, 100, len(values), endpoint=False)
             axes.plot(shares, sorted(values, reverse=True), label=name, **way)
         axes.axhline(0.1, color="#666666", linewidth=0.7)
-        axes.set(title=layer, xlabel="% of the channels", ylim=(0, 0.65))
+        axes.set(title=layer, xlabel="% of the channels", ylim=(0, None))
     canvas.axes[0].set_ylabel("largest share of a class")
     canvas.axes[-1].legend()
     plots.save(canvas, HERE / "specialization.png")

@@ -18,6 +18,7 @@ import tyro
 
 from sparse_optax.experiments import (
     compare,
+    data,
     readme,
     recipes,
     records,
@@ -298,7 +299,8 @@ class Methods:
 class Reproduce:
     """Run the rows of a paper's table that are missing, and compare with the paper.
 
-    With --hours it stops when they are over, each run after the epoch that it is in,
+    Rows of ImageNet are run where their table is named and its folder is there. With
+    --hours it stops when they are over, each run after the epoch that it is in,
     and the same command goes on. A run that another process trains is passed over.
 
     Attributes:
@@ -339,6 +341,7 @@ class Reproduce:
             _console.print(
                 f"{table.title}: {len(rows)} of {len(table.rows)} rows to run"
             )
+        todo = _with_data(todo)
         outcome = self._run_jobs(todo)
         tables = TABLES.values() if self.table == "all" else [TABLES[self.table]]
         for table in tables:
@@ -483,6 +486,25 @@ def _flags_of_dense(wanted: configs.Resolved) -> str:
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags.append(f"--{field.name.replace('_', '-')} {text}")
     return " ".join(flags)
+
+
+def _with_data(todo: list[reproduce.Job]) -> list[reproduce.Job]:
+    """The jobs whose data set can be had; says what is left out, and raises where
+    that is all of them.
+    """
+    able = [job for job in todo if data.can_be_had(job.row.config.dataset)]
+    if len(able) == len(todo):
+        return todo
+    told = (
+        f"{len(todo) - len(able)} of {len(todo)} rows need imagenet in "
+        f"${data.VARIABLE}, and the packages grain and Pillow"
+    )
+    if not able:
+        raise ValueError(
+            f"reproduce: {told}. See the page on ImageNet of the documentation."
+        )
+    _note(f"{told}; they are left out.")
+    return able
 
 
 def _need_some(command: str, name: str, given: Sequence[Path]) -> None:

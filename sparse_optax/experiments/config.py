@@ -127,7 +127,8 @@ class TrainConfig:
       redistribute: sparse momentum: what says how many weights a layer gets back.
       grow: sparse momentum: what says which missing weights come.
       shares: how the density is shared among the layers; mostafa_wang keeps the first
-        layer, the last and the shortcuts dense, and the density is that of the others.
+        layer, the last (not that of a ResNet-50) and the shortcuts dense, and the
+        density is that of the others.
       update_epochs: epochs between two cycles of methods that have cycles; RigL has
         one every 100 steps at least.
       cycles: cycles in that time, which is then cut into as many equal parts.
@@ -204,7 +205,7 @@ class TrainConfig:
     base: Base = Base()
     init: Annotated[
         Literal["torch", "xavier"] | None,
-        flag("{torch,xavier}", "torch; for gsm, xavier"),
+        flag("{torch,xavier}", "torch; for gsm, xavier, but on imagenet and topics"),
     ] = None
     split: Literal["lee", "full"] = "lee"
     seed: int = 0
@@ -572,6 +573,7 @@ def base_of(config: Resolved) -> Resolved | None:
                 config, method="sparse_momentum", ticket=plain.ticket
             )
         kept = ("dataset", "model", "density", "split", "seed", "nesterov", "dtype")
+        kept = (*kept, "label_smoothing")
         given: dict[str, Any] = {name: getattr(config, name) for name in kept}
         found = resolve(TrainConfig(method="gsm", **given))
         return found if config.finder == "gsm" else base_of(found)
@@ -660,12 +662,12 @@ def dense_of(config: Resolved) -> Resolved:
         "split": config.split,
         "seed": config.seed,
         "dtype": config.dtype,
+        "label_smoothing": config.label_smoothing,
     }
     if recipes.METHODS[config.method].recipe == "scratch":
         names = ("epochs", "batch_size", "learning_rate", "drop_factor", "momentum")
         names = (*names, "nesterov", "weight_decay", "decay", "init", "optimizer")
-        names = (*names, "schedule", "warmup_epochs", "label_smoothing")
-        names = (*names, "augment", "pixels")
+        names = (*names, "schedule", "warmup_epochs", "augment", "pixels")
         drops = "drop_steps" if config.drop_steps else "drop_epochs"
         same |= {name: getattr(config, name) for name in (*names, drops)}
     return resolve(TrainConfig(method="dense", **same))

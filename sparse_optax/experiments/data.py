@@ -3,15 +3,16 @@
 The digits are bundled with scikit-learn. The others are read from the folder named
 by the environment variable ``SPARSE_OPTAX_DATA`` (sub-folders ``mnist``,
 ``fashion_mnist``, ``cifar10``); where the variable is not set they are downloaded
-once into pooch's cache. Whatever the source, the content of every file is compared
-with its published md5 before a byte of it is used, and the pickles of CIFAR-10 are
-opened only after that. ImageNet is not downloaded: its images are JPEG files in the
+once into pooch's cache. The content of these files is compared with its published md5
+before a byte of it is used, and the pickles of CIFAR-10 are opened only after that.
+ImageNet is not downloaded, and no md5 is known of it: its images are JPEG files in the
 sub-folder ``imagenet``, read while a network trains, see
 :mod:`~sparse_optax.experiments.imagenet`.
 """
 
 import gzip
 import hashlib
+import importlib.util
 import lzma
 import os
 import pickle
@@ -121,11 +122,13 @@ def load(
         code of GSM does: a mean and a deviation of 0.5.
 
     Returns:
-      A :class:`Dataset` of NumPy arrays.
+      A :class:`Dataset` of NumPy arrays; of ImageNet the images stay in their files.
 
     Raises:
-      ValueError: for an unknown name or split, and for a truncated or altered file.
+      ValueError: for an unknown name, split or form of pixels, and for a truncated or
+        altered file.
       FileNotFoundError: for a missing file, naming it and where it can be had.
+      ImportError: for ImageNet without grain or Pillow.
 
     Examples:
       >>> from sparse_optax.experiments import data
@@ -147,6 +150,11 @@ def load(
     if name == "topics":
         return text(split=split)
     if name == "imagenet":
+        if pixels != "channels":
+            raise ValueError(
+                f"load: pixels={pixels!r} must be 'channels' for imagenet, whose "
+                "images are normalised while they are read. Leave it out."
+            )
         return _imagenet(split)
     largest, mean, std = scale(name, pixels)
     if name == "digits":
@@ -199,15 +207,14 @@ def scale(name: str, pixels: str) -> tuple[int, tuple[float, ...], tuple[float, 
 
 
 def black(name: str, pixels: str = "channels") -> tuple[float, ...]:
-    """What a black pixel is after normalisation, one number a channel; nothing where
-    images are not padded.
+    """What a black pixel is after normalisation, one number a channel.
 
     Examples:
       >>> from sparse_optax.experiments import data
       >>> data.black("cifar10", "half")
       (-1.0, -1.0, -1.0)
     """
-    if name in ("topics", "imagenet"):
+    if name == "topics":
         return ()
     _, mean, std = scale(name, pixels)
     return tuple(-m / s for m, s in zip(mean, std, strict=True))
@@ -251,6 +258,17 @@ def text(*, split: str = "lee", length: int = 128) -> Dataset:
         places = starts + np.arange(length)[None]
         parts += [part[places], part[places + 1]]
     return Dataset(*parts, classes=len(alphabet), name="topics")
+
+
+def can_be_had(name: str) -> bool:
+    """Whether a data set is here or can be downloaded: all are, but for ImageNet, which
+    needs its folder and two packages.
+    """
+    if name != "imagenet":
+        return True
+    root = os.environ.get(VARIABLE)
+    packages = map(importlib.util.find_spec, ("grain", "PIL"))
+    return bool(root) and (Path(root) / "imagenet").is_dir() and all(packages)
 
 
 def _imagenet(split: str) -> Dataset:

@@ -20,6 +20,7 @@ References:
 
 import dataclasses
 import functools
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,6 +56,11 @@ class Images(NamedTuple):
     files: tuple[Path, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Of the folders and names of all files, in their order."""
+        names = "\n".join("/".join(path.parts[-2:]) for path in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def pick(self, numbers: np.ndarray) -> "Images":
         """The files of these numbers, in this order."""
@@ -363,8 +369,8 @@ def _read(
         told = f"{path} is no readable image ({error})"
         if corrupt == "refuse":
             raise ValueError(
-                f"imagenet: {told}. Replace or remove the file, or give corrupt='skip' "
-                "to go on without it."
+                f"imagenet: {told}. Replace or remove the file. Batches go on without "
+                "such files where train_batches and eval_batches get corrupt='skip'."
             ) from error
         skipped.count += 1
         if skipped.count >= skipped.most:

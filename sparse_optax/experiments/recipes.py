@@ -5,8 +5,9 @@ Data and no more: ``config`` fills runs with it, ``methods`` builds the methods.
 
 from typing import Any, NamedTuple
 
-# How a density may be shared among the layers; the last keeps the first layer, the
-# last and the shortcuts dense, and the density is that of the others.
+# How a density may be shared among the layers; mostafa_wang keeps the first layer, the
+# last (not that of a ResNet-50) and the shortcuts dense, and the density is that of the
+# others.
 SHARES = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear", "mostafa_wang")
 # The share of the weights that is kept, where a run does not say.
 DENSITY = 0.05

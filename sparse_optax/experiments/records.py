@@ -10,6 +10,7 @@ import sys
 import tempfile
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,12 @@ def layers(params: Any, masks: Any = None) -> list[dict[str, Any]]:
     ]
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions and device, as keyword arguments of :class:`Record`."""
+def environment(more: Iterable[str] = ()) -> dict[str, Any]:
+    """Commit, versions and device, as keyword arguments of :class:`Record`; ``more``
+    names other packages that a run depends on.
+    """
     commit, dirty = _git()
-    libraries = ("jax", "jaxlib", "optax", "flax", "numpy")
+    libraries = ("jax", "jaxlib", "optax", "flax", "numpy", *more)
     versions = {name: importlib.metadata.version(name) for name in libraries}
     device = jax.devices()[0]
     try:

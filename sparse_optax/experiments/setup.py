@@ -9,6 +9,7 @@ import optax
 
 import sparse_optax
 from sparse_optax import budgets, schedules
+from sparse_optax.experiments import models
 from sparse_optax.experiments.config import Resolved
 from sparse_optax.experiments.sizes import SHARES
 
@@ -98,9 +99,7 @@ class Setup(NamedTuple):
     def loss(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Mean cross-entropy of a batch."""
         images, labels = batch
-        logits = self.forward(params, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
+        return mean_loss(self.config, self.forward(params, images), labels)
 
     def example_loss(self, params: Params, example: tuple) -> jax.Array:
         """Cross-entropy of one image."""
@@ -119,6 +118,33 @@ class Setup(NamedTuple):
         chosen = jax.random.fold_in(self.key, 1)
         rows = jax.random.permutation(chosen, len(x))[: min(size, len(x))]
         return x[rows], y[rows]
+
+
+def mean_loss(config: Resolved, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy that a run minimises, a mean over its labels.
+
+    Args:
+      config: a resolved run, whose ``label_smoothing`` is spread over all classes.
+      logits: shape (..., classes).
+      labels: whole numbers, shape (...).
+
+    Returns:
+      A scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from sparse_optax.experiments import config, setup
+      >>> run = config.resolve(config.TrainConfig(label_smoothing=0.5))
+      >>> logits, labels = jnp.array([[0.0, 2.0]]), jnp.array([1])
+      >>> round(float(setup.mean_loss(run, logits, labels)), 4)
+      0.6269
+    """
+    if not config.label_smoothing:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+    shares = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    shares = optax.smooth_labels(shares, config.label_smoothing)
+    return optax.softmax_cross_entropy(logits, shares).mean()
 
 
 def learning_rate(config: Resolved, steps_per_epoch: int) -> optax.Schedule:
@@ -225,8 +251,7 @@ def budget(setup: Setup, density: float | None = None) -> Any:
     """The run's density, or another, in the shares that the run asks for."""
     density = setup.config.density if density is None else density
     if setup.config.shares == "mostafa_wang" and density < 1:
-        # In a ResNet-50 the last layer, of two million weights, takes part.
-        last = setup.config.model != "resnet-50"
+        last = not models.MODELS[setup.config.model].large_classifier
         return mostafa_wang(setup.params, density, last=last)
     # A uniform density is the density itself.
     even = setup.config.shares == "uniform" or density == 1

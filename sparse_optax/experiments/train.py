@@ -40,7 +40,7 @@ from sparse_optax.experiments import (
 )
 from sparse_optax.experiments import config as configs
 from sparse_optax.experiments.checkpoints import joined, parted
-from sparse_optax.experiments.setup import Build, Setup
+from sparse_optax.experiments.setup import Build, Setup, mean_loss
 
 # Shares of |w| under these are recorded every epoch: what GSM drives to zero.
 SMALL = (1e-3, 1e-4, 1e-6)
@@ -191,7 +191,9 @@ def train(
     Raises:
       ValueError: for a value outside its range, for one that does not fit the model or
         the data set, and for a folder that cannot be written to, before training
-        starts; where a file cannot be written, with what is kept.
+        starts; where a file cannot be written, with what is kept; for a file of
+        ImageNet that is no readable image, of those to train on in the first epoch.
+      ImportError: for ImageNet without grain or Pillow.
       Busy: where another process trains the same run.
       Stopped: after Ctrl-C.
       TimeOver: at the end of ``hours``, where the run has not finished.
@@ -437,6 +439,27 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _files(dataset: data.Dataset) -> dict[str, Any]:
+    """How many files each part of a data set has, and which."""
+    parts = {"train": dataset.train_x, "valid": dataset.valid_x, "test": dataset.test_x}
+    return {
+        name: [len(part), part.images.digest()]
+        for name, part in parts.items()
+        if isinstance(part, imagenet.Cropped)
+    }
+
+
+def _check_files(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises where a run would go on with other images than those it began with."""
+    for name, found in now.items():
+        if found != before[name]:
+            raise ValueError(
+                f"train: the {name} part of imagenet has {found[0]} files, and the run "
+                f"began with {before[name][0]}, or with others. Put these back, or "
+                "train it again with --fresh."
+            )
+
+
 def _stored(params: Any, masks: Any) -> Any:
     """Masks of the weights that a file holds: those that are kept or not zero. Nothing
     is lost where a method has no masks, and no kept weight is forgotten.
@@ -501,7 +524,11 @@ class _Run(NamedTuple):
         params, stats, opt_state = jax.tree.map(jnp.copy, (params, stats, opt_state))
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
         # Of the start: what trained is the code of then.
-        history["environment"] = records.environment()
+        in_files = isinstance(dataset.train_x, imagenet.Cropped)
+        packages = ("grain", "pillow") if in_files else ()
+        history["environment"] = records.environment(packages)
+        if in_files:
+            history["files"] = _files(dataset)
         like = (joined(params, stats), opt_state)
         note = self.setting.on_note
         restored = None if folder is None else folder.restore(like, note)
@@ -509,6 +536,8 @@ class _Run(NamedTuple):
         if restored is not None:
             first, (weights, opt_state), history = restored
             params, stats = parted(weights)
+            if in_files:
+                _check_files(history["files"], _files(dataset))
             self._tell(f"going on after epoch {first} of {config.epochs}")
         state = params, stats, opt_state
 
@@ -516,6 +545,10 @@ class _Run(NamedTuple):
         evaluate = self._evaluator()
         start = time.perf_counter()
         run_epoch = self._epoch_function(state)
+        if in_files and first < config.epochs:
+            # A file that cannot be read is found before an epoch is lost to it.
+            self._tell("reading the images of validation and test")
+            evaluate(self.plan.shown(params, opt_state), stats)
         compiled = time.perf_counter()
         history["compile_seconds"] += compiled - start
         saved, kept_at = first, time.monotonic()
@@ -675,13 +708,7 @@ class _Run(NamedTuple):
             drop = jax.random.fold_in(key, 2 + number)
             used = self.plan.sample(params, opt_state)
             logits, new = self.apply(used, stats, x, train=True, key=drop)
-            if config.label_smoothing:
-                labels = jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
-                labels = optax.smooth_labels(labels, config.label_smoothing)
-                losses = optax.softmax_cross_entropy(logits, labels)
-            else:
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return losses.mean(), new
+            return mean_loss(config, logits, y), new
 
         (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = self.plan.optimizer.update(gradient, opt_state, params)
@@ -819,6 +846,8 @@ class _Run(NamedTuple):
             results["wasted_weights"] = counts.wasted
         stored = _stored(params, masks)
         weights = joined(params, stats)
+        if "files" in history:
+            results["files"] = history["files"]
         results["file_bytes"] = sparse_optax.export.sparse_bytes(weights, stored)
         if self.config.budget and sizes.parse(self.config.budget).unit == "FLOPs":
             kept = {layer["name"]: layer["kept"] for layer in layers}

@@ -40,11 +40,14 @@ class Entry(NamedTuple):
         ``lax.scan``, so that the train loop steps through them in Python.
       text: whether it reads numbers of characters, shape (t,), and predicts the next
         of each, in place of images.
+      large_classifier: whether its last layer is one of many weights, which the shares
+        of Mostafa and Wang do not leave dense.
     """
 
     make: Callable[..., nnx.Module]
     convolutional: bool
     text: bool = False
+    large_classifier: bool = False
 
 
 def _thin_lenet(in_shape, classes, *, density, init, rngs) -> nnx.Module:
@@ -105,14 +108,15 @@ MODELS: dict[str, Entry] = {
         )
         for depth in (20, 56)
     },
-    "resnet-50": Entry(resnet.ResNet50, convolutional=True),
-    # The widths of the thin networks that Mostafa and Wang put beside sparse ones in
-    # which 10% and 20% of the weights stay.
+    "resnet-50": Entry(resnet.ResNet50, convolutional=True, large_classifier=True),
+    # The widths of Mostafa and Wang's thin networks.
     **{
-        f"thin-resnet-50-{density}": Entry(
-            functools.partial(resnet.ResNet50, width=width), convolutional=True
+        f"resnet-50-{width}": Entry(
+            functools.partial(resnet.ResNet50, width=width),
+            convolutional=True,
+            large_classifier=True,
         )
-        for density, width in ((0.1, 0.46), (0.2, 0.54))
+        for width in (0.46, 0.54)
     },
     "densenet-40": Entry(densenet.DenseNet, convolutional=True),
     "transformer": Entry(transformer.Transformer, convolutional=False, text=True),

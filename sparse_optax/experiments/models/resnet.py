@@ -150,7 +150,8 @@ class ResNet50(nnx.Module):
       classes: number of classes.
       init: see :func:`parts.plain_conv`.
       rngs: random keys of the initial weights.
-      width: what the channels of all layers are multiplied by.
+      width: what the 64 channels of the first layer are multiplied by, rounded; all
+        others are multiples of these.
 
     Examples:
       >>> import jax
@@ -178,7 +179,7 @@ class ResNet50(nnx.Module):
         self.norm = norm(first, rngs)
         names, inputs = [], first
         for stage, (channels, blocks) in enumerate(STAGES, 1):
-            inner = round(channels * width)
+            inner = first * channels // 64
             for block in range(1, blocks + 1):
                 stride = 2 if stage > 1 and block == 1 else 1
                 outputs = _EXPANSION * inner

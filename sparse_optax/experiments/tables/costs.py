@@ -29,8 +29,8 @@ STEPS: dict[str, tuple[int, float]] = {
     "wrn-22-8": (128, 17.1),
     "wrn-16-10": (128, 17.2),
     "resnet-50": (64, 41.4),
-    "thin-resnet-50-0.1": (64, 11.5),
-    "thin-resnet-50-0.2": (64, 17.0),
+    "resnet-50-0.46": (64, 11.5),
+    "resnet-50-0.54": (64, 17.0),
 }
 # Images to train on, without the validation images of the split.
 IMAGES = {"digits": 1437, "mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
