@@ -24,7 +24,7 @@ from sparse_optax.checks import (
     names_axes,
     takes,
 )
-from sparse_optax.patterns import SINGLE, Pattern
+from sparse_optax.patterns import SINGLE, Pattern, check_explicit
 from sparse_optax.roles import layout, roles
 from sparse_optax.selection.compilation import as_data, entries
 
@@ -556,6 +556,7 @@ def chosen_layers(
         if pattern.asks:
             own_pattern = pattern.along(names[i], layout(names[i], shapes, axis))
         own_pattern.check(names[i], shape, axis)
+        check_explicit(own_pattern, names[i], flat[i])
         leaves.append(Leaf(names[i], shape, flat[i].dtype, axis, own_pattern))
     if axes and flat:
         raise ArgumentError(

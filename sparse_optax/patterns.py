@@ -20,9 +20,8 @@ has the shape of its outputs. Where this does not decide, an error asks for the 
 ``n_m(2, 4, axis={"query/kernel": 0})``; ``contraction_axes`` reads them from a module.
 
 Units should not cross devices. On a mesh with Explicit axes blocks, slices and output
-units lie where their leaves do, and blocks that cross devices are an error; an axis
-that is cut into groups of N:M must not be sharded there, nor one of several that
-``constant_fan_in`` joins. A pattern is a tuple and not a function, since
+units lie where their leaves do, and blocks that cross devices are an error; under N:M
+and ``constant_fan_in`` a leaf must not be sharded there. A pattern is a tuple and not a function, since
 ``optax.inject_hyperparams`` takes every callable for a schedule.
 """
 
@@ -584,6 +583,23 @@ def _check_whole_blocks(x: jax.Array, axis: int, size: int) -> None:
             f"the {devices} devices that it is sharded over, on a mesh with Explicit "
             "axes. Shard it by whole blocks, choose another size, or make the axes of "
             "the mesh Auto."
+        )
+
+
+def check_explicit(pattern: Pattern, name: str, leaf: Any) -> None:
+    """Raises where a leaf is sharded over Explicit axes of a mesh under a pattern whose
+    groups are rows of another array.
+    """
+    if not isinstance(pattern, GroupsNM | ConstantFanIn):
+        return
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else None
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return
+    if any(axis is not None for axis in sharding.spec):
+        raise checks.ArgumentError(
+            f"`pattern`: {pattern.name} needs leaves that are not sharded over Explicit "
+            f"axes of a mesh; {name!r} has {sharding.spec}. Make the axes of the mesh "
+            "Auto, or choose blocks or output_units."
         )
 
 

@@ -16,7 +16,7 @@ UNITS = sparse_optax.patterns.output_units(axis=-1)
 
 @not_on_eight
 def test_on_eight_devices():
-    run_on_eight_devices(__file__, 7)
+    run_on_eight_devices(__file__, 9)
 
 
 @on_eight
@@ -55,3 +55,21 @@ def test_blocks_that_cross_explicit_devices_are_refused():
     there = placed(params, mesh_of(AxisType.Explicit), {"w": P("x", "y")})
     with refuses("magnitude_masks", "blocks of 8 along axis 0", "4 devices"):
         sparse_optax.masks.magnitude_masks(there, 0.5, pattern=across)
+
+
+@on_eight
+@pytest.mark.parametrize("pattern", [N_M, FAN_IN], ids=lambda x: x.name)
+def test_groups_on_explicit_devices_are_refused(pattern):
+    """Sharded along any axis; whole on each device they work."""
+    mesh = mesh_of(AxisType.Explicit)
+    params = {"w": normal((16, 8))}
+    density = None if pattern.density else 0.25
+    for spec in (P("x", None), P(None, "y")):
+        there = placed(params, mesh, {"w": spec})
+        for act in (engine(pattern).init, jax.jit(engine(pattern).init)):
+            with refuses("regrow", "not sharded over Explicit", "'w' has", "mesh Auto"):
+                act(there)
+    right = sparse_optax.masks.magnitude_masks(params, density, pattern=pattern)
+    whole = placed(params, mesh, {"w": P(None, None)})
+    found = sparse_optax.masks.magnitude_masks(whole, density, pattern=pattern)
+    np.testing.assert_array_equal(right["w"], found["w"])
