@@ -1,8 +1,8 @@
 """Chooses the numbers of the two recipes on the validation split of MNIST.
 
-One number moves at a time, from the defaults; each variant is trained with seeds that
-no table has, and its validation error is printed. Test errors are not read. Each run
-is a line of the file of records; a run that it has is not trained again.
+One number moves at a time, from those of ``START``; each variant is trained with seeds
+that no table has, and its validation error is printed. Test errors are not read. Each
+run is a line of the file of records; a run that it has is not trained again.
 
     python benchmarks/choose_recipe.py --density 0.02 --seeds 2
     python benchmarks/choose_recipe.py --only rate --density 0.01
@@ -22,54 +22,54 @@ from sparse_optax.experiments import setup as shared
 from sparse_optax.experiments.config import TrainConfig
 
 FIRST_SEED = 100
-# What a method takes where no rate is given.
-DEFAULT_RATES = {"long_average_regrow": 0.5, "falling_budget_regrow": 0.3}
+# What each variant has but for one number: what the recipes were before this choice.
+START = {
+    "long_average_regrow": {"rate": 0.5, "momentum": 0.998},
+    "falling_budget_regrow": {
+        "rate": 0.3,
+        "momentum": "auto",
+        "factor": 5.0,
+        "ramp": 0.6,
+    },
+}
+GRIDS = {
+    "rate": (0.1, 0.2, 0.3, 0.5, 0.7),
+    "momentum": (0.9, 0.98, 0.998, 0.9995),
+    "factor": (2.0, 3.0, 5.0, 10.0),
+    "ramp": (0.3, 0.45, 0.6, 0.75),
+    "shares": ("uniform", "erdos_renyi", "erdos_renyi_kernel", "linear"),
+}
 RECORDS = pathlib.Path(__file__).parent / "records" / "choose_recipe.jsonl"
 
 
 def variants():
-    """Name -> (method, a function of a run that gives what differs)."""
-
-    def rate(value):
-        return lambda setup: {
-            "prune_rate": schedules.cosine_prune_rate(value, stop=setup.total)
-        }
-
+    """Name -> (method, numbers)."""
     found = {}
-    for method in ("long_average_regrow", "falling_budget_regrow"):
-        found[f"{method}: defaults"] = method, lambda setup: {}
-        for value in (0.1, 0.2, 0.3, 0.5, 0.7):
-            if value != DEFAULT_RATES[method]:
-                found[f"{method}: rate {value}"] = method, rate(value)
-        for beta in (0.9, 0.98, 0.998, 0.9995):
-            if (method, beta) == ("long_average_regrow", 0.998):
-                continue  # its default
-            found[f"{method}: average {beta}"] = (
-                method,
-                lambda setup, beta=beta: {"momentum": beta},
-            )
-    for factor in (2.0, 3.0, 10.0):
-        found[f"falling_budget_regrow: factor {factor:g}"] = (
-            "falling_budget_regrow",
-            lambda setup, factor=factor: {"initial_factor": factor},
-        )
-    for share in (0.3, 0.45, 0.75):
-        found[f"falling_budget_regrow: ramp {share}"] = (
-            "falling_budget_regrow",
-            lambda setup, share=share: {
-                "density_stop": int(share * setup.total) // setup.period * setup.period
-            },
-        )
-    for shares in ("uniform", "erdos_renyi", "linear"):
-        for method in ("long_average_regrow", "falling_budget_regrow"):
-            found[f"{method}: budget {shares}"] = method, shares
+    for method, start in START.items():
+        start = start | {"shares": "erdos_renyi_kernel"}
+        found[f"{method}: start"] = method, start
+        for name in start:
+            for value in GRIDS[name]:
+                if value != start[name]:
+                    shown = value if isinstance(value, str) else f"{value:g}"
+                    label = f"{method}: {name} {shown}"
+                    found[label] = method, start | {name: value}
     return found
 
 
-def builder(method, options):
-    """A builder of the method with other numbers than its defaults."""
+def builder(method, numbers):
+    """A builder of the method with these numbers."""
 
     def build(setup):
+        options = {
+            "prune_rate": schedules.cosine_prune_rate(
+                numbers["rate"], stop=setup.total
+            ),
+            "momentum": numbers["momentum"],
+        }
+        if "factor" in numbers:
+            end = int(numbers["ramp"] * setup.total) // setup.period * setup.period
+            options |= {"initial_factor": numbers["factor"], "density_stop": end}
         return shared.masked(
             getattr(sparse_optax, method)(
                 shared.inner(setup),
@@ -77,26 +77,24 @@ def builder(method, options):
                 update_period=setup.period,
                 update_stop=setup.total,
                 key=setup.key,
-                **options(setup),
+                **options,
             )
         )
 
     return build
 
 
-def trained(method, options, density, seed):
-    """The record of a run of the method with other numbers."""
+def trained(method, numbers, density, seed):
+    """The record of a run of the method with these numbers."""
     plain = methods.BUILDERS[method]
-    shares = options if isinstance(options, str) else None
-    change = (lambda setup: {}) if shares else options
-    methods.BUILDERS[method] = builder(method, change)
+    methods.BUILDERS[method] = builder(method, numbers)
     try:
         run = train.train(
             TrainConfig(
                 dataset="mnist",
                 method=method,
                 density=density,
-                shares=shares,
+                shares=numbers["shares"],
                 seed=seed,
             ),
             # Its folder would be that of the defaults, and a finished run is read.
@@ -123,10 +121,10 @@ def recorded(path):
     }
 
 
-def validation_error(name, method, options, density, seed, path):
+def validation_error(name, method, numbers, density, seed, path):
     """The validation error of the last epoch, in percent, from the file or trained."""
     if (name, density, seed) not in recorded(path):
-        record = trained(method, options, density, seed)
+        record = trained(method, numbers, density, seed)
         run = {
             "variant": name,
             "density": density,
@@ -150,11 +148,11 @@ def main():
     given.records.parent.mkdir(parents=True, exist_ok=True)
     given.records.touch()
     seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
-    for name, (method, options) in variants().items():
+    for name, (method, numbers) in variants().items():
         if re.search(given.only, name):
             errors = [
                 validation_error(
-                    name, method, options, given.density, seed, given.records
+                    name, method, numbers, given.density, seed, given.records
                 )
                 for seed in seeds
             ]

@@ -21,8 +21,8 @@ has the shape of its outputs. Where this does not decide, an error asks for the 
 
 Units should not cross devices. On a mesh with Explicit axes blocks, slices and output
 units lie where their leaves do, and blocks that cross devices are an error; under N:M
-and ``constant_fan_in`` a leaf must not be sharded there. A pattern is a tuple and not a function, since
-``optax.inject_hyperparams`` takes every callable for a schedule.
+and ``constant_fan_in`` a leaf must not be sharded there. A pattern is a tuple and not a
+function, since ``optax.inject_hyperparams`` takes every callable for a schedule.
 """
 
 import math
@@ -597,9 +597,9 @@ def check_explicit(pattern: Pattern, name: str, leaf: Any) -> None:
         return
     if any(axis is not None for axis in sharding.spec):
         raise checks.ArgumentError(
-            f"`pattern`: {pattern.name} needs leaves that are not sharded over Explicit "
-            f"axes of a mesh; {name!r} has {sharding.spec}. Make the axes of the mesh "
-            "Auto, or choose blocks or output_units."
+            f"`pattern`: {pattern.name} needs leaves that are not sharded over "
+            f"Explicit axes of a mesh; {name!r} has {sharding.spec}. Make the axes of "
+            "the mesh Auto, or choose blocks or output_units."
         )
 
 

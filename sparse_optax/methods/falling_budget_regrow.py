@@ -31,7 +31,7 @@ def falling_budget_regrow(
     masks: PyTree | None = None,
     where: Where | None = None,
     stacked: Mapping[str, int] | None = None,
-    momentum: str | float = "auto",
+    momentum: str | float = 0.9995,
     reset_moments: str = "none",
     packed: bool = False,
     pattern: Pattern | None = None,
@@ -44,13 +44,14 @@ def falling_budget_regrow(
     .. math:: d_t = d + \left(\min(f d, 1) - d\right) \left(1 - t / t_1\right)^3
 
     Each period the smallest weights of each layer are pruned, as many as d_t asks for
-    and a fraction p of the others. That fraction grows back where the momentum is
-    largest. A network that is never dense has more places to find its weights in.
+    and a fraction p of the others. That fraction grows back where a long average of
+    the gradient is largest, that of ``long_average_regrow``. A network that is never
+    dense has more places to find its weights in.
 
-    .. note:: Last in the chain; it wraps the optimizer, whose momentum must see dense
-      gradients. Memory: one byte per weight, one bit with ``packed``. A cycle reads
-      weights and momentum a few dozen times, other steps once. Under
-      ``optax.inject_hyperparams`` only ``prune_rate`` varies.
+    .. note:: Last in the chain; it wraps the optimizer. The gradient that reaches it
+      must be dense. Memory: four bytes per weight for the average and one for the mask,
+      one bit with ``packed``. A cycle reads weights and average a few dozen times,
+      other steps once. Under ``optax.inject_hyperparams`` only ``prune_rate`` varies.
 
     Clip gradients inside it, ``optax.chain(clip_by_active_norm(1.0), optax.sgd(0.1))``:
     a clip outside of it, or by the global norm, also measures missing weights.
@@ -71,8 +72,9 @@ def falling_budget_regrow(
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
-      momentum: ``"auto"`` reads the momentum of ``inner``; a decay in [0, 1) keeps an
-        average of the gradient, see ``regrow``.
+      momentum: beta of the average, in [0, 1): 1 - 1 / n averages over about n updates;
+        the default is for 2,000, some epochs. ``"auto"`` reads the momentum of
+        ``inner`` in its place, see ``regrow``.
       reset_moments: See ``regrow``.
       packed: Stores one bit per weight.
       pattern: See ``regrow``; leave out ``density`` if it fixes it.

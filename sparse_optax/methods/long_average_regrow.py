@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from sparse_optax import budgets, checks
+from sparse_optax import budgets, checks, schedules
 from sparse_optax.budgets.resolve import is_number
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
@@ -59,7 +59,7 @@ def long_average_regrow(
       update_period: Updates between two cycles, about an epoch.
       update_stop: No cycle from this many updates on. Give the length of training.
       prune_rate: p in [0, 1], or a schedule of the number of finished updates; None is
-        the cosine from 0.5 to 0 at ``update_stop``.
+        the cosine from 0.3 to 0 at ``update_stop``.
       momentum: beta, in [0, 1). 1 - 1 / n averages over about n updates: give about
         an epoch; the default is for 500.
       key: Integer seed or random key, for the first masks.
@@ -98,6 +98,8 @@ def long_average_regrow(
     checks.transformation("inner", inner)
     cure = "Use 0.998 for an average over 500 updates."
     checks.number("momentum", momentum, 0, 1, ends="[)", static=True, cure=cure)
+    if prune_rate is None and update_stop is not None:
+        prune_rate = schedules.cosine_prune_rate(0.3, stop=update_stop)
     return unnamed(regrow)(
         inner,
         density=by_kernel(density),
