@@ -986,7 +986,7 @@ def written_pages(tmp_path, path):
     arguments = ["tables", "--page", str(path)]
     for name in ("readme", "choices"):
         arguments += [f"--{name}", str(page(tmp_path, name=f"{name}.md"))]
-    for name in readme.PAGES:
+    for name in readme.METHOD_PAGES:
         page(tmp_path, name=f"methods/{name}.md")
     return [*arguments, "--methods", str(tmp_path / "methods")]
 

@@ -422,7 +422,8 @@ class Tables:
             self.page: readme.render,
             self.choices: readme.choices,
         }
-        files |= {self.methods / f"{n}.md": readme.method(n) for n in readme.PAGES}
+        pages = readme.METHOD_PAGES
+        files |= {self.methods / f"{n}.md": readme.method(n) for n in pages}
         for path in files:  # all, before one is changed
             readme.read_page(path)
         for path, render in files.items():

@@ -5,7 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparse_optax.experiments import records
-from sparse_optax.experiments.tables import TABLES, common, costs, methods_lenet300
+from sparse_optax.experiments.tables import (
+    TABLES,
+    common,
+    costs,
+    methods_lenet300,
+    others_lenet300,
+    recipes_lenet300,
+)
 from sparse_optax.experiments.tables.common import Table
 from sparse_optax.export.file import write_atomically
 
@@ -42,6 +49,22 @@ PAGES = {
     "synflow_masks": ("synflow",),
     "top_kast": ("top_kast",),
 }
+# The pages that show a whole table.
+TABLE_PAGES = {
+    **dict.fromkeys(
+        ("long_average_regrow", "falling_budget_regrow"), recipes_lenet300.TABLE
+    ),
+    **dict.fromkeys(
+        (
+            "learning_compression",
+            "soft_weight_sharing",
+            "sparse_variational_dropout",
+            "l0_regularization",
+        ),
+        others_lenet300.TABLE,
+    ),
+}
+METHOD_PAGES = (*PAGES, *TABLE_PAGES)
 
 
 def read_table(table: Table, results: str | Path) -> dict[str, records.Record]:
@@ -92,21 +115,29 @@ def render(results: str | Path) -> str:
     """
     sections, others = [], []
     for table in TABLES.values():
-        found = read_table(table, results)
-        own = [row for row in table.rows if row.table is None]
+        found, own = read_table(table, results), _own(table)
         if not any(row.name in found for row in own):
-            cost = costs.told(costs.together(row.config for row in own))
-            command = f"`sparse-optax reproduce {table.name}`"
-            others.append([table.title, str(len(own)), cost, command])
+            others.append([table.title, str(len(own)), _cost(table), _command(table)])
         else:
-            sections.append(
-                f"## {table.title}\n\n{render_table(table, found)}\n\n"
-                f"`sparse-optax reproduce {table.name}`"
-            )
+            text = f"{render_table(table, found)}\n\n{_command(table)}"
+            sections.append(f"## {table.title}\n\n{text}")
     if sections and others:
         header = ["table", "runs", "on two processor cores", "command"]
         sections.append(f"## Not run yet\n\n{common.markdown(header, others)}")
     return "\n\n".join(sections)
+
+
+def _own(table: Table) -> list[common.Row]:
+    """The rows that a table runs itself."""
+    return [row for row in table.rows if row.table is None]
+
+
+def _cost(table: Table) -> str:
+    return costs.told(costs.together(row.config for row in _own(table)))
+
+
+def _command(table: Table) -> str:
+    return f"`sparse-optax reproduce {table.name}`"
 
 
 def excerpt(results: str | Path) -> str:
@@ -130,7 +161,7 @@ def method(name: str) -> Callable[[str | Path], str]:
     """What the page of a method shows.
 
     Args:
-      name: the name of the page, a key of ``PAGES``.
+      name: the name of the page, one of ``METHOD_PAGES``.
 
     Returns:
       A function of the folder of the records to Markdown.
@@ -140,7 +171,19 @@ def method(name: str) -> Callable[[str | Path], str]:
       >>> readme.method("rigl")("no such folder")
       ''
     """
+    if name in TABLE_PAGES:
+        return functools.partial(_table, table=TABLE_PAGES[name])
     return functools.partial(_lines, methods=PAGES[name])
+
+
+def _table(results: str | Path, table: Table) -> str:
+    """A table of which something has been run, else what its runs cost."""
+    found = read_table(table, results)
+    if any(row.name in found for row in _own(table)):
+        return f"{render_table(table, found)}\n\n{_command(table)}"
+    if not Path(results).is_dir():
+        return ""
+    return f"{_cost(table).capitalize()} on two cores. {_command(table)}"
 
 
 def _lines(results: str | Path, methods) -> str:

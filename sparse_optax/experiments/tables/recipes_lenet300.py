@@ -3,8 +3,8 @@
 Protocol: as in ``mnist_lenet300``. The recipes are ``long_average_regrow``, at constant
 density, and ``falling_budget_regrow``, which never has more than five times the final
 weights. Both have the shares of Erdos-Renyi-kernel. Their numbers were chosen on the
-validation split at 2% by ``benchmarks/choose_recipe.py``, with seeds from 100 on; the 10
-seeds here are others. Ablations, 3 seeds: sparse momentum with the same shares, with
+validation split at 2% by ``benchmarks/choose_recipe.py``, with seeds from 100 on; the
+10 seeds here are others. Ablations, 3 seeds: sparse momentum with the same shares, with
 and without redistribution, so that what the average or the falling budget adds can be
 read.
 """
