@@ -724,6 +724,22 @@ def test_all_tables_are_run_in_a_declared_order(tmp_path):
     assert left == [name for name in jobs if not name.startswith("mnist_lenet5/")]
 
 
+def test_two_processes_that_try_a_row_have_a_log_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", program(tmp_path, "exit 76"))
+    table = TABLES["digits_lenet300"]
+    job = reproduce.Job(table, table.rows[0])
+    (tmp_path / "runs").mkdir()
+    workers = []
+    for number in (101, 102):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        made = reproduce._Worker(job, 0, None, tmp_path, tmp_path / "runs", None)
+        workers.append(made)
+        made.process.wait()
+    for worker in reversed(workers):  # the one that is kept out ends first
+        worker.notes()
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_rows_whose_images_are_not_there_are_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPARSE_OPTAX_DATA", str(tmp_path))
     monkeypatch.setattr(sys, "executable", program(tmp_path, "exit 76"))

@@ -305,7 +305,9 @@ class _Worker:
 
     def __init__(self, job, slot, core, results, runs, hours):
         self.job, self.slot, self.start = job, slot, time.perf_counter()
-        self.log = Path(runs) / f"{job.table.name}-{job.row.name}.log"
+        # Two processes may try the same row: each has a log of its own.
+        name = f"{job.table.name}-{job.row.name}-{os.getpid()}.log"
+        self.log = Path(runs) / name
         environment = dict(os.environ)
         if core is not None:
             flags = f"{environment.get('XLA_FLAGS', '')} {_ONE_CORE}".strip()
