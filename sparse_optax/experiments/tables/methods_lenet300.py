@@ -95,8 +95,6 @@ FAMILIES = {
 }
 # What holds sparse momentum itself is no other method.
 OURS = ("sparse_momentum", "ham")
-# Their records were made before their defaults became those of the authors' code.
-EARLIER = ("dynamic_sparse", "deep_rewiring", "ham")
 # Also run with the shares of RigL and GraNet: what of their lead is due to these.
 RESHARED = ("static", "gradual_magnitude")
 SHARES = "erdos_renyi_kernel"
@@ -294,10 +292,7 @@ def render(records):
         "batches of 256, the others' of 100), test error of the last epoch; in bold "
         "the lowest mean of its group. Shares of the layers: "
         + _budgets()
-        + ". The rows of "
-        + ", ".join(LABELS[name] for name in EARLIER)
-        + " are of an earlier version of these methods, before their defaults became "
-        "those of their authors' code; they are to be run again.\n\n"
+        + ".\n\n"
         + _budgeted(records)
         + "\n\nThe same method under both budgets: GraNet, RigL and ITOP have an "
         "Erdos-Renyi-kernel budget above, and part of their numbers may come from "
