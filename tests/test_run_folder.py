@@ -53,11 +53,10 @@ def quick(monkeypatch):
         params = {"fc1": {"bias": jnp.zeros(3), "kernel": kernel}}
         return (lambda params, stats, x, **_: (x, stats)), params, {}
 
-    def epoch_function(run, state, images):
-        del run, state, images
+    def epoch_function(run, state):
+        del run, state
 
-        def epoch(state, key, *images):
-            del images
+        def epoch(state, key):
             moved = jax.tree.map(
                 lambda x: x + 1 if x.dtype == bool else x + jax.random.key_data(key)[1],
                 state[0],
@@ -345,8 +344,8 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path, harm):
 
 
 def test_nothing_starts_from_a_base_that_is_not_finite(tmp_path, monkeypatch):
-    def diverge(run, state, images):
-        return lambda state, key, *images: (
+    def diverge(run, state):
+        return lambda state, key: (
             (jax.tree.map(lambda x: x * np.nan, state[0]), *state[1:]),
             jnp.float32(np.nan),
         )
@@ -539,8 +538,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, presses, done):
     """Once: the epoch is ended and saved. Twice: it ends at once."""
     make = train._Run._epoch_function
 
-    def pressed(run, state, images):
-        epoch, numbers = make(run, state, images), itertools.count(1)
+    def pressed(run, state):
+        epoch, numbers = make(run, state), itertools.count(1)
 
         def interrupted(*arguments):
             if next(numbers) == 2:

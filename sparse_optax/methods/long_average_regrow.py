@@ -98,6 +98,7 @@ def long_average_regrow(
     checks.transformation("inner", inner)
     cure = "Use 0.998 for an average over 500 updates."
     checks.number("momentum", momentum, 0, 1, ends="[)", static=True, cure=cure)
+    checks.updates("update_stop", update_stop, 1, optional=True)
     if prune_rate is None and update_stop is not None:
         prune_rate = schedules.cosine_prune_rate(0.3, stop=update_stop)
     return unnamed(regrow)(
