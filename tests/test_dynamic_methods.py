@@ -819,6 +819,21 @@ def test_wrong_momentum_of_a_long_average():
         sparse_optax.long_average_regrow(SGD, momentum=1.0, **SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["long_average_regrow", "falling_budget_regrow"])
+def test_a_density_of_jax_is_shared_as_a_number_is(name):
+    make, params = getattr(sparse_optax, name), network(NET)
+    settings = {key: SETTINGS[key] for key in SETTINGS if key != "density"}
+    found = [
+        sparse_optax.get_masks(make(SGD, density=d, **settings).init(params))
+        for d in (np.float32(0.3), jnp.float32(0.3))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    with refuses(name, "density", "Tracer", "static_args"):
+        jax.jit(lambda d: make(SGD, density=d, **settings).init(params))(0.3)
+    with refuses("falling_budget_regrow", "momentum", "1.5"):
+        sparse_optax.falling_budget_regrow(SGD, momentum=jnp.float32(1.5), **SETTINGS)
+
+
 # --- DEEP-R ---------------------------------------------------------------------------
 
 LR, L1 = 0.3, 0.05

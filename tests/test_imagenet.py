@@ -443,6 +443,11 @@ def test_a_run_does_not_go_on_with_other_images(root, tmp_path):
         "test": 12,
     }
     assert {"grain", "pillow"} <= record.versions.keys()
+    # Nor is a finished one read for other images.
+    assert train.train(run, runs=tmp_path).record.results == record.results
+    moved.rename(moved.with_name("16.jpg"))
+    with pytest.raises(ValueError, match="train part of imagenet has 42 files, and"):
+        train.train(run, runs=tmp_path)
 
 
 @pytest.mark.parametrize(

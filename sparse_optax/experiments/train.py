@@ -328,6 +328,8 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         if setting.fresh:
             folder.start_again()
         elif (done := folder.finished(joined(*start[1:]))) is not None:
+            if isinstance(dataset.train_x, imagenet.Cropped):
+                _check_files(done[1].results["files"], _files(dataset))
             return Trained(done[1], *parted(done[0]), None)
         return _train_stage(config, setting, stage, draw, start, keys, folder)
 

@@ -104,6 +104,9 @@ def falling_budget_regrow(
     checks.transformation("inner", inner)
     cure = "Give 5.0 for five times the weights at first."
     checks.number("initial_factor", initial_factor, 1, static=True, cure=cure)
+    if momentum != "auto":
+        cure = "Use 0.9995 for an average over 2,000 updates, or 'auto'."
+        checks.number("momentum", momentum, 0, 1, ends="[)", static=True, cure=cure)
     last = unnamed(schedules.last_due)(update_period, 0, update_stop=update_stop)
     end = density_stop
     if end is None:

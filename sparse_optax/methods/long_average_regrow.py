@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from sparse_optax import budgets, checks, schedules
@@ -125,6 +127,12 @@ def long_average_regrow(
 
 def by_kernel(density: Any) -> Any:
     """A fraction shared by Erdos-Renyi-kernel; a budget as it is."""
+    if isinstance(density, jax.Array) and not density.ndim:
+        if isinstance(density, jax.core.Tracer):
+            cure = "Name it in static_args of optax.inject_hyperparams."
+            checks.fail("density", density, "a number that is known here", cure)
+        value = np.asarray(density)[()]
+        density = value if is_number(value) else float(value)
     plain = is_number(density) and not isinstance(density, bool)
     if not plain:
         return density
