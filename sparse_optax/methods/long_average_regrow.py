@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from sparse_optax import budgets, checks, schedules
 from sparse_optax.budgets.resolve import is_number
@@ -127,13 +128,14 @@ def long_average_regrow(
 
 def by_kernel(density: Any) -> Any:
     """A fraction shared by Erdos-Renyi-kernel; a budget as it is."""
+    value: Any = density
     if isinstance(density, jax.Array) and not density.ndim:
-        if isinstance(density, jax.core.Tracer):
+        if isinstance(density, Tracer):
             cure = "Name it in static_args of optax.inject_hyperparams."
             checks.fail("density", density, "a number that is known here", cure)
         value = np.asarray(density)[()]
-        density = value if is_number(value) else float(value)
-    plain = is_number(density) and not isinstance(density, bool)
+        value = value if is_number(value) else float(value)
+    plain = is_number(value) and not isinstance(value, bool)
     if not plain:
-        return density
-    return unnamed(budgets.erdos_renyi_kernel)(density)._replace(named=False)
+        return value
+    return unnamed(budgets.erdos_renyi_kernel)(value)._replace(named=False)
