@@ -106,7 +106,6 @@ def gsm():
     rate = optax.piecewise_constant_schedule(
         3e-2, {epoch * steps: 0.1 for epoch in EPOCHS[:2]}
     )
-    survivors = {}
     for name, reselect in (("selected", True), ("first mask", False)):
         gate = sparse_optax.gsm_mask(DENSITY, reselect=reselect, track_reactivated=True)
         # As sparse_optax.gsm has it.
@@ -118,12 +117,11 @@ def gsm():
         params, history = run(tx, dense, EPOCHS[-1], 1)
         masks = sparse_optax.masks.magnitude_masks(params, DENSITY)
         cut = sparse_optax.sparsify(params, masks)
-        survivors[name] = analysis.surviving_densities(cut)
         found[name] = {
             "history": history,
             "error": round(error(params), 2),
             "error_after_cut": round(error(cut), 2),
-            "densities": survivors[name],
+            "densities": analysis.surviving_densities(cut),
         }
         print(name, found[name]["error"], found[name]["error_after_cut"], flush=True)
     few = [(x[i : i + 50], y[i : i + 50]) for i in range(0, 2000, 50)]

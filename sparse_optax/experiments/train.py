@@ -328,8 +328,7 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
         if setting.fresh:
             folder.start_again()
         elif (done := folder.finished(joined(*start[1:]))) is not None:
-            if isinstance(dataset.train_x, imagenet.Cropped):
-                _check_files(done[1].results["files"], _files(dataset))
+            _check_files(done[1].results.get("files", {}), _files(dataset))
             return Trained(done[1], *parted(done[0]), None)
         return _train_stage(config, setting, stage, draw, start, keys, folder)
 
@@ -442,7 +441,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _files(dataset: data.Dataset) -> dict[str, Any]:
-    """How many files each part of a data set has, and which."""
+    """How many files each part of a data set has, and which; nothing of arrays."""
     parts = {"train": dataset.train_x, "valid": dataset.valid_x, "test": dataset.test_x}
     return {
         name: [len(part), part.images.digest()]
@@ -526,11 +525,11 @@ class _Run(NamedTuple):
         params, stats, opt_state = jax.tree.map(jnp.copy, (params, stats, opt_state))
         history = {"wall_seconds": 0.0, "compile_seconds": 0.0, "epochs": []}
         # Of the start: what trained is the code of then.
-        in_files = isinstance(dataset.train_x, imagenet.Cropped)
-        packages = ("grain", "pillow") if in_files else ()
+        files = _files(dataset)
+        packages = ("grain", "pillow") if files else ()
         history["environment"] = records.environment(packages)
-        if in_files:
-            history["files"] = _files(dataset)
+        if files:
+            history["files"] = files
         like = (joined(params, stats), opt_state)
         note = self.setting.on_note
         restored = None if folder is None else folder.restore(like, note)
@@ -538,8 +537,7 @@ class _Run(NamedTuple):
         if restored is not None:
             first, (weights, opt_state), history = restored
             params, stats = parted(weights)
-            if in_files:
-                _check_files(history["files"], _files(dataset))
+            _check_files(history.get("files", {}), files)
             self._tell(f"going on after epoch {first} of {config.epochs}")
         state = params, stats, opt_state
 
@@ -547,7 +545,7 @@ class _Run(NamedTuple):
         evaluate = self._evaluator()
         start = time.perf_counter()
         run_epoch = self._epoch_function(state)
-        if in_files and first < config.epochs:
+        if files and first < config.epochs:
             # A file that cannot be read is found before an epoch is lost to it.
             self._tell("reading the images of validation and test")
             evaluate(self.plan.shown(params, opt_state), stats)

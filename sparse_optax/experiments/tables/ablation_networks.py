@@ -67,14 +67,10 @@ def _lines():
 
 LINES = dict(_lines())
 ROWS = published.rows(LINES, SEEDS, [*mnist_lenet5.ROWS, *cifar10_lee.ROWS])
-
-
-def render(records):
-    """One line a network and mixture."""
-    found = published.render(LINES, ROWS, records, first="5% of the weights")
-    return found + published.NOTE
-
-
-TABLE = common.Table(
-    "ablation_networks", "Sparse momentum, its mixtures on two networks", ROWS, render
+TABLE = published.table(
+    "ablation_networks",
+    "Sparse momentum, its mixtures on two networks",
+    LINES,
+    ROWS,
+    first="5% of the weights",
 )

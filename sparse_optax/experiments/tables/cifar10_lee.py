@@ -47,12 +47,6 @@ def _lines():
 
 LINES = dict(_lines())
 ROWS = published.rows(LINES, SEEDS)
-
-
-def render(records):
-    """One line a network and method."""
-    found = published.render(LINES, ROWS, records, first="CIFAR-10")
-    return found + published.NOTE
-
-
-TABLE = common.Table("cifar10_lee", "CIFAR-10, sparse momentum (Table 2)", ROWS, render)
+TABLE = published.table(
+    "cifar10_lee", "CIFAR-10, sparse momentum (Table 2)", LINES, ROWS, first="CIFAR-10"
+)

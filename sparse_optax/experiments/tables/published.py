@@ -107,3 +107,30 @@ NOTE = (
     "\n\nDifferences with an interval are Welch's at 95%. Hours are those of all runs "
     "of a line on two processor cores, training steps only."
 )
+
+
+def table(
+    name: str,
+    title: str,
+    lines: Mapping[str, Line],
+    table_rows: Sequence[common.Row],
+    *,
+    first: str,
+) -> common.Table:
+    """A table that is its lines and the note on them.
+
+    Args:
+      name: its name.
+      title: its title.
+      lines: the lines by group.
+      table_rows: its rows.
+      first: heading of the first column.
+
+    Returns:
+      The table.
+    """
+
+    def rendered(records: dict[str, Record]) -> str:
+        return render(lines, table_rows, records, first=first) + NOTE
+
+    return common.Table(name, title, tuple(table_rows), rendered)

@@ -86,17 +86,10 @@ def _lines():
 
 LINES = dict(_lines())
 ROWS = published.rows(LINES, SEEDS)
-
-
-def render(records):
-    """One line a method and sparsity."""
-    found = published.render(LINES, ROWS, records, first="ResNet-50")
-    return found + published.NOTE
-
-
-TABLE = common.Table(
+TABLE = published.table(
     "resnet50_mostafa",
     "ResNet-50 on ImageNet, sparse momentum (Table 3)",
+    LINES,
     ROWS,
-    render,
+    first="ResNet-50",
 )

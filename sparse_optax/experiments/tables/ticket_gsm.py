@@ -65,12 +65,6 @@ def _lines():
 
 LINES = dict(_lines())
 ROWS = published.rows(LINES, SEEDS)
-
-
-def render(records):
-    """One line a network, size and ticket."""
-    found = published.render(LINES, ROWS, records, first="tickets")
-    return found + published.NOTE
-
-
-TABLE = common.Table("ticket_gsm", "Tickets of GSM and of magnitude", ROWS, render)
+TABLE = published.table(
+    "ticket_gsm", "Tickets of GSM and of magnitude", LINES, ROWS, first="tickets"
+)

@@ -87,14 +87,10 @@ def _lines():
 
 LINES = dict(_lines())
 ROWS = published.rows(LINES, SEEDS)
-
-
-def render(records):
-    """One line a method and sparsity."""
-    found = published.render(LINES, ROWS, records, first="WRN-28-2")
-    return found + published.NOTE
-
-
-TABLE = common.Table(
-    "wrn28_mostafa", "WRN-28-2 on CIFAR-10, protocol of Mostafa and Wang", ROWS, render
+TABLE = published.table(
+    "wrn28_mostafa",
+    "WRN-28-2 on CIFAR-10, protocol of Mostafa and Wang",
+    LINES,
+    ROWS,
+    first="WRN-28-2",
 )
