@@ -126,9 +126,29 @@ def _is_scalar(value: Any) -> bool:
     return any(jax.numpy.issubdtype(value.dtype, kind) for kind in kinds)
 
 
+_STATIC = "Give a number of Python or NumPy: it is needed before arrays are computed."
+
+
+def concrete(value: Any, *, static: bool = False) -> Any:
+    """The number in an array without axes, of NumPy or, unless ``static``, of JAX; all
+    else, also what is traced, as it is.
+    """
+    arrays = np.ndarray if static else np.ndarray | jax.Array
+    if not isinstance(value, arrays) or isinstance(value, Tracer) or value.ndim:
+        return value
+    if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    plain = np.asarray(value)
+    # The small floats of JAX are no numbers for Python.
+    is_float = jax.numpy.issubdtype(plain.dtype, np.floating)
+    return float(plain) if is_float else plain.item()
+
+
 def known(*values: Any) -> bool:
-    """Whether all are concrete numbers, not traced by ``inject_hyperparams``."""
-    return all(isinstance(x, numbers.Real) for x in values)
+    """Whether all are numbers, see ``concrete``, not traced by
+    ``inject_hyperparams``.
+    """
+    return all(isinstance(concrete(x), numbers.Real) for x in values)
 
 
 def number(
@@ -145,10 +165,14 @@ def number(
     """Raises unless a value is a finite number in a range, traced, or a schedule.
     ``ends`` says which ends belong to the range, such as ``"(]"``.
     """
-    if (_is_scalar(value) and not static) or (schedule and takes(value, "count")):
+    if schedule and takes(value, "count"):
         return
-    value = _plain(value)
-    right = known(value) and not isinstance(value, bool)
+    value = concrete(value, static=static)
+    if _is_scalar(value) and not static:
+        return
+    if _is_scalar(value):
+        cure = _STATIC
+    right = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if right and math.isfinite(value):
         above = value > low if ends[0] == "(" else value >= low
         if above and (value < high if ends[1] == ")" else value <= high):
@@ -203,9 +227,11 @@ def whole(
     cure: str,
 ) -> None:
     """Raises unless a value is an integer in a range, or traced."""
+    value = concrete(value, static=static)
     if _is_scalar(value) and not static:
         return
-    value = _plain(value)
+    if _is_scalar(value):
+        cure = _STATIC
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not right or not least <= int(value) <= most:
         among = f"of at least {least}" if most == math.inf else f"in [{least}, {most}]"
@@ -225,10 +251,10 @@ def updates(
     """
     if optional and value is None:
         return
-    plain = _plain(value)
-    is_whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    value = concrete(value)
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     never = " None is never." if optional else ""
-    if is_whole and int(plain) > MOST_UPDATES:
+    if is_whole and int(value) > MOST_UPDATES:
         cure = "Updates are counted in 32 bits: give fewer."
         whole(argument, value, least, MOST_UPDATES, cure=cure + never)
     whole(argument, value, least, cure=cure + never)
@@ -276,13 +302,6 @@ def scalar(argument: str, value: Any) -> Any:
     if shape != () or (not hasattr(value, "dtype") and not known(value)):
         cure = "Give a function that returns a scalar, such as jnp.float32(0.5)."
         fail(argument, value, "a schedule that gives a number for each count", cure)
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """The number in a NumPy array without axes."""
-    if isinstance(value, np.ndarray) and not value.ndim:
-        return value.item()
     return value
 
 

@@ -1,7 +1,6 @@
 """Turns a density into counts for each layer, or into the size of one pool."""
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeGuard
@@ -20,7 +19,7 @@ from sparse_optax.budgets.kinds import (
     counts_of_shares,
     plain,
 )
-from sparse_optax.checks import ArgumentError, boundary, fail
+from sparse_optax.checks import ArgumentError, boundary, concrete, fail, known
 from sparse_optax.layers import (
     Layers,
     Leaf,
@@ -58,7 +57,7 @@ def check_static(
     say whether it may be a schedule or be left out.
     """
     if pattern.density is not None:
-        agrees = is_number(density) and density == pattern.density
+        agrees = is_number(density) and concrete(density) == pattern.density
         if density is not None and not agrees:
             allowed = f"{pattern.density:g}, or left out, with {pattern.name}"
             fail(argument, density, allowed, "Leave it out: the pattern says it.")
@@ -66,9 +65,8 @@ def check_static(
     if density is None and may_miss:
         return
     right = is_budget(density) or (schedule and callable(density))
-    number: Any = density
     if is_number(density):
-        right = bool(0 < number <= 1)
+        right = bool(0 < concrete(density) <= 1)
     elif not right:
         # A tracer is a density under `optax.inject_hyperparams`.
         right = isinstance(density, jax.Array) or _are_counts(density)
@@ -80,10 +78,8 @@ def check_static(
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number of Python or NumPy."""
-    if isinstance(value, np.ndarray) and not value.ndim:
-        value = value.item()
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether a value is a number of Python, NumPy or JAX that is not traced."""
+    return known(value) and not isinstance(concrete(value), bool)
 
 
 def _are_counts(tree: Any) -> bool:

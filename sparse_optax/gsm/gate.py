@@ -56,7 +56,7 @@ def quota_of(density: Any, count: jax.Array, layers: Layers, params: PyTree) -> 
     size = int(layers.sizes.sum())
     if is_schedule(density, params):
         density = checks.scalar("density", density(count))
-    elif is_number(density):
+    elif is_number(density) and not isinstance(density, jax.Array):
         return Quota(*pool_of(density, layers, params))
     if isinstance(density, (jax.Array, np.ndarray, np.generic)):
         density = jnp.asarray(density)

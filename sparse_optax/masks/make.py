@@ -53,7 +53,7 @@ Operands = tuple[jax.Array, ...]
 # --- keys -----------------------------------------------------------------------------
 def check_key(key: Any) -> None:
     """Raises unless a value is an integer seed or a random key."""
-    plain = key.item() if isinstance(key, np.ndarray) and not key.ndim else key
+    plain = checks.concrete(key)
     if isinstance(plain, (int, np.integer)) and not isinstance(plain, bool):
         # JAX uses 32 bits of a seed: 2**32 would be another name of 0.
         if 0 <= plain < 2**32:

@@ -108,11 +108,11 @@ def gradual_magnitude(
     checks.number("initial_density", initial_density, 0, 1, ends="(]", cure=cure)
 
     def make(end):
-        if checks.known(initial_density) and end > np.float32(initial_density):
+        initial = checks.concrete(initial_density)
+        if checks.known(initial) and end > np.float32(initial):
             cure = "Raise it, or lower `density`."
             allowed = f"at least the density in the end, {end:g}"
             checks.fail("initial_density", initial_density, allowed, cure)
-        initial = initial_density
         if checks.known(initial):
             initial = max(initial, end)  # which is rounded to float32
         ramp = schedules.cubic_density(initial, end, min(first, last - 1), last)

@@ -128,14 +128,11 @@ def long_average_regrow(
 
 def by_kernel(density: Any) -> Any:
     """A fraction shared by Erdos-Renyi-kernel; a budget as it is."""
-    value: Any = density
-    if isinstance(density, jax.Array) and not density.ndim:
-        if isinstance(density, Tracer):
-            cure = "Name it in static_args of optax.inject_hyperparams."
-            checks.fail("density", density, "a number that is known here", cure)
-        value = np.asarray(density)[()]
-        value = value if is_number(value) else float(value)
-    plain = is_number(value) and not isinstance(value, bool)
-    if not plain:
-        return value
-    return unnamed(budgets.erdos_renyi_kernel)(value)._replace(named=False)
+    if isinstance(density, Tracer) and not density.ndim:
+        cure = "Name it in static_args of optax.inject_hyperparams."
+        checks.fail("density", density, "a number that is known here", cure)
+    if not is_number(density):
+        return density
+    if isinstance(density, jax.Array):
+        density = np.asarray(density)[()]  # which a budget can be hashed with
+    return unnamed(budgets.erdos_renyi_kernel)(density)._replace(named=False)

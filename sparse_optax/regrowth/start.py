@@ -79,6 +79,7 @@ class Method(NamedTuple):
         start = self.update_start
         if self.dense_until is not None:
             after = self.dense_until + 1
+            start, after = checks.concrete(start), checks.concrete(after)
             known = checks.known(start, after)
             start = max(start, after) if known else jnp.maximum(start, after)
         return self.update_period, start, self.update_stop

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sparse_optax import checks
-from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.checks import ArgumentError, boundary, concrete
 from sparse_optax.schedules._ramp import blend, progress
 
 
@@ -138,7 +138,7 @@ def alternating_density(
     checks.updates("phase", phase, 1)
     checks.updates("start", start, 0)
     checks.updates("stop", stop, 0)
-    if checks.known(start, stop) and stop < start:
+    if checks.known(start, stop) and concrete(stop) < concrete(start):
         raise ArgumentError(
             f"`stop`={stop} must be at least `start`={start}. Give the count "
             "of updates from which on the network stays sparse."
@@ -173,7 +173,7 @@ def _check_fall(argument: str, initial: Any, final: Any) -> None:
     )
     for name, value in ((argument, initial), ("final", final)):
         checks.number(name, value, 0, 1, ends="(]", cure=cure)
-    if checks.known(initial, final) and final > initial:
+    if checks.known(initial, final) and concrete(final) > concrete(initial):
         raise ArgumentError(
             f"`final`={final} must be at most `{argument}`={initial}. {cure}"
         )
@@ -183,7 +183,7 @@ def _check_ramp(initial: Any, final: Any, start: Any, stop: Any) -> None:
     _check_fall("initial", initial, final)
     checks.updates("start", start, 0)
     checks.updates("stop", stop, 1)
-    if checks.known(start, stop) and stop <= start:
+    if checks.known(start, stop) and concrete(stop) <= concrete(start):
         raise ArgumentError(
             f"`stop`={stop} must be above `start`={start}. Give the count of updates "
             "at which the target is reached."

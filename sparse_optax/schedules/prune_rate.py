@@ -14,7 +14,7 @@ _CURE = "Give a fraction, such as 0.5 for half the weights."
 
 def _check(initial: Any, floor: Any, stop: Any) -> None:
     checks.number("initial", initial, 0, 1, cure=_CURE)
-    most = initial if checks.known(initial) else 1
+    most = checks.concrete(initial) if checks.known(initial) else 1
     checks.number("floor", floor, 0, most, cure=_CURE)
     cure = "Give the number of updates of the training."
     checks.updates("stop", stop, 1, cure=cure)

@@ -87,6 +87,7 @@ def never_due(period: Any, start: Any = 0, stop: Any = None) -> bool:
     """Whether it is known that no count is due; False if an argument is traced."""
     if stop is None or not checks.known(period, start, stop):
         return False
+    period, start, stop = map(checks.concrete, (period, start, stop))
     return (stop - 1) // period * period < max(start, 1)
 
 

@@ -63,8 +63,8 @@ def top_k_mask(
       k: How many to select, 0 <= k <= n: a Python int, an integer scalar, or past 2**31
         a pair ``(high, low)`` of uint32 scalars for ``high * 2**32 + low``. All leaves
         are then one pool. A pytree of counts like ``leaves`` makes each leaf a pool; a
-        count of shape (L,) makes each of the L slices along axis 0 a pool. A traced k
-        is not checked but clipped to [0, n].
+        count of shape (L,) makes each of the L slices along axis 0 a pool. A k that is
+        an array of JAX, traced or not, is not checked but clipped to [0, n].
       score: An element-wise function of the arrays of a leaf to one array of their
         shape; it gets 16-bit floats as float32. None ranks the leaves themselves. There
         is no gradient.

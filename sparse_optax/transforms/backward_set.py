@@ -68,7 +68,7 @@ def backward_set(
 
     fixed = pattern.density
     if fixed is not None and not (
-        is_number(backward_density) and backward_density >= fixed
+        is_number(backward_density) and checks.concrete(backward_density) >= fixed
     ):
         too_small(fixed)
 

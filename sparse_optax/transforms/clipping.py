@@ -45,7 +45,8 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
       ...     optax.chain(sparse_optax.clip_by_active_norm(1.0), optax.sgd(0.1)),
       ...     density=0.05, update_period=100, update_stop=1000, key=0)
     """
-    if not (checks.known(max_norm) and max_norm == math.inf):  # that clips nothing
+    limit = checks.concrete(max_norm)
+    if not (checks.known(limit) and limit == math.inf):  # that clips nothing
         cure = "Use 1.0, for instance."
         checks.number("max_norm", max_norm, 0, ends="(]", cure=cure)
 
