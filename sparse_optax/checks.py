@@ -187,17 +187,22 @@ def number(
     fail(argument, value, allowed + (", or a schedule" if schedule else ""), cure)
 
 
+def not_traced(argument: str, value: Any) -> None:
+    """Raises if a value is traced: it is needed before arrays are computed."""
+    if isinstance(value, Tracer):
+        raise ArgumentError(
+            f"`{argument}` is a traced value; it must be a number that is known here. "
+            "Give a Python number, or list the argument in `static_args` of "
+            "optax.inject_hyperparams."
+        )
+
+
 def as_fraction(value: Any, argument: str, *, decimal: bool = False) -> Fraction:
     """The value of a number as a fraction; -1 if it is not a finite number. A float32,
     and with ``decimal`` any float, is read by its shortest decimal form: 0.29 is then
     29/100 and not 0.28999999, which would keep 28 of 100 weights.
     """
-    if isinstance(value, Tracer):
-        raise ArgumentError(
-            f"`{argument}` is a traced value; whole counts need a Python number. Give "
-            "a float, or list the argument in `static_args` of "
-            "optax.inject_hyperparams."
-        )
+    not_traced(argument, value)
     text: Any = "no number"
     try:
         if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.shape:
@@ -244,13 +249,16 @@ def updates(
     least: int,
     *,
     optional: bool = False,
+    traced: bool = True,
     cure: str = "Give a number of updates.",
 ) -> None:
-    """Raises unless a value is a number of updates, traced, or ``optional`` and None:
-    for the end of something, where None is never.
+    """Raises unless a value is a number of updates, ``traced``, or ``optional`` and
+    None: for the end of something, where None is never.
     """
     if optional and value is None:
         return
+    if not traced:
+        not_traced(argument, value)
     value = concrete(value)
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     never = " None is never." if optional else ""

@@ -775,6 +775,35 @@ def test_any_value_is_taken_or_named(every, figures):
     figures["arguments of public functions with any value"] += len(cases[::every])
 
 
+TIMED = {
+    sparse_optax.falling_budget_regrow: dict(KEYED, density_stop=8),
+    sparse_optax.granet: dict(KEYED, density_start=4, density_stop=8),
+    sparse_optax.gradual_magnitude: dict(inner=SGD, update_start=4, **CYCLES),
+    sparse_optax.ac_dc: dict(inner=SGD, **CYCLES),
+    sparse_optax.iterative_magnitude: CALLS[sparse_optax.iterative_magnitude],
+    sparse_optax.one_shot_magnitude: CALLS[sparse_optax.one_shot_magnitude],
+}
+TIMES = ("update_period", "update_start", "update_stop", "density_stop", "at")
+
+
+@pytest.mark.parametrize("function", TIMED, ids=lambda function: function.__name__)
+def test_times_that_a_ramp_needs_are_known(function):
+    """A traced one is named; one of JAX that is only closed over is a number."""
+    timed = {name: n for name, n in TIMED[function].items() if name in TIMES}
+    assert timed
+    for name, n in timed.items():
+
+        def first(value, name=name):
+            tx = function(**TIMED[function] | {name: value})
+            return tx.init(SMALL).regrow_masks["w"]
+
+        with refuses(function.__name__, name, "traced", "static_args"):
+            jax.jit(first)(n)
+        value = jnp.int32(n)
+        closed = jax.jit(lambda value=value: first(value))()
+        np.testing.assert_array_equal(closed, first(n))
+
+
 def test_every_count_may_be_a_numpy_scalar():
     for one in (np.int32(4), np.int64(4), np.array(4)):
         sparse_optax.rigl(**KEYED | dict(update_period=one, key=one))

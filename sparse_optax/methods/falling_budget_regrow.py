@@ -68,7 +68,8 @@ def falling_budget_regrow(
         the cosine from 0.3 to 0 at ``update_stop``.
       key: Integer seed or random key, for the first masks.
         Under ``jax.vmap`` give each member its own by ``in_axes``, see ``regrow``.
-      masks: First masks instead of random ones.
+      masks: First masks instead of random ones. The first cycle brings them to the
+        number of weights of the ramp, whatever theirs is.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
         embeddings stay dense unless it names them.
       stacked: ``{name: axis}`` of leaves that stack layers.
@@ -110,7 +111,8 @@ def falling_budget_regrow(
     last = unnamed(schedules.last_due)(update_period, 0, update_stop=update_stop)
     end = density_stop
     if end is None:
-        end = max(3 * int(update_stop) // 5 // update_period, 1) * update_period
+        period = int(update_period)
+        end = max(3 * int(update_stop) // 5 // period, 1) * period
         end = min(end, last)
     check_density_stop(end, last)
 

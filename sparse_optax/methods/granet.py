@@ -117,7 +117,7 @@ def granet(
     checks.choice("scope", scope, ("mixed", "layer", "global"), cure=cure)
     if scope == "mixed" and pattern_of(pattern) != SINGLE:
         scope = "layer"
-    checks.updates("density_start", density_start, 0)
+    checks.updates("density_start", density_start, 0, traced=False)
     last = unnamed(schedules.last_due)(
         update_period, density_start, update_stop=update_stop
     )

@@ -98,6 +98,7 @@ def iterative_magnitude(
     """
     checks.whole("prunes", prunes, 1, static=True, cure="Give 20, for instance.")
     first = unnamed(schedules.first_due)(update_period, update_start)
+    update_period = int(update_period)
     last = first + (int(prunes) - 1) * update_period
     if last >= checks.MOST_UPDATES:
         allowed = f"a number whose last prune comes before {checks.MOST_UPDATES}"
@@ -203,7 +204,7 @@ def one_shot_magnitude(
     standard deviation, and retrain with a lower learning rate and dropout; here the
     number is given, and the optimizer is the caller's.
     """
-    checks.updates("at", at, 1)
+    checks.updates("at", at, 1, traced=False)
     return unnamed(iterative_magnitude)(
         inner,
         density=density,

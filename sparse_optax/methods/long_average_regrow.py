@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from sparse_optax import budgets, checks, schedules
 from sparse_optax.budgets.resolve import is_number
@@ -128,9 +127,7 @@ def long_average_regrow(
 
 def by_kernel(density: Any) -> Any:
     """A fraction shared by Erdos-Renyi-kernel; a budget as it is."""
-    if isinstance(density, Tracer) and not density.ndim:
-        cure = "Name it in static_args of optax.inject_hyperparams."
-        checks.fail("density", density, "a number that is known here", cure)
+    checks.not_traced("density", density)
     if not is_number(density):
         return density
     if isinstance(density, jax.Array):

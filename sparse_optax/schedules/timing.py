@@ -25,10 +25,12 @@ class NoCycle:
         self.reads_momentum |= reads_momentum
 
 
-def _check(update_period: Any, update_start: Any, update_stop: Any) -> None:
-    checks.updates("update_period", update_period, 1)
-    checks.updates("update_start", update_start, 0)
-    checks.updates("update_stop", update_stop, 0, optional=True)
+def _check(
+    update_period: Any, update_start: Any, update_stop: Any, *, traced: bool = True
+) -> None:
+    checks.updates("update_period", update_period, 1, traced=traced)
+    checks.updates("update_start", update_start, 0, traced=traced)
+    checks.updates("update_stop", update_stop, 0, optional=True, traced=traced)
 
 
 @boundary("is_due")
@@ -123,8 +125,9 @@ def first_due(update_period: int, update_start: int = 0) -> int:
       >>> schedules.first_due(10), schedules.first_due(10, 25)
       (10, 30)
     """
-    _check(update_period, update_start, None)
-    return -(-max(update_start, 1) // update_period) * update_period
+    _check(update_period, update_start, None, traced=False)
+    period, start = map(int, map(checks.concrete, (update_period, update_start)))
+    return -(-max(start, 1) // period) * period
 
 
 @boundary("last_due")
@@ -149,15 +152,16 @@ def last_due(update_period: int, update_start: int = 0, *, update_stop: int) -> 
       >>> end, round(float(density(end)), 3)
       (30, 0.1)
     """
-    _check(update_period, update_start, None)
-    checks.updates("update_stop", update_stop, 0)
+    _check(update_period, update_start, None, traced=False)
+    checks.updates("update_stop", update_stop, 0, traced=False)
     check_some_due(update_period, update_start, update_stop)
-    return (update_stop - 1) // update_period * update_period
+    period, stop = map(int, map(checks.concrete, (update_period, update_stop)))
+    return (stop - 1) // period * period
 
 
 def check_density_stop(stop: Any, last: int) -> None:
     """Raises unless a falling density ends at the last cycle or before it."""
-    checks.updates("density_stop", stop, 1)
-    if stop > last:
+    checks.updates("density_stop", stop, 1, traced=False)
+    if checks.concrete(stop) > last:
         cure = f"No cycle comes after {last}: lower it or raise update_stop."
         checks.fail("density_stop", stop, f"at most {last}", cure)
