@@ -1495,7 +1495,7 @@ def test_the_dense_run_beside_a_run():
 
     plain = configs.resolve(configs.TrainConfig(method="dense"))
     for method in recipes.METHODS:
-        density = 0.05 if method == "thin" else 0.3
+        density = {"thin": 0.05, "dense": 1.0}.get(method, 0.3)
         own = {
             name: value
             for name, value in {"gate": 0.2, "l1": 0.5, "prune_rate": 0.1}.items()
@@ -1636,6 +1636,23 @@ def test_the_plot_holds_every_run(finished):
     assert "dense" in shown
     layers = {line.get_label(): line.get_ydata() for line in right.lines}
     assert list(layers["dense"]) == [100, 100, 100]
+
+
+def test_runs_are_named_by_all_that_tells_them_apart(finished):
+    one = compare.read(of(finished, "sparse_momentum"))
+
+    def named(*changes):
+        found = [
+            dataclasses.replace(one, config=one.config | change) for change in changes
+        ]
+        return [x.removeprefix("sparse momentum 5%") for x in compare.labels(found)]
+
+    assert named({}, {"weight_decay": 0.5})[1] == ", weight_decay 0.5"
+    assert named({"seed": 1}, {"momentum": 0.5, "seed": 2}) == [", seed 1", ", seed 2"]
+    # Errors on two data sets do not compare, whatever else the names say.
+    other = named({"density": 0.5}, {"dataset": "mnist"})
+    assert other == ["sparse momentum 50%, digits", ", mnist"]
+    assert named({}, {}) == [" (#1)", " (#2)"]
 
 
 def damaged(rng, content):

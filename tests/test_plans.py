@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from helpers import refuses
 
 import sparse_optax
 from sparse_optax import regrowth
-from sparse_optax.experiments import config, methods, models, recipes, setup
+from sparse_optax.experiments import config, methods, models, recipes, setup, tables
 from sparse_optax.experiments.tables import resnet50_mostafa
 
 SHAPES = {"fc1": (20, 30), "fc2": (30, 10)}
@@ -120,7 +121,38 @@ def test_top_kast_takes_the_shares_of_a_run():
 def test_cycles_cut_the_time_between_two_of_them():
     made = setup_of(update_epochs=3, cycles=2)
     assert (made.steps_per_epoch, made.period) == (4, 6)
-    assert setup_of(cycles=100).period == 1
+    assert setup_of(cycles=4).period == 1
+    with refuses("train", "cycles", "5", "4 steps"):
+        setup_of(cycles=5).period  # noqa: B018
+
+
+UNREAD = [
+    ({"method": "dense", "density": 0.05}, "density"),
+    ({"method": "dense", "shares": "linear"}, "shares"),
+    ({"method": "thin", "density": 0.02, "shares": "linear"}, "shares"),
+    ({"method": "static", "cycles": 2}, "cycles"),
+    ({"method": "snip", "update_epochs": 2}, "update_epochs"),
+    ({"method": "l0_regularization", "momentum": 0.5}, "momentum"),
+    ({"method": "soft_weight_sharing", "optimizer": "adamw"}, "optimizer"),
+    ({"method": "sparse_variational_dropout", "weight_decay": 0.5}, "weight_decay"),
+    ({"method": "rigl", "optimizer": "adamw", "momentum": 0.5}, "momentum"),
+    ({"method": "rigl", "optimizer": "adamw", "nesterov": False}, "nesterov"),
+    ({"method": "rigl", "schedule": "one_cycle", "drop_epochs": (3,)}, "drop_epochs"),
+    ({"method": "rigl", "schedule": "one_cycle", "warmup_epochs": 3}, "warmup_epochs"),
+]
+
+
+@pytest.mark.parametrize(("values", "unread"), UNREAD)
+def test_values_that_change_nothing_are_refused(values, unread):
+    with refuses("TrainConfig", unread, re.escape(str(values[unread])), "out"):
+        config.resolve(config.TrainConfig(**values))
+
+
+def test_every_run_of_a_table_can_be_resolved_and_its_dense_run():
+    for table in tables.TABLES.values():
+        for row in table.rows:
+            run = config.resolve(row.config)
+            assert config.resolve(config.dense_of(run)).method == "dense"
 
 
 def test_one_cycle_and_warm_up():

@@ -145,7 +145,8 @@ def labels(found: Sequence[Record]) -> list[str]:
       found: records.
 
     Returns:
-      Method and density, and the seed, the network or more where these are not enough.
+      Method and density; data set and network where there are several of them; and
+      the seed or any other value that tells runs of the same name apart.
 
     Examples:
       >>> from sparse_optax.experiments import compare, records
@@ -160,17 +161,23 @@ def labels(found: Sequence[Record]) -> list[str]:
       >>> compare.labels([run("rigl", 0), run("rigl", 1)])
       ['rigl 5%, seed 0', 'rigl 5%, seed 1']
     """
-    keys = ("budget", "seed", "dataset", "model", "epochs", "shares", "grow", "split")
     names = [_label(record) for record in found]
-    for key in keys:
+    for key in ("dataset", "model"):  # errors on different ones do not compare
+        values = [str(record.config.get(key)) for record in found]
+        if len(set(values)) > 1:
+            names = [f"{a}, {value}" for a, value in zip(names, values, strict=True)]
+    # What tells runs apart is named, what people change most often first.
+    often = ("budget", "seed", "epochs", "shares", "grow", "split", "learning_rate")
+    every = sorted({key for record in found for key in record.config} - {*often})
+    for key in (*often, *every):
         if len(set(names)) == len(names):
             return names
         # Only those that are called the same, and where it tells them apart.
-        values: dict[str, set[str]] = {}
+        told: dict[str, set[str]] = {}
         for name, record in zip(names, found, strict=True):
-            values.setdefault(name, set()).add(str(record.config.get(key)))
+            told.setdefault(name, set()).add(str(record.config.get(key)))
         names = [
-            f"{name}, {key} {record.config.get(key)}" if len(values[name]) > 1 else name
+            f"{name}, {key} {record.config.get(key)}" if len(told[name]) > 1 else name
             for name, record in zip(names, found, strict=True)
         ]
     if len(set(names)) < len(names):

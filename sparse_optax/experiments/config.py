@@ -321,7 +321,7 @@ def resolve(config: TrainConfig) -> Resolved:
             f"method={config.method!r}, which ranks the weights of all layers at once "
             "and shares nothing out. Leave it out."
         )
-    config = _with_density(config)
+    asked, config = config, _with_density(config)
     if config.method == "thin":
         config = dataclasses.replace(config, model=_thin_model(config))
     recipe = {
@@ -333,6 +333,8 @@ def resolve(config: TrainConfig) -> Resolved:
     if config.drop_steps is not None or config.drop_epochs is not None:
         recipe |= {"drop_steps": (), "drop_epochs": ()}
     recipe["base"] = _resolve_base(config, recipe.get("base"))
+    if not isinstance(asked, Resolved):
+        _refuse_unread(asked, recipe)
     given = (
         _given(config)
         if config.method != "dense"
@@ -341,6 +343,39 @@ def resolve(config: TrainConfig) -> Resolved:
     resolved = Resolved(**{**recipe, **given, "base": recipe["base"]})
     _check(resolved)
     return resolved
+
+
+def _refuse_unread(config, recipe) -> None:
+    """Raises for a value that changes nothing, since others leave it no part."""
+    given = _given(config)
+    plain = {**_given(TrainConfig()), **recipe}
+    whole = {**plain, **given}
+    why: dict[str, str] = {}
+    if config.method in ("dense", "thin"):
+        why["shares"] = f"method={config.method!r}, which shares nothing out"
+    if config.method in recipes.ADAM:
+        reason = f"method={config.method!r}, which trains with Adam and without decay"
+        why |= dict.fromkeys(recipes.OF_OPTIMIZERS, reason)
+    elif whole["optimizer"] == "adamw":
+        reason = "optimizer='adamw', which has decay rates of its own"
+        why |= dict.fromkeys(("momentum", "nesterov"), reason)
+    if whole["schedule"] == "one_cycle":
+        reason = "schedule='one_cycle', which is the whole course of the rate"
+        names = ("drop_steps", "drop_epochs", "drop_factor", "warmup_epochs")
+        why |= dict.fromkeys(names, reason)
+    none = {"drop_steps": (), "drop_epochs": (), "warmup_epochs": 0}
+    for name, reason in why.items():
+        if name in given and given[name] not in (none.get(name), plain.get(name)):
+            raise ValueError(
+                f"TrainConfig: {name}={given[name]!r} must be left out for {reason}. "
+                "Leave it out."
+            )
+    if config.method == "dense" and config.density not in (None, 1.0):
+        raise ValueError(
+            f"TrainConfig: density={config.density!r} must be 1, or left out, for "
+            "method='dense', which keeps all weights. Leave it out, or choose another "
+            "method."
+        )
 
 
 def _with_density(config):

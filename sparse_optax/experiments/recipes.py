@@ -26,7 +26,23 @@ FINDERS = ("sparse_momentum", "gsm", "magnitude")
 PATTERNS = ("weights", "2:4")
 # Values of a run that some methods read, and which; other methods refuse them.
 _RULES = ("sparse_momentum", "ticket")
+_CYCLES = (
+    *_RULES,
+    "ham",
+    "sparse_evolutionary",
+    "dynamic_sparse",
+    "rigl",
+    "in_time_over_parameterization",
+    "long_average_regrow",
+    "falling_budget_regrow",
+    "granet",
+    "gradual_magnitude",
+    "iterative_magnitude",
+    "learning_compression",
+)
 READ_BY = {
+    "update_epochs": _CYCLES,
+    "cycles": _CYCLES,
     "prune_rate": (*_RULES, "ham"),
     "prune_decay": (*_RULES, "ham"),
     "prune": _RULES,
@@ -38,6 +54,13 @@ READ_BY = {
     "gate": ("gsm", "ticket"),
     "settle_epoch": ("gsm", "ticket"),
 }
+# Methods that train with Adam, and what they therefore do not read.
+ADAM = (
+    "soft_weight_sharing",
+    "sparse_variational_dropout",
+    "l0_regularization",
+)
+OF_OPTIMIZERS = ("optimizer", "momentum", "nesterov", "weight_decay", "decay")
 TWO_OF_FOUR = ("gradual_magnitude", "wanda", "sparse_gpt")
 
 

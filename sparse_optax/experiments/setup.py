@@ -93,8 +93,14 @@ class Setup(NamedTuple):
     @property
     def period(self) -> int:
         """Steps between two cycles, at least one."""
-        steps = self.config.update_epochs * self.steps_per_epoch
-        return max(1, steps // self.config.cycles)
+        epochs, cycles = self.config.update_epochs, self.config.cycles
+        steps = epochs * self.steps_per_epoch
+        if cycles > steps:
+            raise ValueError(
+                f"train: cycles={cycles} must be at most the {steps} steps of "
+                f"update_epochs={epochs}. Give fewer."
+            )
+        return steps // cycles
 
     def loss(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Mean cross-entropy of a batch."""
@@ -270,6 +276,9 @@ def mostafa_wang(params: Params, density: float, *, last: bool = True) -> Any:
       A budget for ``density``; WRN-28-2 keeps 12,464 weights dense besides, and
       ResNet-50, but for its last layer, 2,778,304.
 
+    Raises:
+      ValueError: for a network without such layers.
+
     References:
       Mostafa & Wang, `Parameter efficient training of deep convolutional neural
       networks by dynamic sparse reparameterization
@@ -289,6 +298,12 @@ def mostafa_wang(params: Params, density: float, *, last: bool = True) -> Any:
         or (last and name == "fc/kernel")
         or "shortcut/" in name
     ]
+    if not dense:
+        raise ValueError(
+            "train: shares='mostafa_wang' keeps the layers conv, fc and shortcut dense; "
+            f"there must be one among {', '.join(sizes)}. Choose other shares, or a "
+            "residual network."
+        )
     whole = sum(sizes[name] for name in dense)
     rest = sum(sizes.values()) - whole
     kept = whole + budgets.count(density, rest)

@@ -35,7 +35,7 @@ _RECIPE: dict[str, Any] = dict(
     schedule="one_cycle",
     decay="kernels",
 )
-_SPARSE: dict[str, Any] = dict(cycles=2)
+_MOVING = ("sparse_momentum", "rigl", "falling_budget_regrow")
 # Its dense network is the first line of the table, step for step.
 _GSM: dict[str, Any] = dict(
     momentum=0.98,
@@ -62,7 +62,8 @@ def _lines():
     yield "dense", published.Line("dense", _RECIPE | dict(method="dense"))
     for density in DENSITIES:
         for method, label in LABELS.items():
-            options = _RECIPE | _SPARSE | dict(method=method, density=density)
+            options = _RECIPE | dict(method=method, density=density)
+            options |= dict(cycles=2) if method in _MOVING else {}
             options |= _GSM if method == "gsm" else {}
             name = f"{method}_d{density:g}"
             yield name, published.Line(f"{label}, {density:.0%}", options)

@@ -37,7 +37,8 @@ def _lines():
     yield "2_4", published.Line("2:4 by gradual magnitude, 50%", _RECIPE | two)
     for density in DENSITIES:
         for method, label in LABELS.items():
-            options = _RECIPE | dict(method=method, density=density, cycles=2)
+            options = _RECIPE | dict(method=method, density=density)
+            options |= dict(cycles=2) if method != "gsm" else {}
             name = f"{method}_d{density:g}"
             yield name, published.Line(f"{label}, {density:.0%}", options)
     # One cut of the dense network, without training after it, at the papers' 50%.
