@@ -198,12 +198,26 @@ def test_corrupt_files_are_named_and_skipped_and_batches_stay_full(folder):
     assert sorted(seen[:45]) == sorted(set(range(48)) - bad)
 
 
+def test_pixels_of_16_bits_are_no_white_image(folder):
+    from PIL import Image
+
+    valid = imagenet.find(folder, "val")
+    deep = np.full((40, 40), 30_000, np.uint16)
+    Image.fromarray(deep).save(valid.files[0], format="png")
+    with pytest.raises(ValueError, match=f"{valid.files[0].name}.*8 bits a channel"):
+        list(imagenet.eval_batches(valid, 100, size=SIZE, threads=2))
+
+
 def test_errors_of_the_system_and_a_folder_of_broken_files_are_not_skipped(folder):
     files = imagenet.find(folder, "val").files
     valid = imagenet.find(folder, "val")
     files[5].unlink()
     with pytest.raises(FileNotFoundError, match=files[5].name):
         list(imagenet.eval_batches(valid, 100, size=SIZE, corrupt="skip", threads=2))
+    files[5].mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{files[5].name}.*remove it"):
+        list(imagenet.eval_batches(valid, 100, size=SIZE, corrupt="skip", threads=2))
+    files[5].rmdir()
     for path in files:
         path.write_bytes(b"no image")
     with (

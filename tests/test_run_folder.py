@@ -330,6 +330,16 @@ def test_damaged_files_of_a_finished_run_are_named(tmp_path, every, figures):
     assert record.results == trained.record.results
 
 
+def test_a_finished_run_of_another_network_is_not_called_damaged(tmp_path):
+    trained, _ = command(tmp_path)
+    name = configs.default_name(configs.resolve(RUN))
+    folder = checkpoints.RunFolder(tmp_path / "runs" / name)
+    other = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), trained.params)
+    with pytest.raises(ValueError, match=f"{name} do not fit the network") as caught:
+        folder.finished(other)
+    assert "damaged" not in str(caught.value) and "--fresh" in str(caught.value)
+
+
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
 def test_a_base_that_cannot_be_read_is_named(tmp_path, harm):
     command(tmp_path, TWO)

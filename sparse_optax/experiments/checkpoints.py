@@ -205,7 +205,8 @@ class RunFolder:
           params: parameters of the same structure.
 
         Raises:
-          ValueError: where one of the files is damaged or missing.
+          ValueError: where one of the files is damaged or missing, or its weights are
+            those of another network.
         """
         if not is_finished(self.path):
             return None
@@ -218,13 +219,21 @@ class RunFolder:
                 path = self.path / name
                 if checksums.get(name) != _checksum(path.read_bytes()):
                     raise ValueError("its checksum does not match")
-            weights = load_sparse(self.path / "weights.sparse", like=params).dense()
-            return weights, records.read(self.path / "record.json")
+            record = records.read(path)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"train: {path} of a finished run is missing or damaged ({error}). "
                 "Train it again with --fresh."
             ) from error
+        try:
+            weights = load_sparse(self.path / "weights.sparse", like=params).dense()
+        except ValueError as error:
+            raise ValueError(
+                f"train: the weights of the finished run {self.path} do not fit the "
+                f"network that the data set asks for now ({error}). Put its data set "
+                "back, or train it again with --fresh."
+            ) from error
+        return weights, record
 
     def _saved(self) -> list[Path]:
         """The checkpoints, the newest first."""

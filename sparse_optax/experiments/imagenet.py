@@ -360,12 +360,17 @@ def _read(
     path = images.files[index]
     try:
         with Image.open(path) as opened:
+            if opened.mode[0] in "IF":  # which `convert` would cut off at 255
+                raise ValueError(f"its mode {opened.mode} has no 8 bits a channel")
             pixels = np.asarray(crop(opened.convert("RGB")), np.float32)
     # What Pillow raises for bytes that are no image, or not all of one.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # A number comes from the system: the file is gone, a disk fails.
-        if getattr(error, "errno", None) is not None:
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            told = f"imagenet: {path} cannot be read ({error.strerror}). Mend the file "
+            raise type(error)(
+                error.errno, told + "or its link, or remove it."
+            ) from None
         told = f"{path} is no readable image ({error})"
         if corrupt == "refuse":
             raise ValueError(
