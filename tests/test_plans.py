@@ -244,6 +244,8 @@ def test_the_budget_of_mostafa_and_wang():
             assert n < leaf.size
             kept += n
     assert (kept, dense) == (1_451_520 // 10, 12_464)
+    with refuses("train", "shares", "mostafa_wang", "Dense_0/kernel"):
+        setup.mostafa_wang({"Dense_0": {"kernel": jnp.ones((3, 4))}}, 0.1)
 
 
 def resnet_50():

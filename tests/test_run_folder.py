@@ -337,7 +337,8 @@ def test_a_finished_run_of_another_network_is_not_called_damaged(tmp_path):
     other = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), trained.params)
     with pytest.raises(ValueError, match=f"{name} do not fit the network") as caught:
         folder.finished(other)
-    assert "damaged" not in str(caught.value) and "--fresh" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+    assert "--fresh" in str(caught.value)
 
 
 @pytest.mark.parametrize("harm", ["damaged", "missing"])

@@ -367,10 +367,9 @@ def _read(
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # A number comes from the system: the file is gone, a disk fails.
         if isinstance(error, OSError) and error.errno is not None:
-            told = f"imagenet: {path} cannot be read ({error.strerror}). Mend the file "
-            raise type(error)(
-                error.errno, told + "or its link, or remove it."
-            ) from None
+            told = f"imagenet: {path} cannot be read ({error.strerror}). "
+            cure = "Mend the file or its link, or remove it."
+            raise type(error)(error.errno, told + cure) from None
         told = f"{path} is no readable image ({error})"
         if corrupt == "refuse":
             raise ValueError(

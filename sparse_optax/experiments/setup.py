@@ -300,9 +300,9 @@ def mostafa_wang(params: Params, density: float, *, last: bool = True) -> Any:
     ]
     if not dense:
         raise ValueError(
-            "train: shares='mostafa_wang' keeps the layers conv, fc and shortcut dense; "
-            f"there must be one among {', '.join(sizes)}. Choose other shares, or a "
-            "residual network."
+            "train: shares='mostafa_wang' keeps the layers conv, fc and shortcut "
+            f"dense; there must be one among {', '.join(sizes)}. Choose other shares, "
+            "or a residual network."
         )
     whole = sum(sizes[name] for name in dense)
     rest = sum(sizes.values()) - whole
