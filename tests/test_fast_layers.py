@@ -24,6 +24,8 @@ CASES = {
     "one pixel": ((2, 3, 3, 5), (3, 3), 4, "VALID"),
     "one channel": ((3, 8, 9, 1), (5, 5), 4, "VALID"),
     "three channels": ((3, 6, 7, 3), (3, 2), 4, ((0, 2), (1, 0))),
+    "pointwise": ((3, 5, 4, 6), (1, 1), 4, "SAME"),
+    "pointwise with zeros around": ((3, 5, 4, 6), (1, 1), 4, ((0, 2), (1, 0))),
 }
 
 
@@ -82,6 +84,29 @@ def test_outputs_and_gradients_of_a_convolution(case, bytes_of_a_block, monkeypa
     close(y, expected, 1e-6)
     dy = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
     for gradient, right in zip(pull(dy), oracle(x, kernel, pad, dy), strict=True):
+        close(gradient, right, 3e-6)
+
+
+@pytest.mark.parametrize("strides", [(2, 2), (1, 3), (3, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 0), (0, 2))])
+def test_a_kernel_of_one_pixel_takes_steps(strides, padding):
+    """It sees the pixels that a convolution of stride 1 has there, and no others."""
+    x, kernel = arrays((2, 7, 6, 3), (1, 1), 4)
+    pad = ((0, 0), (0, 0)) if isinstance(padding, str) else padding
+    every = slice(None, None, strides[0]), slice(None, None, strides[1])
+
+    def apply(x, kernel):
+        return convolution.convolution(
+            x, kernel, strides, padding, dimension_numbers=LAYOUT
+        )
+
+    y, pull = jax.vjp(jax.jit(apply), x, kernel)
+    expected = oracle(x, kernel, pad)[:, *every]
+    close(y, expected, 1e-6)
+    dy = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
+    spread = np.zeros(oracle(x, kernel, pad).shape, np.float32)
+    spread[:, *every] = dy
+    for gradient, right in zip(pull(dy), oracle(x, kernel, pad, spread), strict=True):
         close(gradient, right, 3e-6)
 
 
