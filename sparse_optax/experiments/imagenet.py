@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from sparse_optax import checks
+
 # Means and deviations of the channels, of pixels in 0..1.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -202,6 +204,7 @@ def held_back(images: Images) -> tuple[Images, Images]:
     return images.pick(np.nonzero(kept)[0]), images.pick(np.nonzero(~kept)[0])
 
 
+@checks.boundary("train_batches")
 def train_batches(
     images: Images,
     batch_size: int,
@@ -241,11 +244,13 @@ def train_batches(
       ImportError: without grain or Pillow.
     """
     grain = load_grain()
-    _check_whole("train_batches", "seed", seed, 0, 2**32 - 1)
-    _check_whole("train_batches", "batch_size", batch_size, 1, len(images.files))
-    _check("train_batches", size, corrupt, threads)
+    checks.whole("seed", seed, 0, 2**32 - 1, static=True, cure="Give seed=0.")
+    most, cure = len(images.files), "There are no more files: give fewer."
+    checks.whole("batch_size", batch_size, 1, most, static=True, cure=cure)
+    _check(size, corrupt, threads)
     if epochs is not None:
-        _check_whole("train_batches", "epochs", epochs, 1, None)
+        cure = "Leave it out for no end."
+        checks.whole("epochs", epochs, 1, static=True, cure=cure)
 
     skipped = _Skipped(images)
 
@@ -258,6 +263,7 @@ def train_batches(
     return _batches(data, batch_size, threads, drop_remainder=True)
 
 
+@checks.boundary("eval_batches")
 def eval_batches(
     images: Images,
     batch_size: int,
@@ -283,8 +289,9 @@ def eval_batches(
       ImportError: without grain or Pillow.
     """
     grain = load_grain()
-    _check_whole("eval_batches", "batch_size", batch_size, 1, None)
-    _check("eval_batches", size, corrupt, threads)
+    cure = "Give 64, for instance."
+    checks.whole("batch_size", batch_size, 1, static=True, cure=cure)
+    _check(size, corrupt, threads)
 
     skipped = _Skipped(images)
 
@@ -309,27 +316,11 @@ def load_grain() -> Any:
     return grain
 
 
-def _check_whole(
-    function: str, name: str, value: Any, least: int, most: int | None
-) -> None:
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        nearest = least if most is None or not is_whole or value < least else most
-        raise ValueError(
-            f"{function}: {name}={value!r} must be a whole number, {allowed}. Give "
-            f"{name}={nearest}, for instance."
-        )
-
-
-def _check(function: str, size: int, corrupt: str, threads: int) -> None:
-    _check_whole(function, "size", size, 1, None)
-    _check_whole(function, "threads", threads, 1, None)
-    if corrupt not in ("refuse", "skip"):
-        raise ValueError(
-            f"{function}: corrupt={corrupt!r}; choose 'refuse' (an error that names "
-            "the file) or 'skip' (a warning, and the next file)."
-        )
+def _check(size: int, corrupt: str, threads: int) -> None:
+    checks.whole("size", size, 1, static=True, cure="Give 224, for instance.")
+    checks.whole("threads", threads, 1, static=True, cure="Give 16, for instance.")
+    cure = "'refuse' raises an error that names the file, 'skip' warns of it."
+    checks.choice("corrupt", corrupt, ("refuse", "skip"), cure=cure)
 
 
 def _batches(data: Any, batch_size: int, threads: int, drop_remainder: bool) -> Any:
