@@ -590,7 +590,7 @@ def check_explicit(pattern: Pattern, name: str, leaf: Any) -> None:
     """Raises where a leaf is sharded over Explicit axes of a mesh under a pattern whose
     groups are rows of another array.
     """
-    if not isinstance(pattern, GroupsNM | ConstantFanIn):
+    if pattern.density is None:
         return
     sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else None
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
