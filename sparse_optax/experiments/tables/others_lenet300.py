@@ -9,9 +9,10 @@ the authors' 1.1 is for 800 epochs; it prunes after three quarters of its epochs
 weight-sharing has Adam at 5e-4 and the numbers of its tutorial but for a strength of
 0.03, and is cut to the density by magnitude. With the tutorial's 0.003, which is for
 another network, 46% of the weights are still above 1e-4 after the 54 epochs and the cut
-gives a test error of 14.93%: ``benchmarks/records/soft_weight_sharing_0.003.json``. Variational dropout and L0 have Adam at 1e-3 from scratch, the
-authors' rise of the divergence, a strength of 0.1 for L0, and are cut by their own
-measures. Learning rates fall by 10 where those of the others do.
+gives a test error of 14.93%: ``benchmarks/records/soft_weight_sharing_0.003.json``.
+Variational dropout and L0 have Adam at 1e-3 from scratch, the authors' rise of the
+divergence, a strength of 0.1 for L0, and are cut by their own measures. Learning rates
+fall by 10 where those of the others do.
 """
 
 from typing import Any
