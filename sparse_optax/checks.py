@@ -172,7 +172,7 @@ def number(
         return
     if _is_scalar(value):
         cure = _STATIC
-    right = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    right = known(value) and not isinstance(value, bool)
     if right and math.isfinite(value):
         above = value > low if ends[0] == "(" else value >= low
         if above and (value < high if ends[1] == ")" else value <= high):

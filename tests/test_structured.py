@@ -105,7 +105,7 @@ def check_a_cut(fn, params, x, units, kept, *, all_read=True):
     assert far(jax.jit(fn)(pruned, x), jax.jit(small)(small.params, x)) < 1e-4
 
 
-def check_units(fn, params, x, units, reads, tries=4, seed=0):
+def check_units(fn, params, x, units, reads, tries=4, seed=0, all_read=True):
     """Zeroing a unit changes nothing but that it is no longer read."""
     rng = np.random.default_rng(seed)
     run, changed = jax.jit(fn), 0
@@ -119,7 +119,8 @@ def check_units(fn, params, x, units, reads, tries=4, seed=0):
     assert changed
     # About a third go, and no group as a whole.
     scores = jnp.asarray(rng.random(len(units)), jnp.float32)
-    check_a_cut(fn, params, x, units, np.asarray(units.select(scores, 0.67)))
+    kept = np.asarray(units.select(scores, 0.67))
+    check_a_cut(fn, params, x, units, kept, all_read=all_read)
 
 
 # --- the networks of the experiments --------------------------------------------------
@@ -186,7 +187,11 @@ def test_networks_of_the_experiments(name):
 @pytest.mark.parametrize("name", ["wrn-16-2", "vgg16-c", "resnet-20", "densenet-40"])
 def test_networks_at_full_size(name):
     fn, params, x = small_network(name)
-    check_units(fn, params, x, structured.channels(fn, params, x), kernel_reads)
+    units = structured.channels(fn, params, x)
+    # Pooling leaves the last row of images of 7 x 7 unread behind the padded kernels of
+    # one pixel of VGG16-C: `compact` does not compute it.
+    all_read = name != "vgg16-c"
+    check_units(fn, params, x, units, kernel_reads, all_read=all_read)
 
 
 def test_resnet_50_from_shapes_alone():
