@@ -398,10 +398,11 @@ def encode_values(sparse: Sparse, array: np.ndarray, mask: np.ndarray) -> list[A
 
 
 def _refuse(row: Row, count: int, why: str) -> None:
+    cure = "dtype='bfloat16', which has nearly the range of float32, or dtype=None"
     raise ArgumentError(
         f"`dtype`={row.stored!r} cannot hold {count} weights of {row.name!r} {why}; "
-        "all must come back as finite numbers. Use dtype='bfloat16', which has the "
-        "range of float32, or dtype=None."
+        "all must come back as finite numbers. Use "
+        f"{'dtype=None' if row.stored == 'bfloat16' else cure}."
     )
 
 

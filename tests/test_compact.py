@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import refuses
 
 import sparse_optax
 from sparse_optax import compact
@@ -731,6 +732,26 @@ def test_weights_that_have_just_grown_stay():
     assert small.params["a"].shape == (6, 7)
     assert small.cut(masks)["a"].sum() == 7
     assert gap(fn, small, params, x) < 1e-6
+
+
+def test_masks_of_the_library_are_cut_and_put_back():
+    rng = np.random.default_rng(0)
+    shapes = {"v": (8, 16), "b": (16,), "w": (16, 4)}
+    params = {n: jnp.float32(rng.normal(size=s)) for n, s in shapes.items()}
+    masks = sparse_optax.masks.magnitude_masks(params, 0.3)
+    assert isinstance(masks["b"], optax.MaskedNode)
+
+    def net(p, x):
+        return jax.nn.relu(x @ p["v"] + p["b"][None]) @ p["w"]
+
+    pruned = sparse_optax.sparsify(params, masks)
+    small = sparse_optax.compact(net, pruned, jnp.ones((2, 8)), masks=masks)
+    again = small.expand(small.cut(masks), into=masks)
+    assert jax.tree.structure(again) == jax.tree.structure(masks)
+    for name in ("v", "w"):
+        np.testing.assert_array_equal(again[name], masks[name])
+    with refuses("expand", "into", "shapes"):
+        small.expand(small.cut(masks), into=masks | {"v": jnp.ones((3, 3), bool)})
 
 
 def test_expand_gives_back_what_was_not_cut():

@@ -647,6 +647,64 @@ def test_a_convolution_is_refused_by_name():
     assert masks.count(got) == 3
 
 
+def by_a_loop(p, x):
+    again, _ = jax.lax.scan(lambda h, _: (h @ p["a"], None), x @ p["a"], None, length=2)
+    return again @ p["w"]
+
+
+def by_a_branch(p, x):
+    h = x @ p["a"]
+    return jax.lax.cond(h.sum() > 0, lambda: h @ p["a"], lambda: h) @ p["w"]
+
+
+def by_a_spectral_norm(p, x):
+    size = jnp.linalg.norm(jnp.ones((1, 4)) @ p["a"])
+    return (x @ (p["a"] / size)) @ p["w"]
+
+
+UNSEEN = {
+    "loop": (by_a_loop, "inside of a loop"),
+    "branch": (by_a_branch, "inside of a loop or a branch"),
+    "scaled": (lambda p, x: x @ p["a"] @ (2 * p["a"]) @ p["w"], "other operations"),
+    # A product with what does not come from the batch shows no inputs.
+    "spectral": (by_a_spectral_norm, "no product"),
+    "low rank": (lambda p, x: x @ (p["a"] @ p["b"]) @ p["w"], "no product"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_leaf_with_inputs_that_are_not_seen_is_refused(name):
+    forward, why = UNSEEN[name]
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "b": (4, 4), "w": (4, 2)}
+    params = {n: jnp.float32(rng.normal(size=s)) for n, s in shapes.items()}
+    x = jnp.float32(rng.normal(size=(9, 4)))
+    chosen = dict(where=lambda name, leaf: name in ("a", "w"))
+    with refuses("layer_inputs", "forward", "'a'", why):
+        sparse_optax.layer_inputs(forward, params, x, **chosen)
+    with refuses("wanda_masks", "forward", "'a'", why):
+        sparse_optax.wanda_masks(forward, params, [x], 0.5, **chosen)
+    rest = dict(where=lambda name, leaf: name == "w")
+    assert sparse_optax.layer_inputs(forward, params, x, **rest)["w"].shape == (9, 4)
+
+
+def test_keys_and_queries_of_one_kernel_are_two_uses():
+    def forward(p, x):
+        h = x @ p["a"]
+        return jax.nn.softmax(h @ (x @ p["a"]).T) @ x @ p["w"]
+
+    params = {"a": jnp.eye(4), "w": jnp.ones((4, 2))}
+    found = sparse_optax.layer_inputs(forward, params, jnp.ones((9, 4)))
+    assert {n: x.shape for n, x in found.items()} == {"a": (18, 4), "w": (9, 4)}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_broken_weights_are_named(name):
+    broken = {"w": jnp.float32(WEIGHTS).at[1, 1].set(jnp.nan)}
+    with refuses(name, "'w'", "not finite", "diverged"):
+        CUTS[name](one_layer, broken, BATCHES, 0.5)
+
+
 def test_a_leaf_summed_over_different_axes_is_refused():
     params = {"w": jnp.ones((4, 4))}
 

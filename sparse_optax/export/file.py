@@ -75,8 +75,9 @@ def save_sparse(
         be those of a part of ``params``.
       dtype: What the kept values are stored as: None for their own dtype,
         ``"float16"``, ``"bfloat16"``, or ``"int8"`` with one scale for each output
-        unit. They are rounded, and come back in their own dtype. Leaves without a mask
-        are not rounded, nor leaves that would not become smaller.
+        unit. They are rounded, in float16 to zero below 3e-8 and in int8 below 1/254
+        of the largest of their unit, and come back in their own dtype. Leaves without a
+        mask are not rounded, nor leaves that would not become smaller.
       unit_axis: The axis of output units, for ``"int8"``: -1 in flax and haiku, 0 in
         equinox.
       force: Leaves out weights that are outside of the masks and not zero, instead of

@@ -133,11 +133,13 @@ def check_scalar(shape: Any) -> None:
         )
 
 
-def check_finite(scores: Leaves, names: Iterable[str], cure: str) -> None:
+def check_finite(
+    scores: Leaves, names: Iterable[str], cure: str, what: str = "scores"
+) -> None:
     """Raises if a score is not finite; traced scores are not checked."""
     for x, name in zip(scores, names, strict=True):
         if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
             raise ArgumentError(
-                f"the scores of {name!r} hold numbers that are not finite; "
+                f"the {what} of {name!r} hold numbers that are not finite; "
                 f"a ranking needs finite ones. {cure}"
             )

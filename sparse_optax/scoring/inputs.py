@@ -4,6 +4,7 @@ The network is traced, not read: it works for functions of every library. A laye
 found where the program multiplies a kernel, or its transpose, by something else.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from sparse_optax.export.compaction.program import Equation, Program, Value, tra
 from sparse_optax.layers import PyTree, Where, layers_of
 from sparse_optax.scoring.batches import Leaves, Split, split
 
+# Operations into whose bodies is not looked.
+_LOOPS = ("scan", "while", "cond")
 # Operations whose result is the kernel itself.
 _SAME = ("convert_element_type", "copy", "copy_p", "sharding_constraint")
 # Leaf and its axes, in the order that an array has them.
@@ -38,16 +41,19 @@ def taps(
 ) -> dict[int, list[Tap]]:
     """The uses of each of the chosen leaves, by its number, in the order of use."""
     program, _ = trace(lambda w, x: forward(parts.rebuild(w), x), chosen, batch)
-    kernels: dict[Value, _Kernel] = {
-        x: (i, tuple(range(len(x.shape))))
-        for i, x in enumerate(program.inputs[: len(chosen)])
-    }
-    found: dict[int, list[Tap]] = {}
-    _run(program, [*chosen, *jax.tree.leaves(batch)], kernels, found)
+    own, rest = program.inputs[: len(chosen)], program.inputs[len(chosen) :]
+    facts = _Facts(
+        {x: (i, tuple(range(len(x.shape)))) for i, x in enumerate(own)},
+        {x: {i} for i, x in enumerate(own)},
+        set(rest),
+    )
+    _run(program, [*chosen, *jax.tree.leaves(batch)], facts)
+    found = facts.found
     for i, name in enumerate(names):
         axes = {tap.axes for tap in found.get(i, ())}
-        if len(axes) != 1:
+        if len(axes) != 1 or i in facts.unseen:
             what = "along several axes" if axes else "by no product of dense layers"
+            what = facts.unseen.get(i, what) if axes else what
             raise ArgumentError(
                 f"`forward` uses {name!r} {what}; it must multiply each layer by its "
                 "inputs, outside of loops. Leave the leaf out with where=lambda name, "
@@ -56,36 +62,77 @@ def taps(
     return found
 
 
-def _run(
-    program: Program,
-    values: Sequence[Any],
-    kernels: dict[Value, _Kernel],
-    found: dict[int, list[Tap]],
-) -> list[Any]:
+@dataclasses.dataclass
+class _Facts:
+    """What is known of the values of a program that is run.
+
+    Attributes:
+      kernels: those that are a kernel or its transpose.
+      made_of: the kernels that a value is computed from.
+      moving: those that depend on the batch.
+      found: the uses of each kernel.
+      unseen: how else a kernel is used, in a way whose inputs are not seen.
+    """
+
+    kernels: dict[Value, _Kernel]
+    made_of: dict[Value, set[int]]
+    moving: set[Value]
+    found: dict[int, list[Tap]] = dataclasses.field(default_factory=dict)
+    unseen: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def hand_over(self, source: Sequence[Value], target: Sequence[Value]) -> None:
+        """Values of a body are those that it was called with, and its results."""
+        for a, b in zip(source, target, strict=True):
+            for table in (self.kernels, self.made_of):
+                table.pop(b, None)
+                if a in table:
+                    table[b] = table[a]
+            (self.moving.add if a in self.moving else self.moving.discard)(b)
+
+    def follow(self, eqn: Equation) -> None:
+        """What the results of an operation are made of."""
+        made = set().union(*(self.made_of.get(x, ()) for x in eqn.inputs))
+        moving = any(x in self.moving for x in eqn.inputs)
+        for y in eqn.outputs:
+            self.made_of[y] = made
+            (self.moving.add if moving else self.moving.discard)(y)
+
+    def check(self, eqn: Equation) -> None:
+        """Notes kernels whose inputs cannot be seen here."""
+        if eqn.name in _LOOPS:
+            for x in eqn.inputs:
+                if x in self.kernels:
+                    why = "inside of a loop or a branch"
+                    self.unseen.setdefault(self.kernels[x][0], why)
+        if eqn.name not in ("dot_general", "conv_general_dilated"):
+            return
+        for x, other in (eqn.inputs[:2], eqn.inputs[1::-1]):
+            direct = x in self.kernels and eqn.name == "dot_general"
+            if other in self.moving and x not in self.moving and not direct:
+                for i in self.made_of.get(x, ()):
+                    why = "in a product after other operations, or in a convolution"
+                    self.unseen.setdefault(i, why)
+
+
+def _run(program: Program, values: Sequence[Any], facts: _Facts) -> list[Any]:
     """Evaluates a program and notes what meets a kernel on the way."""
     at = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
     for eqn in program.equations:
         given = [at[x] for x in eqn.inputs]
-        _follow(eqn, kernels)
+        _follow(eqn, facts.kernels)
+        facts.check(eqn)
         if eqn.name == "dot_general":
-            _note(eqn, given, kernels, found)
+            _note(eqn, given, facts)
+        facts.follow(eqn)
         body = eqn.body
         if body is None or eqn.name == "scan":  # of a loop only the results are seen
             results = eqn.call(*given)
         else:
-            _hand_over(eqn.inputs, body.inputs, kernels)
-            results = _run(body, given, kernels, found)
-            _hand_over(body.outputs, eqn.outputs, kernels)
+            facts.hand_over(eqn.inputs, body.inputs)
+            results = _run(body, given, facts)
+            facts.hand_over(body.outputs, eqn.outputs)
         at.update(zip(eqn.outputs, results, strict=True))
     return [at[x] for x in program.outputs]
-
-
-def _hand_over(
-    source: Sequence[Value], target: Sequence[Value], kernels: dict[Value, _Kernel]
-) -> None:
-    for a, b in zip(source, target, strict=True):
-        if a in kernels:
-            kernels[b] = kernels[a]
 
 
 def _follow(eqn: Equation, kernels: dict[Value, _Kernel]) -> None:
@@ -100,17 +147,13 @@ def _follow(eqn: Equation, kernels: dict[Value, _Kernel]) -> None:
     kernels[eqn.outputs[0]] = (leaf, order)
 
 
-def _note(
-    eqn: Equation,
-    given: Sequence[Any],
-    kernels: dict[Value, _Kernel],
-    found: dict[int, list[Tap]],
-) -> None:
-    """The inputs of a product of a kernel and something else."""
+def _note(eqn: Equation, given: Sequence[Any], facts: _Facts) -> None:
+    """The inputs of a product of a kernel and what depends on the batch."""
+    kernels = facts.kernels
     summed, batched = eqn.params["dimension_numbers"]
     for side, other in ((0, 1), (1, 0)):
         kernel = kernels.get(eqn.inputs[side])
-        if kernel is None or eqn.inputs[other] in kernels or batched[side]:
+        if kernel is None or eqn.inputs[other] not in facts.moving or batched[side]:
             continue
         leaf, order = kernel
         pairs = sorted(
@@ -121,7 +164,7 @@ def _note(
         x = jnp.moveaxis(given[other], places, range(-len(places), 0))
         size = math.prod(x.shape[x.ndim - len(places) :])
         tap = Tap(tuple(own for own, _ in pairs), x.reshape(-1, size))
-        found.setdefault(leaf, []).append(tap)
+        facts.found.setdefault(leaf, []).append(tap)
 
 
 @boundary("layer_inputs")
@@ -156,8 +199,10 @@ def layer_inputs(
       other.
 
     Raises:
-      ValueError: If a leaf that takes part is not multiplied by a product of a dense
-        layer: convolutions, and layers inside of ``nn.scan``.
+      ValueError: If a leaf that takes part is used otherwise, too, than in products of
+        dense layers with what the batch gives: in convolutions, inside of loops and
+        branches as ``nn.scan``, or in a product after other operations, as under
+        spectral norm.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax

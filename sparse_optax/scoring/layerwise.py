@@ -91,6 +91,8 @@ def prune_in_order(
         _check_groups(keeps[i], layers.leaves[i], axes)
         kernel = chosen[i]
         wide = kernel.astype(as_wide(kernel.dtype))
+        cure = "Check `params`: the training may have diverged."
+        over.check_finite([wide], [layers.names[i]], cure, what="weights")
         mask, new = prune(_as_matrix(wide, axes), found, keeps[i])
         masks[i] = place(_as_kernel(mask, kernel.shape, axes), kernel)
         new = _as_kernel(new, kernel.shape, axes).astype(kernel.dtype)

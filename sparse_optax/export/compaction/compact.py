@@ -75,7 +75,10 @@ class CompactModel:
 
     def cut(self, tree: PyTree) -> PyTree:
         """What belongs to the smaller parameters: of an optimizer state, of masks, of
-        gradients or of other parameters.
+        gradients or of other parameters, such as an average of those of training.
+
+        Other parameters need a model made with ``fold=False``: what was folded keeps
+        the numbers of the parameters that were given to ``compact``.
 
         Args:
           tree: A tree with leaves named like those of the parameters and of the same
@@ -90,7 +93,8 @@ class CompactModel:
         """The parameters at full size again.
 
         Args:
-          params: Smaller parameters, also after training.
+          params: Smaller parameters, also after training, or masks as ``cut`` gives
+            them.
           into: Where they are put: parameters, or a tree like them such as masks. None
             takes the parameters that were given to ``compact``.
 
@@ -485,10 +489,19 @@ def _compiled(plan: _Plan) -> _Plan:
     return plan._replace(run=jax.jit(plan.run))
 
 
-def _checked(model: CompactModel, params: PyTree) -> list[Any]:
-    """The leaves of smaller parameters."""
-    leaves, structure = jax.tree.flatten(params)
+def _flat(source: Source, tree: PyTree) -> tuple[list[Any], Any]:
+    """The leaves of a tree like the parameters; in masks there may be holes."""
+    flat, structure = jax.tree.flatten(tree)
+    if structure == source.structure:
+        return flat, structure
+    return jax.tree.flatten(tree, is_leaf=is_hole)
+
+
+def _checked(model: CompactModel, params: PyTree, *, holes: bool = False) -> list[Any]:
+    """The leaves of smaller parameters, or with ``holes`` of their masks."""
     source = model._source
+    flat = _flat(source, params) if holes else jax.tree.flatten(params)
+    leaves, structure = flat
     if structure != source.structure:
         raise ArgumentError(
             f"`params` has the structure {structure}; it must have that of the "
@@ -498,6 +511,8 @@ def _checked(model: CompactModel, params: PyTree) -> list[Any]:
     for name, x, own in zip(
         source.names, leaves, jax.tree.leaves(model.params), strict=True
     ):
+        if holes and is_hole(x):
+            continue
         if np.shape(x) != np.shape(own):
             raise ArgumentError(
                 f"`params` has shape {np.shape(x)} for {name!r}; it must be "
@@ -579,11 +594,15 @@ def _cut_one(x: Any, box: Box) -> Any:
 @boundary("expand")
 def _expand(model: CompactModel, params: PyTree, into: PyTree | None) -> PyTree:
     source = model._source
-    leaves = _checked(model, params)
+    leaves = _checked(model, params, holes=True)
     dense, structure = source.leaves, source.structure
     if into is not None:
-        dense, structure = jax.tree.flatten(into)
-        if [np.shape(x) for x in dense] != source.shapes:
+        dense, structure = _flat(source, into)
+        shapes = [None if is_hole(x) else np.shape(x) for x in dense]
+        fits = len(shapes) == len(source.shapes) and all(
+            a in (None, b) for a, b in zip(shapes, source.shapes, strict=True)
+        )
+        if not fits:
             raise ArgumentError(
                 "`into` must be a tree like the parameters that were compacted, with "
                 f"the shapes {source.shapes}; got {[np.shape(x) for x in dense]}. "
@@ -591,6 +610,9 @@ def _expand(model: CompactModel, params: PyTree, into: PyTree | None) -> PyTree:
             )
     made = []
     for x, small, box in zip(dense, leaves, model._boxes, strict=True):
+        if is_hole(x) or is_hole(small):  # a leaf without a mask
+            made.append(x)
+            continue
         if all(mask is None for mask in box):
             made.append(small)
             continue
