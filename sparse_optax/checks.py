@@ -148,7 +148,11 @@ def known(*values: Any) -> bool:
     """Whether all are numbers, see ``concrete``, not traced by
     ``inject_hyperparams``.
     """
-    return all(isinstance(concrete(x), numbers.Real) for x in values)
+    return all(_is_real(concrete(x)) for x in values)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
 
 
 def number(
@@ -172,7 +176,7 @@ def number(
         return
     if _is_scalar(value):
         cure = _STATIC
-    right = known(value) and not isinstance(value, bool)
+    right = _is_real(value) and not isinstance(value, bool)
     if right and math.isfinite(value):
         above = value > low if ends[0] == "(" else value >= low
         if above and (value < high if ends[1] == ")" else value <= high):
@@ -191,8 +195,8 @@ def not_traced(argument: str, value: Any) -> None:
     """Raises if a value is traced: it is needed before arrays are computed."""
     if isinstance(value, Tracer):
         raise ArgumentError(
-            f"`{argument}` is a traced value; it must be a number that is known here. "
-            "Give a Python number, or list the argument in `static_args` of "
+            f"`{argument}` is traced, {value!r}; it must be a number that is known "
+            "here. Give a Python number, or list the argument in `static_args` of "
             "optax.inject_hyperparams."
         )
 

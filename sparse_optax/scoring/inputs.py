@@ -83,10 +83,10 @@ class _Facts:
     def hand_over(self, source: Sequence[Value], target: Sequence[Value]) -> None:
         """Values of a body are those that it was called with, and its results."""
         for a, b in zip(source, target, strict=True):
-            for table in (self.kernels, self.made_of):
-                table.pop(b, None)
-                if a in table:
-                    table[b] = table[a]
+            self.made_of[b] = self.made_of.get(a, set())
+            self.kernels.pop(b, None)
+            if a in self.kernels:
+                self.kernels[b] = self.kernels[a]
             (self.moving.add if a in self.moving else self.moving.discard)(b)
 
     def follow(self, eqn: Equation) -> None:
