@@ -137,6 +137,8 @@ def _run(program: Program, values: Sequence[Any], facts: _Facts) -> list[Any]:
 
 def _follow(eqn: Equation, kernels: dict[Value, _Kernel]) -> None:
     """Where a result is a kernel again, or its transpose."""
+    for y in eqn.outputs:  # of a body that is called again
+        kernels.pop(y, None)
     if len(eqn.inputs) != 1 or eqn.inputs[0] not in kernels:
         return
     leaf, order = kernels[eqn.inputs[0]]
