@@ -195,8 +195,8 @@ def not_traced(argument: str, value: Any) -> None:
     """Raises if a value is traced: it is needed before arrays are computed."""
     if isinstance(value, Tracer):
         raise ArgumentError(
-            f"`{argument}` is traced, {value!r}; it must be a number that is known "
-            "here. Give a Python number, or list the argument in `static_args` of "
+            f"`{argument}` is a traced value, {value!r}; it must be a number that is "
+            "known here. Give a Python number, or list the argument in `static_args` of "
             "optax.inject_hyperparams."
         )
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import refuses
 
@@ -170,6 +171,23 @@ def test_sensitivity_compiles_one_function_for_all_layers():
 
     analysis.layer_sensitivity(counted, network(), batches(), (0.5, 0.2, 0.1))
     assert len(traces) == 1
+
+
+def test_a_hole_before_a_layer_is_no_layer():
+    kernel = jax.random.normal(jax.random.key(0), (4, 4))
+    rest = {"b": {"kernel": kernel}, "c": {"kernel": kernel.T}}
+
+    def metric(p, x):
+        return jnp.mean((x @ p["b"]["kernel"]) ** 2) + 0 * p["c"]["kernel"].sum()
+
+    damage = [
+        analysis.layer_sensitivity(
+            metric, {"a": {"kernel": hole}, **rest}, [jnp.ones((8, 4))], [0.25]
+        ).damage()
+        for hole in (None, optax.MaskedNode())
+    ]
+    np.testing.assert_array_equal(*damage)
+    assert damage[0][0] != 0
 
 
 def test_a_prediction_of_sensitivity_is_compared_by_rank():

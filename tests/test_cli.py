@@ -1638,6 +1638,18 @@ def test_the_plot_holds_every_run(finished):
     assert list(layers["dense"]) == [100, 100, 100]
 
 
+def test_the_named_command_of_a_dense_run_gives_that_run(tmp_path):
+    """Its flags are read back as they were, also those that are True or False."""
+    values = {"method": "rigl", "nesterov": False, "epochs": 3, "drop_epochs": (1, 2)}
+    dense = configs.dense_of(configs.resolve(configs.TrainConfig(**values)))
+    flags = cli._flags_of_dense(dense)
+    assert "--no-nesterov" in flags.split()
+    runs = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert cli.main(["train", *flags.split(), *runs]) == 0
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert folder.name == configs.default_name(dense)
+
+
 def test_runs_are_named_by_all_that_tells_them_apart(finished):
     one = compare.read(of(finished, "sparse_momentum"))
 

@@ -11,7 +11,7 @@ from sparse_optax import checks
 from sparse_optax.analysis.ranks import RankCorrelation, rank_correlation
 from sparse_optax.budgets import count
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import PyTree, Where, layers_of
+from sparse_optax.layers import PyTree, Where, is_hole, layers_of
 from sparse_optax.selection import top_k_mask
 
 
@@ -109,7 +109,7 @@ def layer_sensitivity(
 
     @jax.jit
     def evaluate(params, masks, batch):
-        flat, structure = jax.tree.flatten(params)
+        flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         for place, mask in masks.items():
             flat[place] = jnp.where(mask, flat[place], 0)
         return metric(jax.tree.unflatten(structure, flat), batch)

@@ -484,8 +484,12 @@ def _flags_of_dense(wanted: configs.Resolved) -> str:
         value = getattr(wanted, field.name)
         if field.name in ("base", "budget") or value == getattr(plain, field.name):
             continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+            continue
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        flags.append(f"--{field.name.replace('_', '-')} {text}")
+        flags.append(f"--{name} {text}")
     return " ".join(flags)
 
 
