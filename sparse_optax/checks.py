@@ -196,8 +196,8 @@ def not_traced(argument: str, value: Any) -> None:
     if isinstance(value, Tracer):
         raise ArgumentError(
             f"`{argument}` is a traced value, {value!r}; it must be a number that is "
-            "known here. Give a Python number, or list the argument in `static_args` of "
-            "optax.inject_hyperparams."
+            "known here. Give a Python number, or list the argument in `static_args` "
+            "of optax.inject_hyperparams."
         )
 
 
