@@ -93,8 +93,8 @@ class CompactModel:
         """The parameters at full size again.
 
         Args:
-          params: Smaller parameters, also after training, or masks as ``cut`` gives
-            them.
+          params: Smaller parameters, also after training; with ``into`` also masks as
+            ``cut`` gives them.
           into: Where they are put: parameters, or a tree like them such as masks. None
             takes the parameters that were given to ``compact``.
 
@@ -594,7 +594,8 @@ def _cut_one(x: Any, box: Box) -> Any:
 @boundary("expand")
 def _expand(model: CompactModel, params: PyTree, into: PyTree | None) -> PyTree:
     source = model._source
-    leaves = _checked(model, params, holes=True)
+    # Masks go where masks are: at weights they would be ones and zeros among them.
+    leaves = _checked(model, params, holes=into is not None)
     dense, structure = source.leaves, source.structure
     if into is not None:
         dense, structure = _flat(source, into)
