@@ -4,6 +4,7 @@
     python benchmarks/bench_networks.py --json networks.json
     python benchmarks/bench_networks.py --models lenet-5-caffe --rounds 20
     python benchmarks/bench_networks.py --layers
+    python benchmarks/bench_networks.py --pixels
 
 One run measures both sides in turn, in short rounds: quote the ratios, of minima or of
 medians, not the milliseconds. A step is forward, backward, batch statistics, dropout
@@ -13,7 +14,8 @@ faster one. Without torch only this library's side is measured.
 
 ``--xla`` adds a row with XLA's own convolution and pooling in every layer. ``--layers``
 measures single 3 x 3 convolutions instead, XLA's own against im2col: these figures
-choose the form in ``sparse_optax.experiments.models.convolution``.
+choose the form in ``sparse_optax.experiments.models.convolution``. ``--pixels`` does so
+for kernels of one pixel, as ResNet-50 has them, XLA's own against a product.
 """
 
 import argparse
@@ -39,6 +41,15 @@ except ImportError:
     torch = None
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, DROPOUT = 0.01, 0.9, 5e-4, 0.3
+# Channels, outputs, image side and stride of kernels of one pixel; the batch is 16.
+PIXELS = (
+    (256, 64, 56, 1),
+    (256, 128, 56, 1),
+    (256, 512, 56, 2),
+    (128, 512, 28, 1),
+    (256, 1024, 14, 1),
+    (512, 2048, 7, 1),
+)
 # Channels and image side of single layers; the kernel is 3 x 3, the batch 128.
 LAYERS = ((512, 2), (512, 4), (256, 8), (128, 16), (64, 32), (32, 32), (64, 16))
 
@@ -244,11 +255,59 @@ def layers(rounds: int, batch: int = 128) -> dict[str, Any]:
     return results
 
 
+def pixels(rounds: int, batch: int = 16) -> dict[str, Any]:
+    """The table of kernels of one pixel: outputs, and the gradient for each operand."""
+    options: dict[str, Any] = {"padding": "SAME"}
+    options["dimension_numbers"] = ("NHWC", "HWIO", "NHWC")
+    forms = {"XLA": jax.lax.conv_general_dilated, "here": convolution.convolution}
+    results = {}
+    names = ("outputs", "for images", "for kernel")
+    print(f"{'':24}" + "".join(f"{name:>20}" for name in names) + " ms, XLA and here")
+    for channels, outputs, side, stride in PIXELS:
+        rng = np.random.default_rng(0)
+        images = jnp.asarray(
+            rng.standard_normal((batch, side, side, channels), np.float32)
+        )
+        kernel = jnp.asarray(
+            rng.standard_normal((1, 1, channels, outputs), np.float32) / channels
+        )
+        steps = {}
+        for form, apply in forms.items():
+
+            def forward(x, w, apply=apply, stride=stride):
+                return apply(x, w, (stride, stride), **options)
+
+            dy = jax.jit(forward)(images, kernel)
+            runs = (
+                lambda x, w, dy, f=forward: f(x, w),
+                lambda x, w, dy, f=forward: jax.vjp(lambda x: f(x, w), x)[1](dy),
+                lambda x, w, dy, f=forward: jax.vjp(lambda w: f(x, w), w)[1](dy),
+            )
+            for name, run in zip(names, map(jax.jit, runs), strict=True):
+
+                def call(run=run, given=(images, kernel, dy)):
+                    jax.block_until_ready(run(*given))
+
+                steps[form, name] = call
+        best = {key: min(values) for key, values in turns(steps, rounds).items()}
+        label = f"{channels} to {outputs}, {side} x {side}" + f" /{stride}" * (
+            stride > 1
+        )
+        results[label] = {f"{name}, {form}": best[form, name] for form, name in best}
+        line = "".join(
+            f"{1e3 * best['XLA', name]:12.1f} |{1e3 * best['here', name]:6.1f}"
+            for name in names
+        )
+        print(f"{label:24}{line}", flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--pixels", action="store_true")
     parser.add_argument("--xla", action="store_true")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
@@ -258,6 +317,8 @@ def main() -> None:
     print(versions, jax.devices())
     if args.layers:
         results = layers(args.rounds)
+    elif args.pixels:
+        results = pixels(args.rounds)
     else:
         results = networks(args.models, args.rounds, args.xla)
     if args.json:

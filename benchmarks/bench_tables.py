@@ -90,10 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=[*BATCHES])
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="in place of the recipe's")
     given = parser.parse_args()
     for name in given.models:
-        found = seconds(name, BATCHES[name], given.steps)
-        print(f'    "{name}": ({BATCHES[name]}, {found:.3g}),', flush=True)
+        batch = given.batch or BATCHES[name]
+        found = seconds(name, batch, given.steps)
+        print(f'    "{name}": ({batch}, {found:.3g}),', flush=True)
 
 
 if __name__ == "__main__":

@@ -45,17 +45,18 @@ Kernels of one pixel in batches of 16 on two cores, jax 0.10.2, XLA's own and a 
 ======================  ===========  ===========  ============
 channels and image      outputs      for images   for kernel
 ======================  ===========  ===========  ============
-256 to 64, 56 x 56      43.9 | 10.2  45.7 | 21.3   86.8 | 24.5
-256 to 128, 56 x 56     60.4 | 21.1  66.0 | 29.0  153.8 | 41.4
-256 to 512, 56 x 56 /2  24.2 | 22.3  50.0 | 31.5  228.7 | 36.2
-128 to 512, 28 x 28     18.6 |  8.6  19.5 |  8.5   40.5 | 17.7
-256 to 1024, 14 x 14     9.4 |  8.1  11.4 |  8.2   28.2 | 12.5
-512 to 2048, 7 x 7       9.6 |  8.0  11.3 |  8.0   17.9 |  9.9
+256 to 64, 56 x 56      44.2 |  9.2  45.0 | 22.2   92.3 | 23.5
+256 to 128, 56 x 56     60.0 | 17.4  62.9 | 31.2  177.0 | 39.4
+256 to 512, 56 x 56 /2  21.8 | 18.2  50.4 | 32.9  257.7 | 40.3
+128 to 512, 28 x 28     18.3 |  9.3  19.9 |  8.8   45.5 | 18.3
+256 to 1024, 14 x 14    10.0 |  9.0  12.0 |  8.1   30.1 | 13.9
+512 to 2048, 7 x 7      10.6 |  8.6  13.3 |  8.8   18.6 | 11.7
 ======================  ===========  ===========  ============
 
 Other forms were slower than XLA's own: im2col for the outputs and for the gradient for
 the images (1.3 to 10 times), and a matrix product for each pixel of the kernel.
-``python benchmarks/bench_networks.py --layers`` measures such a table.
+``python benchmarks/bench_networks.py --layers`` measures such a table, and ``--pixels``
+that of kernels of one pixel.
 
 Shapes use ``b`` for the batch, ``h`` and ``w`` for the image, ``c`` for channels.
 """
@@ -127,7 +128,7 @@ def convolution(
     precision = options.get("precision")
     dtype = options.get("preferred_element_type")
     if pixel:
-        return _pointwise(lhs, rhs, strides, pads, precision, dtype)
+        return im2col(lhs, rhs, pads, precision, dtype, strides)
     if lhs.shape[1] * lhs.shape[2] <= _SMALL:
         return im2col(lhs, rhs, pads, precision, dtype)
     if lhs.shape[3] <= _FEW:
@@ -137,34 +138,21 @@ def convolution(
     return _blocked(lhs, rhs, pads, precision, dtype)
 
 
-def _pointwise(x, kernel, strides, pads, precision, dtype):
-    """A convolution by one pixel: a product of the channels of every pixel it takes."""
-    if any(map(any, pads)):
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    if set(strides) != {1}:
-        x = lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
-    return lax.dot_general(
-        x,
-        kernel[0, 0],
-        (((3,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
-
-
 def im2col(
     x: jax.Array,
     kernel: jax.Array,
     pads: _Pads,
     precision: Any = None,
     dtype: Any = None,
+    strides: tuple[int, ...] = (1, 1),
 ) -> jax.Array:
-    """A convolution of stride 1 as one matrix product of all shifted images."""
+    """A convolution as one matrix product of all shifted images."""
     height, width, channels, outputs = kernel.shape
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1
+    down, along = strides
     shifted = [
-        padded[:, i : i + rows, j : j + columns]
+        padded[:, i : i + rows : down, j : j + columns : along]
         for i in range(height)
         for j in range(width)
     ]
