@@ -172,9 +172,9 @@ def number(
     if schedule and takes(value, "count"):
         return
     value = concrete(value, static=static)
-    if _is_scalar(value) and not static:
-        return
     if _is_scalar(value):
+        if not static:
+            return
         cure = _STATIC
     right = _is_real(value) and not isinstance(value, bool)
     if right and math.isfinite(value):
@@ -237,9 +237,9 @@ def whole(
 ) -> None:
     """Raises unless a value is an integer in a range, or traced."""
     value = concrete(value, static=static)
-    if _is_scalar(value) and not static:
-        return
     if _is_scalar(value):
+        if not static:
+            return
         cure = _STATIC
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not right or not least <= int(value) <= most:

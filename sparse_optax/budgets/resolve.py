@@ -79,7 +79,8 @@ def check_static(
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number of Python, NumPy or JAX that is not traced."""
-    return known(value) and not isinstance(concrete(value), bool)
+    value = concrete(value)
+    return known(value) and not isinstance(value, bool)
 
 
 def _are_counts(tree: Any) -> bool:

@@ -315,12 +315,6 @@ def resolve(config: TrainConfig) -> Resolved:
             "TrainConfig: both drop_steps and drop_epochs are given; give one of them."
         )
     method = recipes.METHODS[config.method]
-    if method.pooled and config.shares not in (None, method.shares):
-        raise ValueError(
-            f"TrainConfig: shares={config.shares!r} must be left out for "
-            f"method={config.method!r}, which ranks the weights of all layers at once "
-            "and shares nothing out. Leave it out."
-        )
     asked, config = config, _with_density(config)
     if config.method == "thin":
         config = dataclasses.replace(config, model=_thin_model(config))
@@ -351,10 +345,14 @@ def _refuse_unread(config, recipe) -> None:
     plain = {**_given(TrainConfig()), **recipe}
     whole = {**plain, **given}
     why: dict[str, str] = {}
+    method = f"method={config.method!r}, which"
     if config.method in ("dense", "thin"):
-        why["shares"] = f"method={config.method!r}, which shares nothing out"
+        why["shares"] = f"{method} shares nothing out"
+    if recipes.METHODS[config.method].pooled:
+        ranks = "ranks the weights of all layers at once and shares nothing out"
+        why["shares"] = f"{method} {ranks}"
     if config.method in recipes.ADAM:
-        reason = f"method={config.method!r}, which trains with Adam and without decay"
+        reason = f"{method} trains with Adam and without decay"
         why |= dict.fromkeys(recipes.OF_OPTIMIZERS, reason)
     elif whole["optimizer"] == "adamw":
         reason = "optimizer='adamw', which has decay rates of its own"

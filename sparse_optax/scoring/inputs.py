@@ -52,8 +52,9 @@ def taps(
     for i, name in enumerate(names):
         axes = {tap.axes for tap in found.get(i, ())}
         if len(axes) != 1 or i in facts.unseen:
-            what = "along several axes" if axes else "by no product of dense layers"
-            what = facts.unseen.get(i, what) if axes else what
+            what = "by no product of dense layers"
+            if axes:
+                what = facts.unseen.get(i, "along several axes")
             raise ArgumentError(
                 f"`forward` uses {name!r} {what}; it must multiply each layer by its "
                 "inputs, outside of loops. Leave the leaf out with where=lambda name, "
@@ -125,7 +126,7 @@ def _run(program: Program, values: Sequence[Any], facts: _Facts) -> list[Any]:
             _note(eqn, given, facts)
         facts.follow(eqn)
         body = eqn.body
-        if body is None or eqn.name == "scan":  # of a loop only the results are seen
+        if body is None or eqn.name in _LOOPS:  # only its results are seen
             results = eqn.call(*given)
         else:
             facts.hand_over(eqn.inputs, body.inputs)
