@@ -154,11 +154,11 @@ plt.show()
 
 # %%
 runs = {
-    name: train(TrainConfig(method=method, density=0.05), runs=None).record
-    for name, method in (
-        ("dense", "dense"),
-        ("sparse momentum", "sparse_momentum"),
-        ("GSM", "gsm"),
+    name: train(TrainConfig(method=method, density=density), runs=None).record
+    for name, method, density in (
+        ("dense", "dense", 1.0),
+        ("sparse momentum", "sparse_momentum", 0.05),
+        ("GSM", "gsm", 0.05),
     )
 }
 for name, record in runs.items():
