@@ -555,6 +555,26 @@ MOMENTA = {
         optax.adafactor(1e-3, min_dim_size_to_factor=4),
         lambda gs: _ema(gs, 0.9),
     ),
+    # The state of Adam with another meaning: the engine's average, wherever they stand.
+    "adamax": (optax.adamax(1e-3), lambda gs: _ema(gs, 0.9)),
+    "adopt": (
+        optax.chain(optax.clip(1e3), optax.contrib.adopt(1e-3)),
+        lambda gs: _ema(gs, 0.9),
+    ),
+    "masked adopt": (
+        optax.masked(optax.contrib.adopt(1e-3), _ALL),
+        lambda gs: _ema(gs, 0.9),
+    ),
+    "injected adamaxw": (
+        optax.inject_hyperparams(optax.adamaxw)(learning_rate=1e-3),
+        lambda gs: _ema(gs, 0.9),
+    ),
+    "partition of adopt": (
+        optax.partition(
+            {"a": optax.contrib.adopt(1e-3), "b": optax.contrib.adopt(1e-2)}, _LABELS
+        ),
+        lambda gs: _ema(gs, 0.9),
+    ),
     "muon": (optax.contrib.muon(1e-3), lambda gs: _ema(gs, 0.95)),
     "several kinds": (
         optax.partition({"a": SGD, "b": optax.adam(1e-3)}, _LABELS),
@@ -584,7 +604,7 @@ def _first_cycle(inner, momentum_of, *, shapes=SMALL, seed=8, **kwargs):
 @pytest.mark.parametrize("name", MOMENTA)
 def test_momentum_is_found(name):
     # Groups need a layer each; everything else is found as well in one.
-    grouped = name in ("partition", "several kinds")
+    grouped = name in ("partition", "several kinds", "partition of adopt")
     got, wanted = _first_cycle(*MOMENTA[name], shapes=SHAPES[1:] if grouped else SMALL)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(a, b)

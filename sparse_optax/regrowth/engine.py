@@ -177,7 +177,8 @@ def regrow(
       stacked: ``{name: axis}`` of leaves that stack layers: each slice is a layer.
       momentum: ``"auto"`` reads the momentum that ``inner`` keeps (trace, mu, or mu /
         (sqrt(nu) + 1e-8)), or keeps an average with decay 0.9 if there is none or
-        several kinds. A number in [0, 1) keeps an average with that decay.
+        several kinds, or if mu and nu are something else than Adam's (``adopt``,
+        ``adamax``). A number in [0, 1) keeps an average with that decay.
       reset_moments: ``"grown"`` gives the inner optimizer's moments of weights that
         have just grown the values of its ``init``; ``"none"`` leaves them. Entries
         without one number per weight stay.
@@ -308,7 +309,8 @@ def _init(method: Method, params: PyTree) -> RegrowState:
         check_alone(method.inner)
     own: Any = ()
     if method.inner is not None and "momentum" in method.needs:
-        if _found_momentum(method, inner_state, layers) is None:
+        found = _found_momentum(method, inner_state, layers)
+        if found is None or not momenta.means_what_adam_means(method.inner):
             own = layers.rebuild([jnp.zeros_like(x, _average_of(x)) for x in leaves])
     states = init_rules(rules, layers.view(leaves), layers.view(kept))
     return RegrowState(

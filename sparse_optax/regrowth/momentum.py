@@ -5,6 +5,9 @@ Adam family), ``mu`` alone (lion). A field holds a tree like the parameters, so 
 of an entry is the path of the field followed by that of a parameter.
 """
 
+import contextlib
+import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +19,12 @@ from sparse_optax.selection.leaf import wide as as_wide
 
 FIELDS = ("trace", "mu")
 EPSILON = 1e-8
+
+# Optax gives them the state of Adam, and its entries mean something else: adopt averages
+# gradients that are divided already, adamax keeps the largest one in place of a mean
+# square. Then mu / sqrt(nu) would be largest where the gradient is smallest, or depend
+# on its unit.
+_OTHERS = ("adopt", "adamax", "adamaxw")
 
 
 class Found(NamedTuple):
@@ -76,6 +85,36 @@ def find(
     first = [entries[0] for entries in found]
     kinds = {(f.field, f.second is None) for f in first}
     return first if len(kinds) <= 1 else None
+
+
+def means_what_adam_means(inner: Any) -> bool:
+    """Whether no part of an optimizer is one that uses the fields of Adam otherwise.
+
+    Only the functions of an optimizer tell its name; they are found through the
+    closures by which ``chain``, ``partition`` and the like hold their parts.
+    """
+    waiting, seen = [inner], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, (tuple, list)):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, functools.partial):
+            waiting += [part.func, part.args, part.keywords]
+        elif inspect.ismethod(part):
+            waiting += [part.__func__, vars(part.__self__)]
+        elif inspect.isfunction(part):
+            maker = part.__qualname__.split(".")[0].removeprefix("scale_by_")
+            if maker in _OTHERS and part.__module__.startswith("optax."):
+                return False
+            for cell in part.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a name without a value yet
+                    waiting.append(cell.cell_contents)
+    return True
 
 
 def _kinds(state: Any) -> set[tuple[str, bool]]:
