@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from sparse_optax.experiments import (
     checkpoints,
     cli,
     compare,
+    data,
     plots,
     progress,
     readme,
@@ -1579,6 +1581,16 @@ def test_names_of_methods_are_those_of_functions():
     assert not set(common) & set(recipes.METHODS)
 
 
+@pytest.mark.parametrize("dataset", data.NAMES)
+def test_methods_are_listed_for_every_data_set(dataset, capsys):
+    assert cli.main(["methods", "--dataset", dataset]) == 0
+    printed = capsys.readouterr().out
+    listed = {name for name in recipes.METHODS if f"\n{name} " in printed}
+    # There is no thin network for text.
+    without = {"thin"} if dataset == "topics" else set()
+    assert recipes.METHODS.keys() - listed == without
+
+
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
 def test_methods_are_listed_with_their_defaults(dataset, capsys):
     assert cli.main(["methods", "--dataset", dataset]) == 0
@@ -1756,6 +1768,47 @@ def test_what_cannot_be_compared(tmp_path, monkeypatch, capsys, words, message):
     assert cli.main(words) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_runs_that_have_not_finished_are_left_out(
+    finished, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "lock").touch()
+    assert cli.main([command, str(begun), str(of(finished, "dense"))]) == 0
+    assert "begun has not finished and is left out" in capsys.readouterr().err
+    assert cli.main([command, str(begun)]) == 1
+    assert (
+        "begun must be a record or the folder of a finished" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_run_folder_that_was_altered_is_not_shown(
+    finished, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(of(finished, "dense"), folder)
+    path = folder / "record.json"
+    changed = path.read_text().replace('"test_error": ', '"test_error": 1')
+    path.write_text(changed)
+    assert cli.main([command, str(folder)]) == 1
+    assert (
+        "record.json of a finished run is missing or damaged" in capsys.readouterr().err
+    )
+
+
+def test_cycles_that_were_left_out_are_told(capsys):
+    made = record()
+    cli._print_record(made, None, "")
+    assert "cycles left out" not in capsys.readouterr().out
+    made.results["skipped_cycles"] = 3
+    cli._print_record(made, None, "")
+    assert "cycles left out       3" in capsys.readouterr().out
 
 
 def test_a_report_is_one_page_that_needs_nothing_else(finished, tmp_path, capsys):

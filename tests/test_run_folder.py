@@ -4,12 +4,14 @@ The train loop is the real one; what it would compile is replaced by a few addit
 so that a run takes milliseconds and can be killed at every file operation.
 """
 
+import contextlib
 import dataclasses
 import errno
 import itertools
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -354,19 +356,59 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path, harm):
     assert epochs == [(s, n) for s in ("base", "magnitude") for n in (1, 2)]
 
 
-def test_nothing_starts_from_a_base_that_is_not_finite(tmp_path, monkeypatch):
-    def diverge(run, state):
-        return lambda state, key: (
-            (jax.tree.map(lambda x: x * np.nan, state[0]), *state[1:]),
-            jnp.float32(np.nan),
-        )
+@pytest.mark.parametrize("epochs", [3, EPOCHS], ids=["checkpoint", "finished"])
+def test_a_folder_that_was_given_the_name_of_another_run_is_refused(tmp_path, epochs):
+    def stop(progress):
+        if progress.epoch == epochs < EPOCHS:
+            raise Killed
 
+    runs, other = tmp_path / "runs", dataclasses.replace(RUN, seed=1)
+    mine, its = (configs.default_name(configs.resolve(run)) for run in (RUN, other))
+    with contextlib.suppress(Killed):
+        train.train(RUN, runs=runs, checkpoint_every=1, on_epoch=stop)
+    shutil.copytree(runs / mine, runs / its)
+    with pytest.raises(ValueError, match="--fresh") as caught:
+        command(tmp_path, other)
+    assert mine in str(caught.value)
+    _, trained = command(tmp_path, other, fresh=True)
+    assert len(trained) == EPOCHS
+
+
+def diverge(run, state):
+    """Epochs that end with weights which are not finite."""
+    del run, state
+    return lambda state, key: (
+        (jax.tree.map(lambda x: x * np.nan, state[0]), *state[1:]),
+        jnp.float32(np.nan),
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "flag"),
+    [
+        (RUN, "-dense-", "--learning-rate"),
+        (TWO, "-dense-", r"--base\.learning-rate"),
+    ],
+    ids=["run", "base"],
+)
+def test_a_run_that_diverges_is_an_error_and_leaves_nothing(
+    tmp_path, monkeypatch, run, name, flag
+):
     monkeypatch.setattr(train._Run, "_epoch_function", diverge)
-    with pytest.raises(
-        ValueError, match=r"not finite.*--base\.learning-rate"
-    ) as caught:
+    wanted = f"after epoch 1 of .*{name}.*not finite.*{flag}"
+    with pytest.raises(ValueError, match=wanted):
+        command(tmp_path, run)
+    assert not [path for path in tmp_path.rglob("*.*") if path.is_file()]
+
+
+def test_nothing_starts_from_a_finished_base_that_is_not_finite(tmp_path, monkeypatch):
+    with monkeypatch.context() as context:  # as a version left them that did not look
+        context.setattr(train._Run, "_epoch_function", diverge)
+        context.setattr(train, "_check_finite", lambda *_: None)
         command(tmp_path, TWO)
-    assert "-dense-" in str(caught.value)
+    other = dataclasses.replace(TWO, density=0.25)
+    with pytest.raises(ValueError, match=r"run .*-dense-.*not finite.*--fresh"):
+        command(tmp_path, other)
 
 
 # --- full disks -----------------------------------------------------------------------

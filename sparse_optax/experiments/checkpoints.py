@@ -1,10 +1,11 @@
 """The folder of one run: checkpoints while it goes, weights once it is finished.
 
 A checkpoint is one file, ``checkpoints/<epoch>.ckpt``: a line with the SHA-256 of all
-that follows, a line of JSON (the history; name, dtype and shape of every array) and the
-bytes of the arrays. It is written under another name and then moved, so that a kill
-leaves a whole file or none, and it is read only where its checksum is right. What a
-finished run leaves counts as finished once ``checksums.json`` names it.
+that follows, a line of JSON (the name of the run; the history; name, dtype and shape of
+every array) and the bytes of the arrays. It is written under another name and then
+moved, so that a kill leaves a whole file or none, and it is read only where its
+checksum is right. What a finished run leaves counts as finished once ``checksums.json``
+names it.
 """
 
 import contextlib
@@ -56,6 +57,30 @@ def is_finished(path: Path) -> bool:
     return (path / _CHECKSUMS).exists()
 
 
+def record_of(path: Path) -> records.Record:
+    """The record of a finished run, once all that it left has its checksum.
+
+    Args:
+      path: the folder of the run, which :func:`is_finished`.
+
+    Raises:
+      ValueError: where one of its files is damaged or missing.
+    """
+    file = path / _CHECKSUMS
+    try:
+        checksums = json.loads(file.read_bytes())
+        for name in _LEFT:
+            file = path / name
+            if checksums.get(name) != _checksum(file.read_bytes()):
+                raise ValueError("its checksum does not match")
+        return records.read(file)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"train: {file} of a finished run is missing or damaged ({error}). Train "
+            "it again with --fresh."
+        ) from error
+
+
 class RunFolder:
     """Where a run keeps what it needs to go on after a kill.
 
@@ -65,7 +90,7 @@ class RunFolder:
     ``record.json`` and their checksums.
 
     Args:
-      path: the folder, made where it is missing.
+      path: the folder, made where it is missing. Its name is that of the run.
       shared: another folder, which holds the checkpoints for several runs that train
         alike; they stay there when one of them has finished.
 
@@ -118,7 +143,7 @@ class RunFolder:
         Raises:
           ValueError: where it cannot be written; the older ones are unchanged.
         """
-        parts = _encode(state, history)
+        parts = _encode(state, history, self._training.name)
         self._checkpoints.mkdir(exist_ok=True)
         self._write(self._checkpoints / f"{epoch}{_SUFFIX}", parts)
         # Any that claims a later epoch was damaged: the run went on from before it.
@@ -145,7 +170,7 @@ class RunFolder:
         wrong = []
         for path in self._saved():
             try:
-                found, history = _decode(path.read_bytes(), state)
+                found, history = _decode(path.read_bytes(), state, self._training.name)
                 epoch = len(history["epochs"])
                 if epoch != int(path.stem):
                     raise ValueError(f"holds epoch {epoch}")
@@ -205,26 +230,20 @@ class RunFolder:
           params: parameters of the same structure.
 
         Raises:
-          ValueError: where one of the files is damaged or missing, or its weights are
-            those of another network.
+          ValueError: where one of the files is damaged or missing, its weights are
+            those of another network, or the folder has been given another run's name.
         """
         if not is_finished(self.path):
             return None
-        path = self.path / _CHECKSUMS
         # The checkpoints of a run that was killed while it deleted them.
         self._tidy()
-        try:
-            checksums = json.loads(path.read_bytes())
-            for name in _LEFT:
-                path = self.path / name
-                if checksums.get(name) != _checksum(path.read_bytes()):
-                    raise ValueError("its checksum does not match")
-            record = records.read(path)
-        except (OSError, ValueError, AttributeError) as error:
+        record = record_of(self.path)
+        if record.name != self.path.name:
             raise ValueError(
-                f"train: {path} of a finished run is missing or damaged ({error}). "
-                "Train it again with --fresh."
-            ) from error
+                f"train: {self.path} holds the finished run {record.name}, so it was "
+                "copied or renamed. Give it that name back, or train this run with "
+                "--fresh."
+            )
         try:
             weights = load_sparse(self.path / "weights.sparse", like=params).dense()
         except ValueError as error:
@@ -285,9 +304,9 @@ def _described(tree: Any) -> list[list[Any]]:
     return [[name, x.dtype.name, list(x.shape)] for name, x in _named(tree)]
 
 
-def _encode(state: Any, history: dict[str, Any]) -> list[bytes]:
+def _encode(state: Any, history: dict[str, Any], run: str) -> list[bytes]:
     """The parts of a checkpoint file."""
-    header = {"arrays": _described(state), "history": history}
+    header = {"run": run, "arrays": _described(state), "history": history}
     parts = [json.dumps(header).encode() + b"\n"]
     parts += [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     return [_checksum(*parts).encode() + b"\n", *parts]
@@ -301,13 +320,15 @@ def _checksum(*parts: bytes) -> str:
     return checksum.hexdigest()
 
 
-def _decode(whole: bytes, state: Any) -> tuple[Any, dict[str, Any]]:
+def _decode(whole: bytes, state: Any, run: str) -> tuple[Any, dict[str, Any]]:
     """State and history of the bytes of a file; ``state`` has the structure."""
     checksum, _, body = whole.partition(b"\n")
     if _checksum(body).encode() != checksum:
         raise ValueError("is damaged: its checksum does not match")
     line, _, data = body.partition(b"\n")
     header = json.loads(line)
+    if header.get("run", run) != run:
+        raise ValueError(f"is of another run, {header['run']}")
     if header["arrays"] != _described(state):
         raise ValueError("is of another version of the program: its arrays differ")
     leaves, start = [], 0

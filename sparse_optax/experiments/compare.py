@@ -1,13 +1,13 @@
 """Finished runs beside one another, and beside the dense network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import rich.box
 import rich.table
 
+from sparse_optax.experiments import checkpoints, records
 from sparse_optax.experiments import config as configs
-from sparse_optax.experiments import records
 from sparse_optax.experiments.records import Record
 
 # What a run folder and the results folders call a record of a dense run.
@@ -32,12 +32,12 @@ def read(path: str | Path) -> Record:
     """
     path = Path(path)
     file = path / "record.json" if path.is_dir() else path
-    if not file.is_file():
+    if not (checkpoints.is_finished(path) if path.is_dir() else path.is_file()):
         raise ValueError(
-            f"record: {path} must be a record or the folder of a finished run; there "
-            f"is no file {file}. Give results/<name>.json or runs/<name>."
+            f"record: {path} must be a record or the folder of a finished run. Give "
+            "results/<name>.json or runs/<name>."
         )
-    record = records.read(file)
+    record = checkpoints.record_of(path) if path.is_dir() else records.read(path)
     lacking = _lacking(record)
     if lacking:
         raise ValueError(
@@ -45,6 +45,38 @@ def read(path: str | Path) -> Record:
             "and run it again."
         )
     return record
+
+
+def read_all(
+    paths: Sequence[str | Path], note: Callable[[str], None]
+) -> list[tuple[Path, Record]]:
+    """Reads records, and leaves out the folders of runs that have not finished.
+
+    Args:
+      paths: as :func:`read` takes them.
+      note: gets one line for each that is left out.
+
+    Returns:
+      Paths and records.
+
+    Raises:
+      ValueError: as :func:`read`; also where every folder is left out.
+    """
+    found, out = [], []
+    for path in map(Path, paths):
+        if (
+            path.is_dir()
+            and (path / "lock").exists()
+            and not checkpoints.is_finished(path)
+        ):
+            out.append(path)
+        else:
+            found.append((path, read(path)))
+    if out and not found:
+        read(out[0])
+    for path in out:
+        note(f"{path} has not finished and is left out.")
+    return found
 
 
 def _lacking(record: Record) -> list[str]:

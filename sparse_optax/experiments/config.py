@@ -323,12 +323,14 @@ def resolve(config: TrainConfig) -> Resolved:
         **recipes.BY_METHOD[method.recipe][config.dataset],
         "shares": method.shares,
     }
+    plain = recipe.get("base")
+    recipe["base"] = _resolve_base(config, plain)
+    if not isinstance(asked, Resolved):
+        _refuse_unread(asked, recipe)
+        _refuse_late_drops(asked, recipe, plain)
     # Drops that are given replace the drops of the recipe, whatever their unit.
     if config.drop_steps is not None or config.drop_epochs is not None:
         recipe |= {"drop_steps": (), "drop_epochs": ()}
-    recipe["base"] = _resolve_base(config, recipe.get("base"))
-    if not isinstance(asked, Resolved):
-        _refuse_unread(asked, recipe)
     given = (
         _given(config)
         if config.method != "dense"
@@ -374,6 +376,22 @@ def _refuse_unread(config, recipe) -> None:
             "method='dense', which keeps all weights. Leave it out, or choose another "
             "method."
         )
+
+
+def _refuse_late_drops(config, recipe, base) -> None:
+    """Raises for drops of the learning rate that come after the last epoch."""
+    stages = {"": (config, recipe, config.epochs or recipe["epochs"])}
+    if recipe["base"].epochs:
+        stages["base."] = (config.base, base or {}, recipe["base"].epochs)
+    for name, (given, plain, epochs) in stages.items():
+        drops = given.drop_epochs or ()
+        # Those of the recipe stay where fewer epochs are given.
+        if drops not in ((), plain.get("drop_epochs")) and max(drops) >= epochs:
+            raise ValueError(
+                f"TrainConfig: {name}drop_epochs={drops!r} must be below "
+                f"{name}epochs={epochs}, or the rate never falls. Give earlier ones, "
+                "or more epochs."
+            )
 
 
 def _with_density(config):

@@ -191,8 +191,10 @@ def train(
     Raises:
       ValueError: for a value outside its range, for one that does not fit the model or
         the data set, and for a folder that cannot be written to, before training
-        starts; where a file cannot be written, with what is kept; for a file of
-        ImageNet that is no readable image, of those to train on in the first epoch.
+        starts; where a file cannot be written, with what is kept; where an epoch ends
+        with weights that are not finite; for a folder that holds another run; for a
+        file of ImageNet that is no readable image, of those to train on in the first
+        epoch.
       ImportError: for ImageNet without grain or Pillow.
       Busy: where another process trains the same run.
       Stopped: after Ctrl-C.
@@ -329,6 +331,8 @@ def _train(config: configs.Resolved, setting: _Setting, stage: str) -> Trained:
             folder.start_again()
         elif (done := folder.finished(joined(*start[1:]))) is not None:
             _check_files(done[1].results.get("files", {}), _files(dataset))
+            what = f"the finished run {done[1].name}"
+            _check_finite(done[0], what, "Train it again with --fresh.")
             return Trained(done[1], *parted(done[0]), None)
         return _train_stage(config, setting, stage, draw, start, keys, folder)
 
@@ -367,7 +371,6 @@ def _train_stage(config, setting, stage, draw, start, keys, folder) -> Trained:
         jax.eval_shape(rehearse, params)
         base = _train(earlier, setting, stage="base")
         params, stats = base.params, base.stats
-        _check_base(base)
     images = dataset.train_x, dataset.train_y
     setting.on_activity(Activity(stage, "preparing the method"))
     plan = _plan(config, setup(params, stats, images))
@@ -405,16 +408,16 @@ def _check_counts(config: configs.Resolved, params: Any) -> None:
             )
 
 
-def _check_base(base: Trained) -> None:
-    """Raises where the weights to start from are not finite."""
-    for leaf in jax.tree.leaves((base.params, base.stats)):
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(
-                f"train: the base {base.record.name} ended with weights that are not "
-                "finite; nothing can start from them. Give a lower learning rate with "
-                "--base.learning-rate (--learning-rate for method ticket), or train "
-                "it again with --fresh where its file was altered."
-            )
+@jax.jit
+def _finite(weights: Any) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(weights)]))
+
+
+def _check_finite(weights: Any, what: str, cure: str) -> None:
+    """Raises where weights are not finite: no epoch and no stage can mend them."""
+    if not _finite(weights):
+        raise ValueError(f"train: {what} has weights that are not finite. {cure}")
 
 
 @contextlib.contextmanager
@@ -566,6 +569,7 @@ class _Run(NamedTuple):
                     key = jax.random.fold_in(self.order_key, epoch)
                     state, loss = jax.block_until_ready(run_epoch(state, key))
                     seconds = time.perf_counter() - begin
+                    self._check_epoch(epoch + 1, state[:2])
                     counts, masks = _movement(masks, self._masks(state[2]))
                     metrics = {
                         "epoch": epoch + 1,
@@ -610,6 +614,15 @@ class _Run(NamedTuple):
 
     def _tell(self, text: str, *, brief: bool = False) -> None:
         self.setting.on_activity(Activity(self.stage, text, brief))
+
+    def _check_epoch(self, number: int, weights: Any) -> None:
+        """Raises where a run has diverged, before anything of it is kept."""
+        flag = "--learning-rate"
+        if self.stage == "base":
+            flag = "--base.learning-rate (--learning-rate for method ticket)"
+        name = configs.default_name(self.config)
+        what = f"after epoch {number} of {self.config.epochs} the run {name}"
+        _check_finite(weights, what, f"Give a lower learning rate with {flag}.")
 
     def _masks(self, opt_state: Any) -> Any:
         """The masks of the method, in arrays of their own; None where it has none."""
@@ -822,6 +835,8 @@ class _Run(NamedTuple):
             gap = sparse_optax.gsm_gap(params, self.config.density)
             trained = functools.partial(self._logits, stats)
             params = self.plan.cut(params, opt_state, trained)
+            what = f"after its cut the run {configs.default_name(self.config)}"
+            _check_finite(params, what, "Keep more weights, or choose another method.")
             after = evaluate(params, stats)
             results = {
                 **{name: after[name] for name in errors},

@@ -20,10 +20,10 @@ from sparse_optax.selection.leaf import wide as as_wide
 FIELDS = ("trace", "mu")
 EPSILON = 1e-8
 
-# Optax gives them the state of Adam, and its entries mean something else: adopt averages
-# gradients that are divided already, adamax keeps the largest one in place of a mean
-# square. Then mu / sqrt(nu) would be largest where the gradient is smallest, or depend
-# on its unit.
+# Optax gives them the state of Adam, and its entries mean something else: adopt
+# averages gradients that are divided already, adamax keeps the largest one in place of
+# a mean square. Then mu / sqrt(nu) would be largest where the gradient is smallest, or
+# depend on its unit.
 _OTHERS = ("adopt", "adamax", "adamaxw")
 
 
