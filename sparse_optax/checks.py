@@ -308,6 +308,13 @@ def two_axes(argument: str, value: Any) -> tuple[int, int]:
     return first, second
 
 
+def iterable(argument: str, value: Any, allowed: str, cure: str) -> None:
+    """Raises unless a value holds entries to go through: no number, text or dict."""
+    single = isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0
+    if single or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+        fail(argument, value, allowed, cure)
+
+
 def scalar(argument: str, value: Any) -> Any:
     """A value that a schedule gave; raises unless it is one number."""
     shape = getattr(value, "shape", ())

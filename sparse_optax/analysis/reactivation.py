@@ -1,13 +1,16 @@
 """How many weights a gate takes up again (the re-activation ratio of GSM)."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import PyTree
+from sparse_optax.masks.optimizer_state import named_masks
+from sparse_optax.masks.tree import mask_shape, unpack
 
 
 class Reactivation(NamedTuple):
@@ -33,13 +36,15 @@ def reactivation(masks: Iterable[PyTree]) -> Reactivation:
     tracked, or ``get_masks(opt_state)`` after each epoch. It holds two masks at a time.
 
     Args:
-      masks: An iterable of at least two mask trees of one structure, holes left out.
+      masks: An iterable of at least two mask trees, plain or packed, or of optimizer
+        states that hold masks. All have the same leaves, by name; holes are left out.
 
     Returns:
       A ``Reactivation``.
 
     Raises:
-      ValueError: If there are fewer than two masks, or one has another size.
+      ValueError: If there are fewer than two masks, one is no mask tree, or one has
+        other leaves or shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -53,18 +58,22 @@ def reactivation(masks: Iterable[PyTree]) -> Reactivation:
       Ding et al., `Global Sparse Momentum SGD for Pruning Very Deep Neural Networks
       <https://arxiv.org/abs/1909.12778>`_, 2019.
     """
-    before, ever, rows = None, None, []
+    allowed = "an iterable of mask trees, one for each step"
+    checks.iterable("masks", masks, allowed, "Pass a list of them.")
+    first, before, ever, rows = None, None, None, []
     for tree in masks:
-        leaves = [np.asarray(leaf, bool).ravel() for leaf in jax.tree.leaves(tree)]
-        now = np.concatenate(leaves) if leaves else np.zeros(0, bool)
+        named = named_masks(tree)
+        shapes = {name: mask_shape(mask) for name, mask in named.items()}
+        first = shapes if first is None else first
+        if shapes != first or not any(map(math.prod, shapes.values())):
+            raise ArgumentError(
+                f"`masks` holds masks of {first} and of {shapes}; all must be of the "
+                "same weights, one or more. Give those of one run."
+            )
+        now = np.concatenate([np.asarray(unpack(named[n])).ravel() for n in first])
         if before is None or ever is None:
             before, ever = now, now.copy()
             continue
-        if now.shape != before.shape or not now.size:
-            raise ArgumentError(
-                f"`masks` holds masks of {before.size} and of {now.size} weights; all "
-                "must be of the same weights, one or more. Give those of one run."
-            )
         fresh = now & ~before
         new = fresh & ~ever
         ever |= now
