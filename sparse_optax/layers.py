@@ -516,6 +516,16 @@ def check_some(layers: Layers, params: PyTree) -> None:
         )
 
 
+def check_values(names: Iterable[str], leaves: Iterable[Any]) -> None:
+    """Raises if a leaf has a shape and no values, which are needed."""
+    for name, x in zip(names, leaves, strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ArgumentError(
+                f"the leaf {name!r} of `params` is abstract; its values are needed. "
+                "Pass concrete arrays."
+            )
+
+
 def check_real(leaves: Iterable[Leaf], what: str) -> None:
     """Raises if one of the leaves is complex: ``what`` is not defined for it."""
     for leaf in leaves:

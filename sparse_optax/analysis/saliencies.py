@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_optax import checks
 from sparse_optax.analysis.ranks import correlation, mean_ranks
 from sparse_optax.checks import ArgumentError, boundary
-from sparse_optax.layers import PyTree, Where, check_real, layers_of
+from sparse_optax.layers import PyTree, Where, check_real, check_values, layers_of
 from sparse_optax.scoring import batches as over
 from sparse_optax.scoring.curvature import gauss_newton_diagonal, quadratic_saliency
 from sparse_optax.selection.leaf import wide as as_wide
@@ -63,8 +64,9 @@ def compare_saliencies(
       forward: ``forward(params, inputs)`` gives the logits of a batch, shape (n, C),
         each example's from its own inputs alone.
       params: The trained parameters.
-      batches: An iterable of ``(inputs, labels)`` whose first axis counts examples.
-        Gradients per example take the memory of the weights times the batch size.
+      batches: An iterable of ``(inputs, labels)`` whose first axis counts examples;
+        labels are integers below C. Gradients per example take the memory of the
+        weights times the batch size.
       where: Which leaves take part, see ``eligible``: by default kernels, and tables of
         embeddings only where it names them.
 
@@ -72,7 +74,8 @@ def compare_saliencies(
       A ``Saliencies``.
 
     Raises:
-      ValueError: If an argument does not fit, no batch comes, or a score is not finite.
+      ValueError: If an argument does not fit, no batch comes, a label is no class, or a
+        score is not finite.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -89,17 +92,24 @@ def compare_saliencies(
       Ding et al., 2019 (GSM); Theis et al., 2018 (Fisher pruning); LeCun, Denker and
       Solla, 1989 (optimal brain damage).
     """
+    if not checks.takes(forward, params, None):
+        cure = "Pass a function that gives logits."
+        checks.fail("forward", forward, "a function forward(params, inputs)", cure)
     layers = layers_of(params, where)
     check_real(layers.leaves, "its saliency")
-    parts = over.split(params, layers.index)
-    held = list(batches)
+    check_values(layers.names, layers.pick(params))
+    over.check_batches(batches)
+    parts, held = over.split(params, layers.index), list(batches)
+    if not held:
+        over.fail_empty()
 
     def logits(chosen, example):
         one = jax.tree.map(lambda x: x[None], example[0])
         z = forward(parts.rebuild(chosen), one)
-        if jnp.ndim(z) != 2 or z.shape[0] != 1:
+        shape = jax.tree.map(jnp.shape, z)
+        if not hasattr(z, "shape") or z.ndim != 2 or z.shape[0] != 1:
             raise ArgumentError(
-                f"`forward` gave an output of shape {jnp.shape(z)} for one example; it "
+                f"`forward` gave an output of shape {shape} for one example; it "
                 "must be (1, C), a row for each example. Pass such a function."
             )
         return z[0].astype(as_wide(z.dtype))
@@ -120,6 +130,16 @@ def compare_saliencies(
         )
         return [jnp.square(g) for g in gradient(chosen)]
 
+    def outputs(chosen, batch):
+        return jax.vmap(lambda example: logits(chosen, example))(batch)
+
+    for batch in held:
+        over.check_pair(batch)
+        over.check_examples(batch)
+    classes = jax.eval_shape(outputs, parts.chosen, held[0]).shape[-1]
+    for _, labels in held:
+        cure = "Give those of the logits, from 0."
+        over.checked_labels(labels, classes, cure)
     means = {
         "fisher": over.mean_over_examples(squares, parts.chosen, held),
         "optimal_brain_damage": over.mean_over_examples(curvature, parts.chosen, held),

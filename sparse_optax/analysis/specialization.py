@@ -1,6 +1,6 @@
 """Class specialization of channels (Figure 3 of sparse momentum)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary
+from sparse_optax.scoring import batches as over
 
 
 class Specialization(NamedTuple):
@@ -51,7 +52,7 @@ def channel_specialization(
     Args:
       activations: ``activations(inputs)`` gives the outputs of layers by name, shape
         (b, ..., c). It is compiled once for all batches of one shape.
-      batches: An iterable of ``(inputs, labels)``; labels are whole numbers below
+      batches: An iterable of ``(inputs, labels)``; labels are integers below
         ``classes``, shape (b,).
       classes: Number of classes, at least 1.
 
@@ -59,7 +60,8 @@ def channel_specialization(
       A ``Specialization``.
 
     Raises:
-      ValueError: If no batch comes, a label is not below ``classes``, or an argument
+      ValueError: If no batch comes, a label is not below ``classes``, there are not as
+        many labels as rows of activations, an activation is not finite, or an argument
         does not fit.
 
     Examples:
@@ -76,6 +78,10 @@ def channel_specialization(
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
     checks.whole("classes", classes, 1, cure="Give the number of classes.")
+    if not checks.takes(activations, None):
+        cure = "Pass lambda inputs: {'layer': ...}."
+        checks.fail("activations", activations, "a function activations(inputs)", cure)
+    over.check_batches(batches)
 
     @jax.jit
     def activity(inputs, labels):
@@ -83,25 +89,28 @@ def channel_specialization(
 
         def of(values):
             places = tuple(range(1, values.ndim - 1))
-            one = jnp.abs(values.astype(jnp.float32)).sum(places)
+            # A product, since it keeps complex numbers and counts True as 1.
+            one = jnp.abs(values * jnp.float32(1)).astype(jnp.float32).sum(places)
             return jnp.einsum("bk,bc->ck", member, one)
 
-        return {name: of(values) for name, values in activations(inputs).items()}
+        found = activations(inputs)
+        _check_activations(found, len(labels))
+        return {name: of(values) for name, values in found.items()}
 
     sums: dict[str, np.ndarray] = {}
-    for inputs, labels in batches:
-        numbers = np.asarray(labels)
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < classes):
-            raise ArgumentError(
-                f"`batches` holds labels from {int(numbers.min())} to "
-                f"{int(numbers.max())}; they must be from 0 to {classes - 1}. Give all "
-                "classes with `classes`."
-            )
-        for name, part in activity(inputs, labels).items():
+    for batch in batches:
+        over.check_pair(batch)
+        inputs, labels = batch
+        cure = "Give all classes with `classes`."
+        labels = over.checked_labels(labels, classes, cure)
+        found = activity(inputs, labels)
+        cure = "Check the batches, and the network: its training may have diverged."
+        over.check_finite(list(found.values()), found, cure, what="activations")
+        for name, part in found.items():
             # Sums over many batches are beyond the digits of float32.
             sums[name] = sums.get(name, 0.0) + np.asarray(part, np.float64)
     if not sums:
-        raise ArgumentError("`batches` is empty; give at least one batch.")
+        over.fail_empty()
     shares = {}
     for name, activity_of in sums.items():
         whole = activity_of.sum(1, keepdims=True)
@@ -109,3 +118,21 @@ def channel_specialization(
             activity_of, whole, out=np.full_like(activity_of, np.nan), where=whole > 0
         )
     return Specialization(shares, {name: s.max(1) for name, s in shares.items()})
+
+
+def _check_activations(found: Any, examples: int) -> None:
+    """Raises unless there are layers by name, with a row for each label."""
+    if not isinstance(found, Mapping) or not found:
+        raise ArgumentError(
+            f"`activations` returned {found!r}; it must return a dict of arrays by the "
+            "name of the layer, one or more. Return {'layer': values}."
+        )
+    for name, values in found.items():
+        shape = jax.tree.map(jnp.shape, values)
+        right = hasattr(values, "shape") and values.ndim > 1
+        if not right or shape[0] != examples:
+            raise ArgumentError(
+                f"`activations` gave shape {shape} for {name!r} and `batches` "
+                f"{examples} labels; it must be (b, ..., c) with b = {examples}, a row "
+                "for each label. Correct the one or the other."
+            )

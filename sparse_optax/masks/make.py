@@ -27,6 +27,7 @@ from sparse_optax.layers import (
     Layers,
     PyTree,
     Where,
+    check_values,
     layers_of,
     leaf_names,
     split_layers,
@@ -493,12 +494,7 @@ def nonzero_masks(params: PyTree, *, where: Where | None = None) -> PyTree:
     """
     layers = layers_of(params, where)
     leaves = layers.pick(params)
-    for name, x in zip(layers.names, leaves, strict=True):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            raise ArgumentError(
-                f"the leaf {name!r} of `params` is abstract; its zeros are not known. "
-                "Pass concrete arrays."
-            )
+    check_values(layers.names, leaves)
     arrays = map(jnp.asarray, leaves)
     return layers.rebuild(place(is_nonzero(x), x) for x in arrays)
 

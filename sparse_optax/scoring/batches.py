@@ -5,8 +5,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
+from sparse_optax import checks
 from sparse_optax.checks import ArgumentError
 from sparse_optax.layers import PyTree, is_hole
 from sparse_optax.selection.leaf import wide as as_wide
@@ -67,6 +69,7 @@ def check_batches(batches: Any) -> None:
             f"`batches` must be an iterable of batches; got one "
             f"{type(batches).__name__} of arrays. Pass [batch]."
         )
+    checks.iterable("batches", batches, "an iterable of batches", "Pass [batch].")
 
 
 def fail_empty() -> NoReturn:
@@ -91,13 +94,7 @@ def mean_over_examples(
     """Mean of a statistic of one example over all examples."""
 
     def summed(chosen, batch):
-        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
-        if len(lengths) != 1 or lengths == {()}:
-            found = [jnp.shape(x) for x in jax.tree.leaves(batch)]
-            raise ArgumentError(
-                f"a batch holds arrays of shapes {found}; their first axis "
-                "must count the same examples. Give each example one entry in each."
-            )
+        check_examples(batch)
         each = jax.vmap(lambda example: _widened(statistic(chosen, example)))(batch)
         return [jnp.sum(x, axis=0) for x in each]
 
@@ -107,6 +104,50 @@ def mean_over_examples(
 
 def _widened(values: Leaves) -> Leaves:
     return [x.astype(as_wide(x.dtype)) for x in values]
+
+
+def check_examples(batch: Any) -> None:
+    """Raises unless the first axis of all arrays of a batch counts its examples."""
+    found = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    lengths = {shape[:1] for shape in found}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ArgumentError(
+            f"a batch holds arrays of shapes {found}; their first axis "
+            "must count the same examples. Give each example one entry in each."
+        )
+
+
+def check_pair(batch: Any) -> None:
+    """Raises unless a batch has inputs and labels."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ArgumentError(
+            f"`batches` holds a {type(batch).__name__}{size}; each batch must be a "
+            "pair (inputs, labels). Pass [(inputs, labels)]."
+        )
+
+
+def checked_labels(labels: Any, classes: int, cure: str) -> np.ndarray:
+    """The labels of a batch on the host; raises unless each is the number of a class.
+    JAX would take those outside of the classes for others, or for none.
+    """
+    found = np.asarray(labels)
+    if found.ndim != 1:
+        raise ArgumentError(
+            f"`batches` holds labels of shape {found.shape}; they must be (b,), one "
+            "number for each example. Pass labels.argmax(-1) for rows of one-hot."
+        )
+    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ArgumentError(
+            f"`batches` holds labels of dtype {found.dtype}; they must be integers. "
+            "Pass labels.astype(int)."
+        )
+    if found.size and not (0 <= found.min() and found.max() < classes):
+        raise ArgumentError(
+            f"`batches` holds labels from {int(found.min())} to {int(found.max())}; "
+            f"they must be from 0 to {classes - 1}. {cure}"
+        )
+    return found
 
 
 def ones(inputs: Any) -> Any:
@@ -123,14 +164,16 @@ def ones(inputs: Any) -> Any:
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
 
 
-def check_scalar(shape: Any) -> None:
-    """Raises if a loss is no scalar."""
-    found = jax.tree.map(jnp.shape, shape)
-    if found != ():
-        raise ArgumentError(
-            f"`loss` must return one number; got an output of shape {found}. "
-            "Take the mean over the batch, and leave out auxiliary outputs."
-        )
+def check_scalar(value: Any, argument: str = "loss") -> None:
+    """Raises if what a function gave, such as a loss, is no real number."""
+    found = jax.tree.map(jnp.shape, value)
+    if found == () and not jnp.iscomplexobj(value):
+        return
+    what = "a complex number" if found == () else f"an output of shape {found}"
+    raise ArgumentError(
+        f"`{argument}` must return one real number; got {what}. Take the mean over the "
+        "batch, and leave out auxiliary outputs."
+    )
 
 
 def check_finite(
@@ -141,5 +184,5 @@ def check_finite(
         if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
             raise ArgumentError(
                 f"the {what} of {name!r} hold numbers that are not finite; "
-                f"a ranking needs finite ones. {cure}"
+                f"all must be finite. {cure}"
             )
