@@ -1,6 +1,6 @@
 """What pruning a layer costs: measured layer by layer, and predicted from one run."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ from sparse_optax import checks
 from sparse_optax.analysis.ranks import RankCorrelation, rank_correlation
 from sparse_optax.budgets import count
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import PyTree, Where, is_hole, layers_of
+from sparse_optax.layers import Layers, PyTree, Where, check_values, is_hole, layers_of
+from sparse_optax.masks.tree import whole_count
+from sparse_optax.scoring import batches as over
 from sparse_optax.selection import top_k_mask
 
 
@@ -40,14 +42,30 @@ class Sensitivity(NamedTuple):
 
         Args:
           predicted: A number for each layer, such as ``surviving_densities`` gives.
+
+        Raises:
+          ValueError: If a layer has no finite number, the metric was not finite, or
+            there is only one layer.
         """
+        cure = "Pass what surviving_densities gives."
+        if not isinstance(predicted, Mapping):
+            checks.fail("predicted", predicted, "a dict of numbers by layer", cure)
         missing = [name for name in self.names if name not in predicted]
         if missing:
             raise ArgumentError(
                 f"`predicted` has no number for {missing}; it must have one "
                 "for each layer. Give those too."
             )
-        return rank_correlation([predicted[name] for name in self.names], self.damage())
+        for name in self.names:
+            checks.number(f"predicted[{name!r}]", predicted[name], cure=cure)
+        damage = self.damage()
+        if len(damage) < 2 or not np.isfinite(damage).all():
+            raise ArgumentError(
+                f"the damage of {list(self.names)} is {damage.tolist()}; to compare "
+                "ranks there must be two finite numbers or more. Measure more layers, "
+                "at densities where the metric is finite: give others as `densities`."
+            )
+        return unnamed(rank_correlation)([predicted[n] for n in self.names], damage)
 
 
 @boundary("layer_sensitivity")
@@ -77,7 +95,8 @@ def layer_sensitivity(
       A ``Sensitivity``.
 
     Raises:
-      ValueError: If an argument does not fit, or no batch comes.
+      ValueError: If an argument does not fit, no batch comes, a weight is not finite,
+        or the metric is no scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -90,17 +109,26 @@ def layer_sensitivity(
       >>> found.dense, found.damage().tolist()
       (10.0, [2.0, 8.0])
     """
-    layers = layers_of(params, where)
-    shares = sorted({float(d) for d in densities}, reverse=True)
-    if not shares:
+    if not checks.takes(metric, params, None):
+        cure = "Pass a loss or an error."
+        checks.fail("metric", metric, "a function metric(params, batch)", cure)
+    allowed = "a sequence of numbers in (0, 1]"
+    checks.iterable("densities", densities, allowed, "Pass [0.5], for instance.")
+    given = list(densities)
+    if not given:
         raise ArgumentError("`densities` is empty; give at least one.")
-    for share in shares:
-        cure = "A density is the fraction of weights to keep: 0.05 keeps 5%."
+    for share in given:
+        cure = "A density is the fraction of weights to keep: give 0.05 to keep 5%."
+        checks.not_traced("densities", share)
         checks.number("densities", share, 0, 1, ends="(]", cure=cure)
+    shares = sorted(map(float, given), reverse=True)
+    shares = list(dict.fromkeys(shares))
+    over.check_batches(batches)
     held = list(batches)
     if not held:
-        raise ArgumentError("`batches` is empty; give at least one batch.")
-    weights = layers.pick(params)
+        over.fail_empty()
+    layers = layers_of(params, where)
+    weights = _finite_weights(layers, params)
 
     @jax.jit
     def kept(w, k):
@@ -112,7 +140,9 @@ def layer_sensitivity(
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
         for place, mask in masks.items():
             flat[place] = jnp.where(mask, flat[place], 0)
-        return metric(jax.tree.unflatten(structure, flat), batch)
+        value = metric(jax.tree.unflatten(structure, flat), batch)
+        over.check_scalar(value, "metric")
+        return value
 
     everything = {
         place: jnp.ones(w.shape, bool)
@@ -151,10 +181,10 @@ def surviving_densities(
       alive_above: Weights of larger magnitude count as alive, 0 or above.
 
     Returns:
-      The share of each layer in [0, 1], by name.
+      The share of each layer in [0, 1], by name; 1 for a layer without weights.
 
     Raises:
-      ValueError: If an argument does not fit.
+      ValueError: If an argument does not fit, or a weight is not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -170,6 +200,15 @@ def surviving_densities(
     checks.number("alive_above", alive_above, 0, cure="Leave it out for 1e-4.")
     layers = layers_of(params, where)
     return {
-        name: int(jnp.sum(jnp.abs(w) > alive_above, dtype=jnp.int32)) / w.size
-        for name, w in zip(layers.names, layers.pick(params), strict=True)
+        name: whole_count(jnp.abs(w) > alive_above) / w.size if w.size else 1.0
+        for name, w in zip(layers.names, _finite_weights(layers, params), strict=True)
     }
+
+
+def _finite_weights(layers: Layers, params: PyTree) -> tuple[Any, ...]:
+    """The leaves that take part; NaN would be the largest weight, or a pruned one."""
+    weights = layers.pick(params)
+    check_values(layers.names, weights)
+    cure = "Check `params`: the training may have diverged."
+    over.check_finite(list(weights), layers.names, cure, what="weights")
+    return weights
