@@ -87,6 +87,14 @@ def test_rank_correlations_that_say_little():
         analysis.rank_correlation([1, 2], [1, 2, 3])
     with refuses("rank_correlation", "y", "NaN", "finite"):
         analysis.rank_correlation([1, 2], [1, np.nan])
+    for values, kind in (
+        (np.array([1j, 2]), "complex128"),
+        (["1", "2"], "<U1"),
+        ([[1], [1, 2]], "list"),
+        ({"a": 1, "b": 2}, "dict"),
+    ):
+        with refuses("rank_correlation", "x", kind, "real numbers"):
+            analysis.rank_correlation(values, [1, 2])
 
 
 # --- specialization -------------------------------------------------------------------
@@ -132,6 +140,77 @@ def test_specialization_of_wrong_input():
         analysis.channel_specialization(lambda x: {"a": x}, [], 2)
     with refuses("channel_specialization", "classes", "0"):
         analysis.channel_specialization(lambda x: {"a": x}, [], 0)
+
+
+LABELS = [
+    # Labels of four examples of three classes, and what the message says.
+    (np.array([0, 1, 2, 3]), "from 0 to 3", "from 0 to 2"),
+    (np.array([0, -1, 2, 1]), "from -1 to 2", "from 0 to 2"),
+    (np.array([0.0, 1.0, 2.0, 1.0]), "float64", "integers"),
+    (np.array([True, False, True, True]), "bool", "integers"),
+    (np.array([[0], [1], [2], [1]]), r"\(4, 1\)", r"\(b,\)"),
+    (np.eye(4, 3), r"\(4, 3\)", r"\(b,\)"),
+]
+
+
+@pytest.mark.parametrize(("labels", "value", "allowed"), LABELS)
+def test_labels_that_are_no_classes(labels, value, allowed):
+    x = RNG.normal(size=(4, 5)).astype(np.float32)
+    with refuses("channel_specialization", "batches", value, allowed):
+        analysis.channel_specialization(lambda x: {"a": x}, [(x, labels)], 3)
+    with refuses("compare_saliencies", "batches", value, allowed):
+        analysis.compare_saliencies(forward, network(), [(x, labels)])
+
+
+@pytest.mark.parametrize(
+    ("batches", "value", "allowed"),
+    [
+        (3, "3", "an iterable of batches"),
+        (None, "None", "an iterable of batches"),
+        ((np.ones((2, 5)), np.arange(2)), "one tuple of arrays", "iterable"),
+        ([np.ones((2, 5))], "ndarray", r"\(inputs, labels\)"),
+        ([(np.ones((2, 5)), np.arange(2), 1)], "tuple of 3", r"\(inputs, labels\)"),
+    ],
+)
+def test_batches_that_are_none(batches, value, allowed):
+    with refuses("channel_specialization", "batches", value, allowed):
+        analysis.channel_specialization(lambda x: {"a": x}, batches, 3)
+    with refuses("compare_saliencies", "batches", value, allowed):
+        analysis.compare_saliencies(forward, network(), batches)
+    if "inputs" not in allowed:
+        with refuses("layer_sensitivity", "batches", value, allowed):
+            analysis.layer_sensitivity(loss, network(), batches)
+
+
+@pytest.mark.parametrize(
+    ("activations", "value", "allowed"),
+    [
+        (3, "3", r"activations\(inputs\)"),
+        (lambda x: x, "float32", "a dict of arrays"),
+        (lambda x: None, "None", "a dict of arrays"),
+        (lambda x: {}, "{}", "one or more"),
+        (lambda x: {"a": (x,)}, r"\(\(4, 5\),\) for 'a'", r"\(b, ..., c\)"),
+        (lambda x: {"a": x[:, 0]}, r"\(4,\) for 'a'", r"\(b, ..., c\)"),
+        (lambda x: {"a": x[:3]}, r"\(3, 5\) for 'a'.*4 labels", "a row for each"),
+        (lambda x: {"a": x / x[:1]}, "activations of 'a'", "finite"),
+    ],
+)
+def test_activations_that_are_none(activations, value, allowed):
+    x = np.ones((4, 5), np.float32)
+    x[0, 2] = 0
+    with refuses("channel_specialization", "activations", value, allowed):
+        analysis.channel_specialization(activations, [(x, np.arange(4))], 4)
+
+
+def test_specialization_of_complex_activations_is_of_their_size():
+    x = RNG.normal(size=(6, 5)).astype(np.float32)
+    found = [
+        analysis.channel_specialization(
+            lambda x, c=c: {"a": c * x}, [(x, np.arange(6) % 3)], 3
+        ).shares["a"]
+        for c in (1, 1j)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 # --- sensitivity ----------------------------------------------------------------------
@@ -198,6 +277,16 @@ def test_a_prediction_of_sensitivity_is_compared_by_rank():
     assert found.agreement(predicted).value == pytest.approx(0.8)
     with pytest.raises(ValueError, match=r"no number for \['d'\].*Give those too"):
         found.agreement({key: predicted[key] for key in "abc"})
+    for wrong, value in (([1, 2, 3, 4], "1, 2"), (0.5, "0.5")):
+        with refuses("agreement", "predicted", value, "a dict of numbers"):
+            found.agreement(wrong)
+    for wrong, value in ((np.nan, "nan"), (np.ones(2), "array"), ("x", "'x'")):
+        with refuses("agreement", "predicted['b']", value, "a finite number"):
+            found.agreement(predicted | {"b": wrong})
+    with refuses("agreement", "damage", r"\[nan, 5.0,", "finite"):
+        found._replace(values=values * [[np.nan], [1], [1], [1]]).agreement(predicted)
+    with refuses("agreement", "damage", r"\[0.5\]", "two"):
+        found._replace(names=("a",), values=values[:1]).agreement(predicted)
 
 
 def test_surviving_densities_are_a_budget():
@@ -226,12 +315,45 @@ def test_surviving_densities_are_a_budget():
         (dict(densities=(0.5, 0.0)), ("densities", "0.0")),
         (dict(densities=()), ("densities", "empty", "at least one")),
         (dict(batches=[]), ("batches", "empty", "at least one")),
+        (dict(densities=0.5), ("densities", "0.5", "a sequence of numbers")),
+        (dict(densities="0.5"), ("densities", "'0.5'", "a sequence of numbers")),
+        (dict(densities=None), ("densities", "None", "a sequence of numbers")),
+        (dict(densities=["a"]), ("densities", "'a'", "a number in")),
+        (dict(densities=[True]), ("densities", "True", "a number in")),
+        (dict(metric="loss"), ("metric", "'loss'", r"metric\(params, batch\)")),
+        (dict(metric=forward), ("metric", r"shape \(6, 3\)", "one real number")),
+        (
+            dict(metric=lambda p, b: (loss(p, b), 1)),
+            ("metric", r"\(\(\), \(\)\)", "one"),
+        ),
+        (dict(metric=lambda p, b: None), ("metric", "None", "one real number")),
+        (dict(metric=lambda p, b: 1j * loss(p, b)), ("metric", "complex", "one real")),
     ],
 )
 def test_sensitivity_of_wrong_input(options, words):
-    given = dict(batches=batches(1), densities=(0.5,)) | options
+    given = dict(metric=loss, batches=batches(1), densities=(0.5,)) | options
+    if given["metric"] is forward:
+        given["metric"] = lambda params, batch: forward(params, batch[0])
     with refuses("layer_sensitivity", *words):
-        analysis.layer_sensitivity(loss, network(), **given)
+        analysis.layer_sensitivity(params=network(), **given)
+
+
+def test_weights_without_a_value_are_neither_pruned_nor_kept():
+    kernel = jnp.ones((2, 2)).at[0, 1].set(jnp.nan)
+    for params, value, allowed in (
+        ({"a": {"kernel": kernel}}, "weights of 'a/kernel'", "must be finite"),
+        (jax.eval_shape(network), "leaf 'fc1/kernel'", "abstract"),
+    ):
+        with refuses("surviving_densities", "params", value, allowed):
+            analysis.surviving_densities(params)
+        with refuses("layer_sensitivity", "params", value, allowed):
+            analysis.layer_sensitivity(lambda p, b: 0.0, params, [1.0])
+    with refuses("compare_saliencies", "params", "leaf 'fc1/kernel'", "abstract"):
+        analysis.compare_saliencies(forward, params, batches(1))
+    found = analysis.surviving_densities(
+        {"v": jnp.ones((0, 3)), "w": jnp.zeros((2, 3))}
+    )
+    assert found == {"v": 1.0, "w": 0.0}
 
 
 # --- re-activation --------------------------------------------------------------------
@@ -268,8 +390,33 @@ def test_reactivation_is_what_the_gate_counts():
 def test_reactivation_of_wrong_input():
     with refuses("reactivation", "masks", "two"):
         analysis.reactivation([{"a": np.ones(3, bool)}])
-    with refuses("reactivation", "masks", "3 and of 4", "same weights"):
-        analysis.reactivation([{"a": np.ones(3, bool)}, {"a": np.ones(4, bool)}])
+    with refuses("reactivation", "masks", "None", "an iterable of mask trees"):
+        analysis.reactivation(None)
+    first = np.ones((2, 3), bool)
+    with refuses("reactivation", "masks", r"\(2, 3\).*\(3, 2\)", "same weights"):
+        analysis.reactivation([{"a": first}, {"a": first.T}])
+    with refuses("reactivation", "masks", "'a'.*'b'", "same weights"):
+        analysis.reactivation([{"a": first}, {"b": first}])
+    for other in (first.astype(float), first.astype(int)):
+        with refuses("reactivation", "masks", str(other.dtype), "must be bool"):
+            analysis.reactivation([{"a": other}, {"a": other}])
+    gate = sparse_optax.gsm_mask(0.3).init(network())
+    with refuses("reactivation", "masks", "int32", "must be bool"):
+        analysis.reactivation([gate, gate])
+
+
+def test_reactivation_reads_packed_masks_and_states():
+    masks = [{"a": jnp.asarray(RNG.random(size=(4, 5)) < 0.5)} for _ in range(3)]
+    wanted = analysis.reactivation(masks)
+    packed = [{"a": sparse_optax.masks.pack(m["a"])} for m in masks]
+    states = [
+        sparse_optax.static_sparse(optax.sgd(0.1), masks=m).init(
+            {"a": jnp.ones((4, 5))}
+        )
+        for m in masks
+    ]
+    for given in (packed, states):
+        np.testing.assert_array_equal(analysis.reactivation(given), wanted)
 
 
 # --- decay ----------------------------------------------------------------------------
@@ -298,6 +445,16 @@ def test_where_the_short_formula_does_not_hold():
     assert analysis.passive_decay_error(0.05, 0.99, 5e-3, 2000).error > 1
     with refuses("passive_decay_error", "momentum", "1"):
         analysis.passive_decay_error(0.1, 1.0, 0.1, 10)
+    with refuses("passive_decay_error", "learning_rate", "traced", "a number"):
+        jax.jit(lambda x: analysis.passive_decay_error(x, 0.9, 0.1, 10))(0.1)
+
+
+def test_the_short_formula_is_exact_for_scalars_of_jax():
+    plain = analysis.passive_decay_error(0.5, 0.875, 0.0625, 10)
+    scalars = (jnp.float32(x) for x in (0.5, 0.875, 0.0625))
+    found = analysis.passive_decay_error(*scalars, jnp.int32(10))
+    assert found == plain
+    assert all(isinstance(x, float) for x in found)
 
 
 # --- saliencies -----------------------------------------------------------------------
@@ -379,6 +536,9 @@ def test_saliencies_of_wrong_input():
         analysis.compare_saliencies(
             lambda params, x: forward(params, x).sum(1), network(), batches(1)
         )
+    for wrong, value in ((None, "None"), (lambda x: x, "lambda")):
+        with refuses("compare_saliencies", "forward", value, r"\(params, inputs\)"):
+            analysis.compare_saliencies(wrong, network(), batches(1))
 
 
 # --- speed ----------------------------------------------------------------------------

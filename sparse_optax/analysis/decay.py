@@ -64,7 +64,15 @@ def passive_decay_error(
     checks.number("learning_rate", learning_rate, 0, cure=cure)
     checks.number("momentum", momentum, 0, 1, ends="[)", cure=cure)
     checks.number("weight_decay", weight_decay, 0, cure=cure)
-    checks.updates("steps", steps, 1, cure=cure)
+    checks.updates("steps", steps, 1, traced=False, cure=cure)
+    rates = dict(
+        learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    for name, value in rates.items():
+        checks.not_traced(name, value)
+    # Scalars of JAX would be computed with in float32.
+    learning_rate, momentum, weight_decay = map(checks.concrete, rates.values())
+    steps = checks.concrete(steps)
     exact = unnamed(gsm_log_decay)(
         learning_rate, momentum, weight_decay, steps, nesterov=nesterov
     )

@@ -45,7 +45,8 @@ def rank_correlation(x: Sequence[float] | Any, y: Sequence[float] | Any):
       A ``RankCorrelation``.
 
     Raises:
-      ValueError: If the numbers are not as many, fewer than two, or not finite.
+      ValueError: If the numbers are not as many, fewer than two, not real, or not
+        finite.
 
     Examples:
       >>> from sparse_optax.analysis import rank_correlation
@@ -57,7 +58,7 @@ def rank_correlation(x: Sequence[float] | Any, y: Sequence[float] | Any):
       Fieller, Hartley and Pearson, `Tests for rank correlation coefficients
       <https://doi.org/10.1093/biomet/44.3-4.470>`_, 1957.
     """
-    x, y = (np.asarray(values, np.float64).ravel() for values in (x, y))
+    x, y = _numbers("x", x), _numbers("y", y)
     if len(x) != len(y) or len(x) < 2:
         raise ArgumentError(
             f"`x` has {len(x)} numbers and `y` {len(y)}; they must be as many, two or "
@@ -79,6 +80,21 @@ def rank_correlation(x: Sequence[float] | Any, y: Sequence[float] | Any):
             centre = math.atanh(value)
             low, high = math.tanh(centre - half), math.tanh(centre + half)
     return RankCorrelation(value, low, high, len(x))
+
+
+def _numbers(argument: str, values: Any) -> np.ndarray:
+    """Real numbers in one row; raises if they are none."""
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind not in "cSU":  # complex, and text that looks like numbers
+            return found.astype(np.float64).ravel()
+        kind = str(found.dtype)
+    except (TypeError, ValueError):
+        kind = type(values).__name__
+    raise ArgumentError(
+        f"`{argument}` must be an array or a list of real numbers; got {kind}. Pass "
+        "such numbers."
+    )
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
