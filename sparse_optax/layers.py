@@ -521,8 +521,8 @@ def check_values(names: Iterable[str], leaves: Iterable[Any]) -> None:
     for name, x in zip(names, leaves, strict=True):
         if isinstance(x, jax.ShapeDtypeStruct):
             raise ArgumentError(
-                f"the leaf {name!r} of `params` is abstract; its values are needed. "
-                "Pass concrete arrays."
+                f"the leaf {name!r} of `params` is abstract, a ShapeDtypeStruct; its "
+                "values are needed. Pass concrete arrays."
             )
 
 

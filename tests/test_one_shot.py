@@ -820,5 +820,67 @@ def test_wrong_arguments_of_tickets():
     with refuses("score_tickets", "candidates", "{}"):
         sparse_optax.score_tickets(lambda p, m: 0, PARAMS, {})
     both = {d: masks.magnitude_masks(PARAMS, d) for d in (0.2, 0.4)}
-    with refuses("score_tickets", "candidates", "7"):
+    dense = sum(PARAMS[name]["bias"].size for name in KERNELS)
+    kept = ", ".join(f"{d}: {dense + masks.count(m)}" for d, m in both.items())
+    with refuses("score_tickets", "candidates", kept, "as many"):
         sparse_optax.score_tickets(lambda p, m: 0, PARAMS, both)
+    with refuses("score_tickets", "score", "None", "parameters and masks"):
+        sparse_optax.score_tickets(None, PARAMS, {"a": both[0.2]})
+    for wrong, value in ((None, "None"), ({"fc9": jnp.ones(3, bool)}, "fc9")):
+        with refuses("score_tickets", "candidates['a']", value):
+            sparse_optax.score_tickets(lambda p, m: 0, PARAMS, {"a": wrong})
+    with refuses("rewind", "`masks`", "None", "a mask tree"):
+        sparse_optax.rewind(PARAMS, PARAMS, None)
+
+
+def test_tickets_with_masks_for_other_leaves_are_counted_as_a_whole():
+    """Five kept weights and a dense leaf are more than five kept weights."""
+    params = {"a": {"kernel": jnp.ones((3, 4))}, "b": {"kernel": jnp.ones((2, 3))}}
+    five = {"kernel": jnp.arange(12).reshape(3, 4) < 5}
+    four = {"kernel": jnp.arange(12).reshape(3, 4) < 4}
+    one = {"kernel": jnp.arange(6).reshape(2, 3) < 1}
+
+    def score(params, masks):
+        return sum(np.count_nonzero(x) for x in jax.tree.leaves(params))
+
+    unequal = {"a alone": {"a": five}, "both": {"a": four, "b": one}}
+    with refuses("score_tickets", "candidates", "'a alone': 11, 'both': 5", "as many"):
+        sparse_optax.score_tickets(score, params, unequal)
+    every = {"kernel": jnp.ones((2, 3), bool)}
+    state = sparse_optax.static_sparse(
+        optax.sgd(0.1), masks={"a": five, "b": every}
+    ).init(params)
+    equal = {"a alone": {"a": five}, "both": {"a": five, "b": every}, "state": state}
+    found = sparse_optax.score_tickets(score, params, equal)
+    assert found == {"a alone": 11, "both": 11, "state": 11}
+
+
+@pytest.mark.parametrize(
+    ("train", "value", "allowed"),
+    [
+        (lambda p: p, "lambda", "of parameters and masks"),
+        (lambda p, m: None, "NoneType", "those of `initial`"),
+        (lambda p, m: (p, 0.0), "tuple", "those of `initial`"),
+        (lambda p, m: jax.tree.leaves(p), "list", "those of `initial`"),
+        (lambda p, m: {"fc1": p["fc1"]}, "dict", "those of `initial`"),
+        (lambda p, m: jax.tree.map(jnp.transpose, p), "fc1/kernel", "as in `initial`"),
+        (lambda p, m: jax.tree.map(lambda x: 1, p), "fc1/kernel", "as in `initial`"),
+        (lambda p, m: jax.tree.map(lambda x: x / 0, p), "fc1/kernel", "finite"),
+    ],
+)
+def test_what_a_training_of_tickets_may_return(train, value, allowed):
+    with refuses("ticket_masks", "`train`", value, allowed):
+        sparse_optax.ticket_masks(train, PARAMS, 0.5, rounds=1)
+
+
+def test_rewinding_loses_no_imaginary_part_and_no_fraction():
+    mask = {"w": jnp.ones((2, 2), bool)}
+    real, early = {"w": jnp.ones((2, 2))}, {"w": 1j * jnp.ones((2, 2))}
+    with refuses("rewind", "initial", "complex64 for 'w'", "float32"):
+        sparse_optax.rewind(real, early, mask)
+    back = sparse_optax.rewind(early, real, mask)
+    np.testing.assert_array_equal(back["w"], np.ones((2, 2), np.complex64))
+    with refuses("rewind", "initial", "float32 for 'n'", "int32"):
+        sparse_optax.rewind(real | {"n": jnp.int32(3)}, real | {"n": 0.5}, mask)
+    keys = real | {"n": jax.random.key(0)}
+    assert sparse_optax.rewind(keys, keys, mask)["n"] == keys["n"]

@@ -2,7 +2,7 @@
 
 import functools
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -354,25 +354,37 @@ def sparsify(params: PyTree, masks_or_state: PyTree) -> PyTree:
       >>> sparse_optax.sparsify(params, mask)["w"].tolist()
       [[1.0, 0.0]]
     """
+    return sparsified(params, fitting_masks(params, masks_or_state, "masks_or_state"))
+
+
+def fitting_masks(params: PyTree, masks_or_state: Any, argument: str) -> dict[str, Any]:
+    """``kept_masks`` of some of the parameters; raises if one has no parameter."""
     if masks_or_state is None or isinstance(masks_or_state, str | numbers.Number):
         raise ArgumentError(
-            "`masks_or_state` must be a mask tree or an optimizer state; got "
+            f"`{argument}` must be a mask tree or an optimizer state; got "
             f"{masks_or_state!r}. Make masks, such as "
             "masks.magnitude_masks(params, 0.1), and pass them."
         )
-    by_name = kept_masks(masks_or_state, "masks_or_state")
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    result = []
-    for name, x in zip(leaf_names(params), flat, strict=True):
-        mask = by_name.pop(name, None)
-        if mask is None:
-            result.append(x)
-            continue
-        check_shapes([mask], [x], [name])
-        result.append(jnp.where(unpack(mask), x, jnp.zeros((), x.dtype)))
-    if by_name:
+    found = kept_masks(masks_or_state, argument)
+    flat = jax.tree.leaves(params, is_leaf=is_hole)
+    leaves = dict(zip(leaf_names(params), flat, strict=True))
+    if unknown := sorted(found.keys() - leaves.keys()):
         raise ArgumentError(
-            f"no parameter is named {sorted(by_name)}; the parameters are "
-            f"{leaf_names(params)}. Pass masks made for these parameters."
+            f"in `{argument}`, no parameter is named {unknown}; the parameters are "
+            f"{list(leaves)}. Pass masks made for these parameters."
         )
+    for name, mask in found.items():
+        check_shapes([mask], [leaves[name]], [name])
+    return found
+
+
+def sparsified(params: PyTree, masks: Mapping[str, Any]) -> PyTree:
+    """Parameters, with zeros for the weights that masks by name do not keep."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    result = [
+        jnp.where(unpack(masks[name]), x, jnp.zeros((), x.dtype))
+        if name in masks
+        else x
+        for name, x in zip(leaf_names(params), flat, strict=True)
+    ]
     return jax.tree.unflatten(structure, result)

@@ -1,5 +1,6 @@
 """Lottery tickets: rounds of magnitude pruning with rewinding (Frankle, 2019)."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import PyTree, Where, is_hole, leaf_names
+from sparse_optax.layers import Layers, PyTree, Where, is_hole, leaf_names
 from sparse_optax.masks.make import ranking
-from sparse_optax.masks.optimizer_state import sparsify
-from sparse_optax.masks.tree import count
+from sparse_optax.masks.optimizer_state import fitting_masks, sparsified
+from sparse_optax.masks.tree import count, mask_shape
 from sparse_optax.patterns import Pattern
+from sparse_optax.scoring.batches import check_finite
 from sparse_optax.scoring.rounds import in_rounds
 from sparse_optax.selection.leaf import wide as as_wide
 
@@ -35,7 +37,9 @@ def rewind(params: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
       Parameters in the type of ``params``, missing weights exactly zero.
 
     Raises:
-      ValueError: If a parameter or a mask has no counterpart of its name and shape.
+      ValueError: If a parameter or a mask has no counterpart of its name and shape, or
+        the type of ``params`` cannot hold a value: a real one none that is complex, and
+        an integer no fraction.
 
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
@@ -54,6 +58,7 @@ def rewind(params: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
     """
     flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
     values = jax.tree.leaves(initial, is_leaf=is_hole)
+    is_of = jnp.issubdtype
     early, back = dict(zip(leaf_names(initial), values, strict=True)), []
     for name, x in zip(leaf_names(params), flat, strict=True):
         if is_hole(x):
@@ -64,8 +69,17 @@ def rewind(params: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
                 f"`initial` has no {name!r} of shape {jnp.shape(x)}; it has "
                 f"{sorted(early)}. Pass earlier values of these parameters."
             )
-        back.append(jnp.asarray(early[name], jnp.asarray(x).dtype))
-    return unnamed(sparsify)(jax.tree.unflatten(structure, back), masks)
+        old, new = jnp.asarray(early[name]), jnp.asarray(x).dtype
+        kinds = jnp.complexfloating, jnp.inexact
+        if any(is_of(old.dtype, k) and not is_of(new, k) for k in kinds):
+            raise ArgumentError(
+                f"`initial` has dtype {old.dtype} for {name!r} and `params` {new}, "
+                "which must be able to hold it. Pass earlier values of these "
+                "parameters, or give `params` that type."
+            )
+        back.append(jnp.asarray(old, new))
+    kept = fitting_masks(params, masks, "masks")
+    return sparsified(jax.tree.unflatten(structure, back), kept)
 
 
 @boundary("ticket_masks")
@@ -107,7 +121,8 @@ def ticket_masks(
       A mask tree.
 
     Raises:
-      ValueError: If an argument does not fit.
+      ValueError: If an argument does not fit, or ``train`` returns another tree or
+        weights that are not finite.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sparse_optax
@@ -126,7 +141,7 @@ def ticket_masks(
     Differences from the paper: counts are exact; the output layer is pruned at the rate
     of the others, the paper's at half of it.
     """
-    if not callable(train):
+    if not checks.takes(train, initial, None):
         raise ArgumentError(
             f"`train` must be a function of parameters and masks; got {train!r}. Pass "
             "def train(params, masks): ..."
@@ -142,11 +157,34 @@ def ticket_masks(
         del r
         masks = wanted.layers.rebuild(kept)
         trained = train(unnamed(rewind)(initial, initial, masks), masks)
-        return [
-            jnp.abs(w).astype(as_wide(w.dtype)) for w in wanted.layers.pick(trained)
+        sizes = [
+            jnp.abs(w).astype(as_wide(w.dtype))
+            for w in _trained_leaves(wanted.layers, initial, trained)
         ]
+        cure = "Check `train`: it may have diverged."
+        check_finite(sizes, wanted.layers.names, cure, what="trained weights")
+        return sizes
 
     return in_rounds(wanted, weights, trained_sizes, int(rounds))
+
+
+def _trained_leaves(layers: Layers, initial: PyTree, trained: Any) -> tuple[Any, ...]:
+    """The leaves that take part of what ``train`` returned, checked."""
+    cure = "Give back the trained parameters alone."
+    wanted, found = leaf_names(initial), leaf_names(trained)
+    if found != wanted:
+        raise ArgumentError(
+            f"`train` returned {type(trained).__name__} with the leaves {found}; they "
+            f"must be those of `initial`, {wanted}. {cure}"
+        )
+    picked = layers.pick(trained)
+    for leaf, x in zip(layers.leaves, picked, strict=True):
+        if getattr(x, "shape", None) != leaf.shape:
+            raise ArgumentError(
+                f"`train` returned {leaf.name!r} of shape {jnp.shape(x)}; it must be "
+                f"{leaf.shape}, as in `initial`. {cure}"
+            )
+    return picked
 
 
 @boundary("score_tickets")
@@ -161,10 +199,10 @@ def score_tickets(
       score: ``score(params, masks)`` trains from given weights under given masks and
         returns what is compared, such as a validation error.
       initial: The initial weights, or those of an early step.
-      candidates: Masks by name: those of ``ticket_masks``, and others of as many
-        weights, such as ``random_masks_like(key, masks)``,
-        ``masks.magnitude_masks(trained, density)`` and ``masks.nonzero_masks`` of a
-        network that GSM has pruned.
+      candidates: Masks by name: those of ``ticket_masks``, and others that keep as
+        many weights of ``initial``, all of them in a leaf without a mask. Such are
+        ``random_masks_like(key, masks)``, ``masks.magnitude_masks(trained, density)``
+        and ``masks.nonzero_masks`` of a network that GSM has pruned.
 
     Returns:
       A dict with the score of each.
@@ -190,13 +228,28 @@ def score_tickets(
             f"`candidates` must be a dict of masks by name; got {candidates!r}. Pass "
             '{"ticket": masks, "random": random_masks_like(key, masks)}.'
         )
-    counts = {name: unnamed(count)(masks) for name, masks in candidates.items()}
+    if not checks.takes(score, initial, None):
+        cure = "Pass def score(params, masks): ..."
+        checks.fail("score", score, "a function of parameters and masks", cure)
+    counts = {
+        name: _kept_weights(initial, masks, f"candidates[{name!r}]")
+        for name, masks in candidates.items()
+    }
     if len(set(counts.values())) > 1:
         raise ArgumentError(
-            f"`candidates` keep {counts} weights; all must keep as many. Make them at "
-            "one density."
+            f"`candidates` keep {counts} weights of `initial`, leaves without a mask "
+            "included; all must keep as many. Make them at one density, for the same "
+            "leaves."
         )
     return {
         name: score(unnamed(rewind)(initial, initial, masks), masks)
         for name, masks in candidates.items()
     }
+
+
+def _kept_weights(initial: PyTree, masks: Any, argument: str) -> int:
+    """How many weights are not held at zero, in leaves with and without a mask."""
+    found = fitting_masks(initial, masks, argument)
+    masked = sum(math.prod(mask_shape(mask)) for mask in found.values())
+    whole = sum(jnp.size(x) for x in jax.tree.leaves(initial))
+    return whole - masked + unnamed(count)(found)
