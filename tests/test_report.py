@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import flax.nnx as nnx
 import hypothesis.strategies as st
@@ -908,3 +909,37 @@ def test_metrics_refuses():
         report.metrics(PARAMS, optax.sgd(0.1).init(PARAMS))
     with refuses("metrics", "`masks`", "no layers here"):
         report.metrics(PARAMS, masks={"x": jnp.ones((2, 2), bool)})
+
+
+def _other(change):
+    """Parameters whose kernels are changed, with the state of the first ones."""
+    params = jax.tree.map(lambda x: change(x) if x.ndim > 1 else x, PARAMS)
+    tx = sparse_optax.static_sparse(optax.sgd(0.1), density=0.5, key=0)
+    return params, tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("count", [report.metrics, report.summary])
+@pytest.mark.parametrize(
+    ("change", "value", "allowed"),
+    [
+        (jnp.transpose, "Dense_0/kernel", "must be equal"),
+        (lambda x: x[:1, :1], "Dense_0/kernel", "must be equal"),
+        (lambda x: x.astype(int), "int", "floating and complex"),
+        (lambda x: 1.0, "float", "an array"),
+        (lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), "abstract", "values"),
+    ],
+)
+def test_counts_of_other_parameters_than_the_state(count, change, value, allowed):
+    with refuses(count.__name__, "`params`" if value != "int" else "", value, allowed):
+        count(*_other(change))
+
+
+@pytest.mark.parametrize("wrong", ["x", None, 3, [1], {"a": 1}])
+def test_what_is_no_summary_is_refused(wrong):
+    value = re.escape(repr(wrong).strip("[]"))
+    with refuses("table", "summary", value, "a Summary, or a tuple of them"):
+        report.table(wrong)
+    with refuses("scalars", "summary", value, "a Summary"):
+        report.scalars(wrong)
+    with refuses("scalars", "summary", "Summary", "a Summary"):
+        report.scalars((report.summary(PARAMS),))

@@ -10,7 +10,13 @@ from sparse_optax.checks import ArgumentError, boundary
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.optimizer_state import kept_masks, named_masks, states_with
 from sparse_optax.masks.tree import is_nonzero, slice_counts
-from sparse_optax.report.summaries import array_of, by_name, counted_layers, front
+from sparse_optax.report.summaries import (
+    array_of,
+    by_name,
+    check_leaf,
+    counted_layers,
+    front,
+)
 
 # More than an int32 holds.
 _MANY = 2**31
@@ -90,9 +96,10 @@ def metrics(
     found: dict[str, Any] = {}
     totals: dict[str, list[Any]] = {}
     for leaf, x in zip(layers.leaves, layers.pick(params), strict=True):
+        mask = kept.get(leaf.name)
+        check_leaf(leaf, x, {} if mask is None else {"masks": mask})
         # An axis of layers in front, of one where the leaf does not stack any.
         view = front(x, leaf.axis) if leaf.axis is not None else x[None]
-        mask = kept.get(leaf.name)
         if mask is not None:
             mask = front(mask, leaf.axis)
             mask = mask if leaf.axis is not None else mask.reshape(view.shape)

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from sparse_optax import checks
+from sparse_optax.checks import boundary
+
 
 class Layer(NamedTuple):
     """One layer, or all of them. None stands for an unknown number.
@@ -124,6 +127,7 @@ _SHOWN: dict[str, Callable[[Layer], Any]] = {
 _SHARES = ("density", "churn", "explored")
 
 
+@boundary("scalars")
 def scalars(summary: Summary) -> dict[str, float]:
     """A summary as scalars, for any logger.
 
@@ -134,12 +138,16 @@ def scalars(summary: Summary) -> dict[str, float]:
       ``{"density/Dense_0/kernel": 0.05, ..., "density/total": 0.05}``: every known
       quantity, for each layer and in total.
 
+    Raises:
+      ValueError: If ``summary`` is something else, such as the tuple of an ensemble.
+
     Examples:
       >>> import jax.numpy as jnp, sparse_optax
       >>> made = sparse_optax.report.summary({"kernel": jnp.eye(2)})
       >>> sparse_optax.report.scalars(made)["density/kernel"]
       0.5
     """
+    _check_summaries([summary], "a Summary")
     rows = (*summary.layers, summary.total)
     found = {
         f"{quantity}/{layer.name}": float(value)
@@ -155,6 +163,7 @@ def scalars(summary: Summary) -> dict[str, float]:
     return found
 
 
+@boundary("table")
 def table(summary: Summary | Sequence[Summary]) -> str:
     """A summary as aligned plain text, one line per layer.
 
@@ -165,6 +174,9 @@ def table(summary: Summary | Sequence[Summary]) -> str:
       Text, with dashes for unknown numbers and without unknown columns; of several
       members one table after another.
 
+    Raises:
+      ValueError: If ``summary`` is something else.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from sparse_optax import report
@@ -174,9 +186,27 @@ def table(summary: Summary | Sequence[Summary]) -> str:
       total        80     2     2.5%     10           38
       10 bytes sparse, 320 dense; 0 parameters in dense leaves included.
     """
-    if not isinstance(summary, Summary):
-        parts = (f"member {i}\n{table(each)}" for i, each in enumerate(summary))
-        return "\n\n".join(parts)
+    if isinstance(summary, Summary):
+        return _table(summary)
+    allowed = "a Summary, or a tuple of them"
+    checks.iterable("summary", summary, allowed, _SUMMARY)
+    members = list(summary)
+    _check_summaries(members, allowed)
+    parts = (f"member {i}\n{_table(each)}" for i, each in enumerate(members))
+    return "\n\n".join(parts)
+
+
+_SUMMARY = "Pass report.summary(params, opt_state)."
+
+
+def _check_summaries(values: Sequence[Any], allowed: str) -> None:
+    for value in values:
+        if not isinstance(value, Summary):
+            checks.fail("summary", value, allowed, _SUMMARY)
+
+
+def _table(summary: Summary) -> str:
+    """The table of one network."""
     rows = (*summary.layers, summary.total)
     columns = [["layer", *(layer.name for layer in rows)]]
     for quantity, read in _SHOWN.items():

@@ -19,6 +19,7 @@ from sparse_optax.layers import (
     Leaf,
     PyTree,
     Where,
+    check_values,
     chosen_layers,
     is_hole,
     layers_of,
@@ -143,7 +144,7 @@ def _summary(
     operands = []
     for leaf, x in zip(layers.leaves, arrays, strict=True):
         found = {a: m[leaf.name] for a, m in given.items() if leaf.name in m}
-        _check_leaf(leaf, x, found)
+        check_leaf(leaf, x, found)
         operands.append((x, *(named.get(leaf.name) for named in given.values())))
     rows: list[Layer] = []
     stored = []
@@ -348,6 +349,12 @@ def counted_layers(
     flat, names = jax.tree.leaves(params, is_leaf=is_hole), leaf_names(params)
     chosen = [n in wanted and not is_hole(x) for n, x in zip(names, flat, strict=True)]
     _check_names("masks", wanted, [n for n, c in zip(names, chosen, strict=True) if c])
+    for name, x, choice in zip(names, flat, chosen, strict=True):
+        if choice and not hasattr(x, "shape"):
+            raise ArgumentError(
+                f"the leaf {name!r} of `params` is a {type(x).__name__}; it must be an "
+                "array. Pass the parameters that the masks or the state were made for."
+            )
     return chosen_layers(params, chosen, stacked)
 
 
@@ -360,13 +367,9 @@ def _check_names(argument: str, got: Collection[str], wanted: Collection[str]) -
         )
 
 
-def _check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any]) -> None:
-    """Raises unless a leaf is concrete and its masks fit."""
-    if not isinstance(x, jax.Array | np.ndarray) or isinstance(x, Tracer):
-        raise ArgumentError(
-            f"the leaf {leaf.name!r} of `params` is a {type(x).__name__}; counts come "
-            "back to the host. Call it outside jit, with concrete arrays."
-        )
+def check_leaf(leaf: Leaf, x: Any, masks: Mapping[str, Any]) -> None:
+    """Raises unless a leaf has values and its masks fit."""
+    check_values([leaf.name], [x])
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise ArgumentError(
             f"`masks` holds a mask for {leaf.name!r} of dtype {x.dtype}; only floating "
