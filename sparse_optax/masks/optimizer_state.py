@@ -1,6 +1,7 @@
 """Masks in optimizer states: reads, replaces and applies them."""
 
 import functools
+import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from sparse_optax.masks.tree import (
     unpack,
     whole_count,
 )
+from sparse_optax.masks.tree import count as count_masks
 
 
 def states_with(opt_state: PyTree, *fields: str) -> Iterator[Any]:
@@ -376,6 +378,14 @@ def fitting_masks(params: PyTree, masks_or_state: Any, argument: str) -> dict[st
     for name, mask in found.items():
         check_shapes([mask], [leaves[name]], [name])
     return found
+
+
+def count_kept(params: PyTree, masks_or_state: Any, argument: str) -> int:
+    """How many parameters are not held at zero, in leaves with and without a mask."""
+    found = fitting_masks(params, masks_or_state, argument)
+    masked = sum(math.prod(mask_shape(mask)) for mask in found.values())
+    whole = sum(jnp.size(x) for x in jax.tree.leaves(params))
+    return whole - masked + unnamed(count_masks)(found)
 
 
 def sparsified(params: PyTree, masks: Mapping[str, Any]) -> PyTree:

@@ -1,22 +1,15 @@
 """Lottery tickets: rounds of magnitude pruning with rewinding (Frankle, 2019)."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
-from sparse_optax.layers import Layers, PyTree, Where, is_hole, leaf_names
+from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import ranking
-from sparse_optax.masks.optimizer_state import fitting_masks, sparsified
-from sparse_optax.masks.tree import count, mask_shape
+from sparse_optax.masks.optimizer_state import count_kept, fitting_masks, sparsified
 from sparse_optax.patterns import Pattern
-from sparse_optax.scoring.batches import check_finite
-from sparse_optax.scoring.rounds import in_rounds
-from sparse_optax.selection.leaf import wide as as_wide
+from sparse_optax.scoring.rounds import in_rounds, set_back, sizes_after
 
 
 @boundary("rewind")
@@ -56,30 +49,8 @@ def rewind(params: PyTree, initial: PyTree, masks: PyTree) -> PyTree:
       `Stabilizing the Lottery Ticket Hypothesis
       <https://arxiv.org/abs/1903.01611>`_, 2019.
     """
-    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
-    values = jax.tree.leaves(initial, is_leaf=is_hole)
-    is_of = jnp.issubdtype
-    early, back = dict(zip(leaf_names(initial), values, strict=True)), []
-    for name, x in zip(leaf_names(params), flat, strict=True):
-        if is_hole(x):
-            back.append(x)
-            continue
-        if name not in early or jnp.shape(early[name]) != jnp.shape(x):
-            raise ArgumentError(
-                f"`initial` has no {name!r} of shape {jnp.shape(x)}; it has "
-                f"{sorted(early)}. Pass earlier values of these parameters."
-            )
-        old, new = jnp.asarray(early[name]), jnp.asarray(x).dtype
-        kinds = jnp.complexfloating, jnp.inexact
-        if any(is_of(old.dtype, k) and not is_of(new, k) for k in kinds):
-            raise ArgumentError(
-                f"`initial` has dtype {old.dtype} for {name!r} and `params` {new}, "
-                "which must be able to hold it. Pass earlier values of these "
-                "parameters, or give `params` that type."
-            )
-        back.append(jnp.asarray(old, new))
     kept = fitting_masks(params, masks, "masks")
-    return sparsified(jax.tree.unflatten(structure, back), kept)
+    return sparsified(set_back(params, initial), kept)
 
 
 @boundary("ticket_masks")
@@ -157,34 +128,9 @@ def ticket_masks(
         del r
         masks = wanted.layers.rebuild(kept)
         trained = train(unnamed(rewind)(initial, initial, masks), masks)
-        sizes = [
-            jnp.abs(w).astype(as_wide(w.dtype))
-            for w in _trained_leaves(wanted.layers, initial, trained)
-        ]
-        cure = "Check `train`: it may have diverged."
-        check_finite(sizes, wanted.layers.names, cure, what="trained weights")
-        return sizes
+        return sizes_after(trained, initial, wanted.layers)
 
     return in_rounds(wanted, weights, trained_sizes, int(rounds))
-
-
-def _trained_leaves(layers: Layers, initial: PyTree, trained: Any) -> tuple[Any, ...]:
-    """The leaves that take part of what ``train`` returned, checked."""
-    cure = "Give back the trained parameters alone."
-    wanted, found = leaf_names(initial), leaf_names(trained)
-    if found != wanted:
-        raise ArgumentError(
-            f"`train` returned {type(trained).__name__} with the leaves {found}; they "
-            f"must be those of `initial`, {wanted}. {cure}"
-        )
-    picked = layers.pick(trained)
-    for leaf, x in zip(layers.leaves, picked, strict=True):
-        if getattr(x, "shape", None) != leaf.shape:
-            raise ArgumentError(
-                f"`train` returned {leaf.name!r} of shape {jnp.shape(x)}; it must be "
-                f"{leaf.shape}, as in `initial`. {cure}"
-            )
-    return picked
 
 
 @boundary("score_tickets")
@@ -232,7 +178,7 @@ def score_tickets(
         cure = "Pass def score(params, masks): ..."
         checks.fail("score", score, "a function of parameters and masks", cure)
     counts = {
-        name: _kept_weights(initial, masks, f"candidates[{name!r}]")
+        name: count_kept(initial, masks, f"candidates[{name!r}]")
         for name, masks in candidates.items()
     }
     if len(set(counts.values())) > 1:
@@ -245,11 +191,3 @@ def score_tickets(
         name: score(unnamed(rewind)(initial, initial, masks), masks)
         for name, masks in candidates.items()
     }
-
-
-def _kept_weights(initial: PyTree, masks: Any, argument: str) -> int:
-    """How many weights are not held at zero, in leaves with and without a mask."""
-    found = fitting_masks(initial, masks, argument)
-    masked = sum(math.prod(mask_shape(mask)) for mask in found.values())
-    whole = sum(jnp.size(x) for x in jax.tree.leaves(initial))
-    return whole - masked + unnamed(count)(found)

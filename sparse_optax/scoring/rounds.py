@@ -1,15 +1,19 @@
-"""Pruning in rounds, with new scores in each."""
+"""Pruning in rounds, with new scores in each; trainings from earlier values."""
 
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_optax.layers import PyTree
+from sparse_optax.checks import ArgumentError
+from sparse_optax.layers import Layers, PyTree, is_hole, leaf_names
 from sparse_optax.masks.make import Ranking, highest
+from sparse_optax.scoring.batches import check_finite
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 def in_rounds(
@@ -31,6 +35,56 @@ def in_rounds(
         masks = highest(now, [(s,) for s in scores], within=kept)
         kept = list(wanted.layers.pick(masks))
     return masks
+
+
+def set_back(params: PyTree, initial: PyTree) -> PyTree:
+    """Earlier values, paired by name, in the types of ``params``."""
+    flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
+    values = jax.tree.leaves(initial, is_leaf=is_hole)
+    kinds = jnp.complexfloating, jnp.inexact
+    early, back = dict(zip(leaf_names(initial), values, strict=True)), []
+    for name, x in zip(leaf_names(params), flat, strict=True):
+        if is_hole(x):
+            back.append(x)
+            continue
+        if name not in early or jnp.shape(early[name]) != jnp.shape(x):
+            raise ArgumentError(
+                f"`initial` has no {name!r} of shape {jnp.shape(x)}; it has "
+                f"{sorted(early)}. Pass earlier values of these parameters."
+            )
+        old, new = jnp.asarray(early[name]), jnp.asarray(x).dtype
+        if any(
+            jnp.issubdtype(old.dtype, k) and not jnp.issubdtype(new, k) for k in kinds
+        ):
+            raise ArgumentError(
+                f"`initial` has dtype {old.dtype} for {name!r} and `params` {new}, "
+                "which must be able to hold it. Pass earlier values of these "
+                "parameters, or give `params` that type."
+            )
+        back.append(jnp.asarray(old, new))
+    return jax.tree.unflatten(structure, back)
+
+
+def sizes_after(trained: Any, initial: PyTree, layers: Layers) -> list[jax.Array]:
+    """The magnitudes of what a training from ``initial`` gave back, checked."""
+    cure = "Give back the trained parameters alone."
+    wanted, found = leaf_names(initial), leaf_names(trained)
+    if found != wanted:
+        raise ArgumentError(
+            f"`train` returned {type(trained).__name__} with the leaves {found}; they "
+            f"must be those of `initial`, {wanted}. {cure}"
+        )
+    weights = layers.pick(trained)
+    for leaf, x in zip(layers.leaves, weights, strict=True):
+        if getattr(x, "shape", None) != leaf.shape:
+            raise ArgumentError(
+                f"`train` returned {leaf.name!r} of shape {jnp.shape(x)}; it must be "
+                f"{leaf.shape}, as in `initial`. {cure}"
+            )
+    sizes = [jnp.abs(w).astype(as_wide(w.dtype)) for w in weights]
+    cure = "Check `train`: it may have diverged."
+    check_finite(sizes, layers.names, cure, what="trained weights")
+    return sizes
 
 
 def floor_power(whole: int, final: int, way: Fraction) -> int:
