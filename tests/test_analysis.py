@@ -321,13 +321,16 @@ def test_surviving_densities_are_a_budget():
         (dict(densities=["a"]), ("densities", "'a'", "a number in")),
         (dict(densities=[True]), ("densities", "True", "a number in")),
         (dict(metric="loss"), ("metric", "'loss'", r"metric\(params, batch\)")),
-        (dict(metric=forward), ("metric", r"shape \(6, 3\)", "one real number")),
+        (dict(metric=forward), ("metric", r"shape \(6, 3\)", "one number")),
         (
             dict(metric=lambda p, b: (loss(p, b), 1)),
             ("metric", r"\(\(\), \(\)\)", "one"),
         ),
-        (dict(metric=lambda p, b: None), ("metric", "None", "one real number")),
-        (dict(metric=lambda p, b: 1j * loss(p, b)), ("metric", "complex", "one real")),
+        (dict(metric=lambda p, b: None), ("metric", "None", "one number")),
+        (
+            dict(metric=lambda p, b: 1j * loss(p, b)),
+            ("metric", "complex", "one number"),
+        ),
     ],
 )
 def test_sensitivity_of_wrong_input(options, words):

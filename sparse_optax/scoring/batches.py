@@ -169,10 +169,10 @@ def check_scalar(value: Any, argument: str = "loss") -> None:
     found = jax.tree.map(jnp.shape, value)
     if found == () and not jnp.iscomplexobj(value):
         return
-    what = "a complex number" if found == () else f"an output of shape {found}"
+    what = "a complex one" if found == () else f"an output of shape {found}"
     raise ArgumentError(
-        f"`{argument}` must return one real number; got {what}. Take the mean over the "
-        "batch, and leave out auxiliary outputs."
+        f"`{argument}` must return one number; got {what}. Take the mean of real "
+        "numbers over the batch, and leave out auxiliary outputs."
     )
 
 
