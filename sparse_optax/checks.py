@@ -11,7 +11,7 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn, TypeVar
 
@@ -61,7 +61,8 @@ def boundary(name: str) -> Callable[[F], F]:
                 _refuse_unknown(name, sorted(unknown), list(parameters))
             made = guarded(*args, **kwargs)
             if isinstance(made, optax.GradientTransformation):
-                init, update = (_naming(name, part) for part in made)
+                init = _naming(name, made.init)
+                update = _naming(name, _knowing_its_state(init, made.update))
                 return type(made)(init, update)
             return made
 
@@ -92,6 +93,59 @@ def _naming(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
+
+
+def _knowing_its_state(
+    init: Callable[..., Any], update: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An ``update`` that says so if it fails because the state is not its own. Nothing
+    is compared as long as it does not fail.
+    """
+
+    @functools.wraps(update)
+    def call(updates, state, params=None, **extra_args):
+        try:
+            return update(updates, state, params, **extra_args)
+        except ArgumentError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if _is_of_another(state, init, params):
+                raise another_state(state) from error
+            raise
+
+    return call
+
+
+def _is_of_another(state: Any, init: Callable[..., Any], params: Any) -> bool:
+    """Whether a state has other parts than those that ``init`` makes, by name."""
+    try:
+        own = jax.eval_shape(init, params)
+    except Exception:  # the parameters do not fit either: the first error says more
+        return False
+    names, others = (
+        [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (own, state)
+    )
+    return names != others
+
+
+def key_name(key: Any) -> str:
+    """One key of a path as text: a dict key, an attribute or an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Normalised name of a leaf, such as "Dense_0/kernel", the same in every library.
+    A trailing ``value`` is dropped: ``flax.nnx`` gives variables to ``init`` and plain
+    arrays to ``update``, and their paths differ by that key.
+    """
+    keys = [key_name(key) for key in path]
+    if len(keys) > 1 and keys[-1] == "value":
+        keys = keys[:-1]
+    return "/".join(keys)
 
 
 def unnamed(function: F) -> F:
@@ -324,6 +378,28 @@ def scalar(argument: str, value: Any) -> Any:
     return value
 
 
+def first_value(
+    argument: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    ends: str = "[]",
+    cure: str,
+) -> None:
+    """Raises unless the first value of a schedule is in a range, or traced."""
+    if callable(value):
+        first = at_first(argument, value)
+        number(f"{argument}(0)", first, low, high, ends=ends, cure=cure)
+
+
+def at_first(argument: str, schedule: Callable[..., Any]) -> Any:
+    """The value of a schedule before the first update, a number unless it is traced."""
+    with jax.ensure_compile_time_eval():
+        first = schedule(jax.numpy.zeros([], jax.numpy.int32))
+        return concrete(scalar(argument, first))
+
+
 def choice(argument: str, value: Any, options: Iterable[str], *, cure: str) -> None:
     """Raises unless a value is one of a few strings."""
     options = tuple(options)
@@ -340,14 +416,24 @@ def transformation(argument: str, value: Any) -> None:
         fail(argument, value, "an optax.GradientTransformation", cure)
 
 
-def own_state(state: Any, field: str) -> None:
-    """Raises unless the state has the fields that ``init`` made."""
-    if not hasattr(state, field):
-        raise ArgumentError(
-            f"`state` is a {type(state).__name__}; it must be what init of the same "
-            "transformation returned. Call tx.update(grads, state, params) with state "
-            "= tx.init(params)."
-        )
+def own_state(state: Any, kind: Any, **parts: bool) -> None:
+    """Raises unless the state has the fields of ``kind``, a named tuple, and has or
+    lacks arrays in some of its ``parts``. Two methods may have the same.
+    """
+    if getattr(state, "_fields", None) != kind._fields:
+        raise another_state(state)
+    for name, there in parts.items():
+        if bool(jax.tree.leaves(getattr(state, name))) != there:
+            raise another_state(state, f" with{'out' if there else ''} `{name}`")
+
+
+def another_state(state: Any, what: str = "") -> ArgumentError:
+    """The error about a state that ``init`` did not make; ``what`` says why not."""
+    return ArgumentError(
+        f"`state` is a {type(state).__name__}{what}; it must be what init of the same "
+        "transformation returned. Call tx.update(grads, state, params) with state = "
+        "tx.init(params)."
+    )
 
 
 def needs_params(params: Any, why: str) -> None:

@@ -22,6 +22,7 @@ from sparse_optax.checks import (
     fail,
     flag,
     names_axes,
+    path_name,
     takes,
 )
 from sparse_optax.patterns import SINGLE, Pattern, check_explicit
@@ -80,25 +81,6 @@ def as_packed(node: Any) -> Any:
 def is_mask(node: Any) -> bool:
     """Whether a node of a mask tree is one leaf: a hole or a packed mask."""
     return is_hole(node) or is_packed(node)
-
-
-def key_name(key: Any) -> str:
-    """One key of a path as text: a dict key, an attribute or an index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Normalised name of a leaf, such as "Dense_0/kernel", the same in every library.
-    A trailing ``value`` is dropped: ``flax.nnx`` gives variables to ``init`` and plain
-    arrays to ``update``, and their paths differ by that key.
-    """
-    keys = [key_name(key) for key in path]
-    if len(keys) > 1 and keys[-1] == "value":
-        keys = keys[:-1]
-    return "/".join(keys)
 
 
 def leaf_names(tree: PyTree) -> list[str]:

@@ -297,6 +297,7 @@ def test_update_with_params_of_another_shape():
 
 def test_gsm_gradient_of_another_shape():
     tx, other = gsm_mask(0.5), network(((4, 3), (5, 3)))
+    other["Dense_1"]["bias"] = PARAMS["Dense_1"]["bias"]
     with refuses("gsm_mask", "Dense_1/kernel", r"\(5, 3\)", r"\(3, 5\)"):
         tx.update(other, tx.init(PARAMS), PARAMS)
 
@@ -893,30 +894,90 @@ TWO = {"a": {"kernel": jnp.ones((8, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
 MOVING = {"density": 0.5, "update_period": 2, "update_stop": 9, "key": 0}
 
 
-def two_transformations():
-    return {
-        "rigl": sparse_optax.rigl(optax.sgd(0.1), **MOVING),
-        "gsm_mask": sparse_optax.gsm_mask(0.5),
-    }
+STEPPED = {
+    "rigl": lambda inner: sparse_optax.rigl(inner, **MOVING),
+    "static_sparse": lambda inner: sparse_optax.static_sparse(
+        inner, density=0.5, key=0
+    ),
+    "top_kast": lambda inner: sparse_optax.top_kast(
+        inner, density=0.25, backward_density=0.5
+    ),
+    "granet": lambda inner: sparse_optax.granet(inner, **MOVING),
+    "dynamic_sparse": lambda inner: sparse_optax.dynamic_sparse(inner, **MOVING),
+    "long_average_regrow": lambda inner: sparse_optax.long_average_regrow(
+        inner, **MOVING
+    ),
+    "learning_compression": lambda inner: sparse_optax.learning_compression(
+        inner, density=0.5, update_period=2, update_stop=9
+    ),
+    "ham": lambda inner: sparse_optax.ham(inner, 0.1),
+    "l0_regularization": lambda inner: sparse_optax.l0_regularization(
+        inner, examples=9, strength=0.1, key=0
+    ),
+    "sparse_variational_dropout": lambda inner: sparse_optax.sparse_variational_dropout(
+        inner, examples=9, key=0
+    ),
+    "soft_weight_sharing": lambda _: sparse_optax.soft_weight_sharing(examples=9),
+    "proximal_group_lasso": lambda _: sparse_optax.proximal_group_lasso(0.1, 0.1),
+    "add_l1_decay": lambda _: sparse_optax.add_l1_decay(lambda count: 0.1),
+    "gsm_mask": lambda _: sparse_optax.gsm_mask(0.5),
+    "gsm": lambda _: sparse_optax.gsm(0.1, 0.5),
+}
 
 
-@pytest.mark.parametrize("name", ["rigl", "gsm_mask"])
+@pytest.mark.parametrize("name", STEPPED)
 def test_a_gradient_that_does_not_fit_is_named_as_such(name):
-    tx = two_transformations()[name]
-    state = tx.init(TWO)
-    turned = {**TWO, "a": {"kernel": jnp.ones((4, 8))}}
-    with pytest.raises(ValueError, match=rf"{name}: the gradient of 'a/kernel' .*4, 8"):
-        tx.update(turned, state, TWO)
-    with pytest.raises(ValueError, match=rf"{name}: the gradient has 1 leaves"):
-        tx.update({"a": TWO["a"]}, state, TWO)
+    params = {"a": TWO["a"], "b": {"bias": jnp.ones(2)}}
+    tx = STEPPED[name](optax.sgd(0.1))
+    state = tx.init(params)
+    for leaf, wrong in (
+        ("a/kernel", {"a": {"kernel": jnp.ones((4, 8))}}),
+        ("a/kernel", {"a": {"kernel": jnp.ones((1, 4))}}),  # it would be spread
+        ("b/bias", {"b": {"bias": jnp.ones(5)}}),
+    ):
+        with refuses(name, f"the gradient of '{leaf}' has shape", "", "must be equal"):
+            tx.update(params | wrong, state, params)
+    with refuses(name, "the gradient has 1 leaves", "", "must be equal"):
+        tx.update({"a": TWO["a"]}, state, params)
 
 
-@pytest.mark.parametrize("name", ["rigl", "gsm_mask"])
+def test_a_gradient_of_none_is_left_out():
+    tx = sparse_optax.add_l1_decay(0.1)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3), "c": None}
+    grads = {"a": jnp.ones(2), "b": None, "c": None}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"], 1.1)
+    assert updates["b"] is None
+
+
+@pytest.mark.parametrize("name", STEPPED)
 def test_the_state_of_another_transformation_is_named(name):
-    tx = two_transformations()[name]
-    for state in (optax.sgd(0.1).init(TWO), (tx.init(TWO),), TWO):
-        with pytest.raises(ValueError, match=rf"{name}: `state` is a \w+; .* init"):
+    """Of another optimizer, of another method, and with another optimizer inside."""
+    alike = {"rigl": {"static_sparse"}, "static_sparse": {"rigl"}}
+    tx = STEPPED[name](optax.sgd(0.1))
+    others = {
+        other: make(optax.sgd(0.1)).init(TWO)
+        for other, make in STEPPED.items()
+        if other != name and other not in alike.get(name, ())
+    }
+    inside = STEPPED[name](optax.adam(0.1)).init(TWO)
+    if jax.tree.structure(inside) != jax.tree.structure(tx.init(TWO)):
+        tx, others["inside"] = STEPPED[name](optax.adam(0.1)), tx.init(TWO)
+    others |= {"sgd": optax.sgd(0.1).init(TWO), "chain": (tx.init(TWO),), "params": TWO}
+    for other, state in {**others, "none": None}.items():
+        with refuses(name, "`state` is a", "", "what init of the same") as caught:
             tx.update(TWO, state, TWO)
+        assert "tx.init(params)" in str(caught.value), other
+
+
+def test_an_error_of_the_users_own_is_not_about_the_state():
+    def broken(updates, state, params=None):
+        raise KeyError("mine")
+
+    inner = optax.GradientTransformation(lambda params: (), broken)
+    tx = sparse_optax.rigl(inner, **MOVING)
+    with pytest.raises(KeyError, match="mine"):
+        tx.update(TWO, tx.init(TWO), TWO)
 
 
 def test_two_methods_of_one_layer_are_refused():

@@ -29,7 +29,6 @@ from sparse_optax.layers import (
     eligible,
     is_hole,
     layers_of,
-    leaf_names,
 )
 from sparse_optax.masks.tree import check_gradient, unpack
 from sparse_optax.patterns import SINGLE, Pattern, pattern_of
@@ -191,8 +190,10 @@ def _gate(gate: _Gate) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.needs_params(params, "the saliency |g * w| needs the weights")
-        checks.own_state(state, "gsm_passed")
+        checks.own_state(state, GsmState)
         layers = _layers_of_state(state, updates, params, gate)
+        if layers.index:
+            checks.own_state(state, GsmState, gsm_active=gate.stores)
         count = jnp.asarray(optax.safe_increment(state.count))
         if not layers.index:
             return updates, state._replace(count=count)
@@ -226,14 +227,14 @@ def _layers_of_state(
 ) -> Layers:
     """The layers that ``init`` chose, after a check of gradients and parameters."""
     old, structure = jax.tree.flatten(state.gsm_passed, is_leaf=is_hole)
-    flat, gradient = (jax.tree.leaves(x, is_leaf=is_hole) for x in (params, updates))
+    flat = jax.tree.leaves(params, is_leaf=is_hole)
     if len(old) != len(flat):
         raise ArgumentError(
             f"init saw {len(old)} leaves and `params` has {len(flat)}; the structures "
             "must be equal. Pass the tree that init was called with."
         )
     chosen = [not is_hole(x) for x in old]
-    check_gradient(gradient, flat, leaf_names(params), chosen)
+    check_gradient(updates, params)
     return chosen_layers(params, chosen, gate.stacked, gate.pattern, structure)
 
 

@@ -233,19 +233,17 @@ def check_shapes(
             )
 
 
-def check_gradient(
-    gradient: Sequence[Any], params: Sequence[Any], names: Sequence[str], among: Any
-) -> None:
-    """Raises unless the gradient has the leaves of the parameters, and the shapes of
-    those ``among`` them that take part.
-    """
-    if len(gradient) != len(params):
+def check_gradient(updates: PyTree, params: PyTree) -> None:
+    """Raises unless the gradient has the leaves of the parameters, and their shapes."""
+    gradient, flat = (jax.tree.leaves(x, is_leaf=is_hole) for x in (updates, params))
+    if len(gradient) != len(flat):
         raise ArgumentError(
-            f"the gradient has {len(gradient)} leaves and `params` {len(params)}; the "
+            f"the gradient has {len(gradient)} leaves and `params` {len(flat)}; the "
             "structures must be equal. Pass gradients of these parameters."
         )
-    for g, x, name, takes in zip(gradient, params, names, among, strict=True):
-        if takes and jnp.shape(g) != jnp.shape(x):
+    for g, x, name in zip(gradient, flat, leaf_names(params), strict=True):
+        arrays = hasattr(g, "shape") and hasattr(x, "shape")
+        if arrays and jnp.shape(g) != jnp.shape(x):
             raise ArgumentError(
                 f"the gradient of {name!r} has shape {jnp.shape(g)} and `params` "
                 f"{jnp.shape(x)}; they must be equal. Pass gradients of these "

@@ -22,7 +22,6 @@ from sparse_optax.layers import (
     flat_counts,
     is_hole,
     is_mask,
-    leaf_names,
 )
 from sparse_optax.masks.make import Key, as_key
 from sparse_optax.masks.tree import check_gradient, layers_of_masks, pack, unpack
@@ -40,7 +39,13 @@ from sparse_optax.regrowth.frozen import (
     unchanged,
 )
 from sparse_optax.regrowth.restart import Restart, check_alone, restart_of
-from sparse_optax.regrowth.rules import Evidence, Rule, map_weights, tally_layers
+from sparse_optax.regrowth.rules import (
+    Evidence,
+    Rule,
+    map_weights,
+    nothing,
+    tally_layers,
+)
 from sparse_optax.regrowth.start import (
     Method,
     check,
@@ -388,16 +393,14 @@ def _update(
 ) -> tuple[PyTree, RegrowState]:
     """One step: perhaps a cycle, then the inner update, then exact zeros."""
     checks.needs_params(params, "the update of a missing weight is minus the weight")
-    checks.own_state(state, "regrow_masks")
+    checks.own_state(state, RegrowState)
     extra = dict(extra)
     between = _between(method, extra.pop("regrow_between", None))
     # Without a cycle weights may be cut to a smaller tree, which fits no pattern.
     how = (None, SINGLE) if between else (method.stacked, method.pattern)
     layers = layers_of_masks(state.regrow_masks, params, *how)
-    gradient = jax.tree.leaves(updates, is_leaf=is_hole)
-    stored = jax.tree.leaves(state.regrow_masks, is_leaf=is_mask)
-    flat = jax.tree.leaves(params, is_leaf=is_hole)
-    check_gradient(gradient, flat, leaf_names(params), (not is_hole(m) for m in stored))
+    check_gradient(updates, params)
+    _check_own(method, layers, state)
     state = _as_stored(state)
     frozen = leaves_of(state.frozen, layers.structure.num_leaves)
 
@@ -442,6 +445,24 @@ def _update(
         hidden=hidden,
         frozen=state.frozen,
     )
+
+
+def _check_own(method: Method, layers: Layers, state: RegrowState) -> None:
+    """Raises if the state is that of a method with other parts."""
+    if not layers.index:
+        return
+    parts = {
+        "hidden": method.hidden,
+        "ramp": method.ramp is not None,
+        "frozen": method.freeze or method.within is not None,
+    }
+    averages = method.inner is not None and "momentum" in method.needs
+    if not averages or method.momentum != "auto":
+        parts["momentum"] = averages
+    checks.own_state(state, RegrowState, **parts)
+    for rule, memory in zip(_rules(method, layers), state.rules, strict=True):
+        if rule.init is nothing and jax.tree.leaves(memory):
+            raise checks.another_state(state, " with what another rule remembers")
 
 
 def _between(method: Method, given: NoCycle | None) -> bool:

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_optax.checks import ArgumentError
-from sparse_optax.layers import key_name, path_name
+from sparse_optax.checks import ArgumentError, key_name, path_name
 from sparse_optax.selection.leaf import wide as as_wide
 
 FIELDS = ("trace", "mu")

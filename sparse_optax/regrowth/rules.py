@@ -191,6 +191,11 @@ class PerWeight(NamedTuple):
     values: Any
 
 
+def nothing(params: Any, masks: Any) -> tuple[()]:
+    """The state of a rule without memory."""
+    return ()
+
+
 def stateless(
     function: Callable[[Evidence], Any],
     *,
@@ -224,7 +229,7 @@ def stateless(
       ()
     """
     return Rule(
-        init=lambda params, masks: (),
+        init=nothing,
         apply=lambda evidence, state: (function(evidence), state),
         needs=needs,
         after_prune=after_prune,

@@ -17,6 +17,7 @@ from sparse_optax.layers import (
     layers_of,
     leaf_names,
 )
+from sparse_optax.masks.tree import check_gradient
 from sparse_optax.selection.leaf import wide as as_wide
 
 
@@ -61,14 +62,15 @@ def follow(
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.needs_params(params, "the step depends on the weights")
+        checks.own_state(state, FollowState)
+        check_gradient(updates, params)
         touched, weights, gradient = (
             jax.tree.leaves(tree, is_leaf=is_hole)
             for tree in (state.followed, params, updates)
         )
-        if not len(touched) == len(weights) == len(gradient):
+        if len(touched) != len(weights):
             raise ArgumentError(
-                f"init saw {len(touched)} leaves; `params` has "
-                f"{len(weights)} and the gradient {len(gradient)} "
+                f"init saw {len(touched)} leaves; `params` has {len(weights)} "
                 f"({leaf_names(params)}). The structures must be equal: pass the tree "
                 "that init was called with."
             )

@@ -19,7 +19,7 @@ from sparse_optax.layers import (
     layers_of,
     leaf_names,
 )
-from sparse_optax.masks.tree import flatten, names_of
+from sparse_optax.masks.tree import check_gradient, flatten, names_of
 from sparse_optax.patterns import Pattern, pattern_of
 from sparse_optax.selection.leaf import wide as as_wide
 
@@ -118,12 +118,14 @@ def proximal_group_lasso(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.needs_params(params, "groups shrink by their weights")
+        checks.own_state(state, GroupLassoState)
         there, structure = flatten(state.grouped)
         if names_of(structure) != leaf_names(params):
             raise ArgumentError(
                 f"`params` has the leaves {leaf_names(params)}; init saw "
                 f"{names_of(structure)}. Pass the tree that init was called with."
             )
+        check_gradient(updates, params)
         chosen = [not is_hole(x) for x in there]
         layers = chosen_layers(params, chosen, stacked, groups, structure)
 

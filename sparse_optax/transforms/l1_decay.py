@@ -10,6 +10,7 @@ import optax
 from sparse_optax import checks
 from sparse_optax.checks import boundary
 from sparse_optax.layers import is_hole
+from sparse_optax.masks.tree import check_gradient
 
 
 class L1DecayState(NamedTuple):
@@ -76,9 +77,10 @@ def add_l1_decay(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        checks.needs_params(params, "the penalty is on the weights")
+        _check_trees(updates, params)
         new_state, size = state, cast(Any, strength)
         if callable(strength):
+            checks.own_state(state, L1DecayState)
             size = checks.scalar("strength", strength(state.count))
             count = jnp.asarray(optax.safe_increment(state.count))
             new_state = L1DecayState(count)
@@ -100,7 +102,24 @@ def add_l1_decay(
         _check_fits(mask(params) if callable(mask) else mask, params)
         return masked.init(params)
 
-    return optax.GradientTransformationExtraArgs(checked_init, masked.update)
+    def checked_update(updates, state, params=None, **extra_args):
+        _check_trees(updates, params)
+        return masked.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(checked_init, checked_update)
+
+
+def _check_trees(updates: Any, params: Any) -> None:
+    """Raises unless there are parameters, and the gradient fits; it may hold None."""
+    checks.needs_params(params, "the penalty is on the weights")
+
+    def filled(tree):
+        holes = optax.MaskedNode()
+        return jax.tree.map(
+            lambda x: holes if x is None else x, tree, is_leaf=lambda x: x is None
+        )
+
+    check_gradient(filled(updates), filled(params))
 
 
 _CURE = "Pass sparse_optax.decay_mask, for instance, or leave it out."

@@ -22,7 +22,7 @@ from sparse_optax.layers import (
     leaf_names,
 )
 from sparse_optax.masks.optimizer_state import states_with
-from sparse_optax.masks.tree import flatten, names_of
+from sparse_optax.masks.tree import check_gradient, flatten, names_of
 from sparse_optax.selection.leaf import wide as as_wide
 
 # Two components are one where the divergence between them is less.
@@ -153,12 +153,14 @@ def mixture_prior(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         checks.needs_params(params, "the prior is on the weights")
+        checks.own_state(state, MixtureState)
         there, structure = flatten(state.shared)
         if names_of(structure) != leaf_names(params):
             raise ArgumentError(
                 f"`params` has the leaves {leaf_names(params)}; init saw "
                 f"{names_of(structure)}. Pass the tree that init was called with."
             )
+        check_gradient(updates, params)
         layers = chosen_layers(params, [not is_hole(x) for x in there])
         mixture, share = Mixture(*state.mixture), state.zero_share
         size = strength(state.count) if callable(strength) else strength
@@ -172,7 +174,8 @@ def mixture_prior(
         )
         for i, w in zip(layers.index, layers.pick(params), strict=True):
             slope, more = slopes(w.astype(as_wide(w.dtype)), mixture, share)
-            flat[i] = (flat[i] + size * slope).astype(flat[i].dtype)
+            g = flat[i].astype(as_wide(flat[i].dtype))
+            flat[i] = (g + size * slope).astype(flat[i].dtype)
             total = jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, more)
         total = jax.tree.map(lambda g: (size * g).astype(g.dtype), total)
         steps, moments = adam.update(total, state.mixture_moments)

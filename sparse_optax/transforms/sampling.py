@@ -29,7 +29,7 @@ from sparse_optax.layers import (
 from sparse_optax.masks.make import Key, as_key, check_key, draw, highest, leaf_keys
 from sparse_optax.masks.make import ranking as ranked
 from sparse_optax.masks.optimizer_state import states_with
-from sparse_optax.masks.tree import flatten, names_of
+from sparse_optax.masks.tree import check_gradient, flatten, names_of
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.selection.leaf import wide as as_wide
 
@@ -172,7 +172,7 @@ def _gate_slope(w, log_open, u, g):
 def _expected(w: jax.Array, log_open: jax.Array) -> tuple[Any, jax.Array]:
     """The gradient of the expected number of open gates, each for its weights."""
     p = jax.nn.sigmoid(log_open - BETA * math.log(-LOW / HIGH))
-    return 0, (w.size / log_open.size) * p * (1 - p)
+    return 0, (w.size / max(log_open.size, 1)) * p * (1 - p)
 
 
 def _test_gate(log_open: jax.Array) -> jax.Array:
@@ -242,8 +242,10 @@ def sampled(
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.needs_params(params, "the weights decide how they are drawn")
+        checks.own_state(state, _STATES[family.field])
         second = getattr(state, family.field)
         layers = _layers_of(second, params)
+        check_gradient(updates, params)
         flat, structure = jax.tree.flatten(updates, is_leaf=is_hole)
         arrays = list(layers.pick(second))
         noises = _noises(family, state, layers.names, arrays)
