@@ -87,7 +87,8 @@ def towards_projection(
             layers.index, _pairs(weights, slopes), target, strict=True
         ):
             more = pull * (w - t) - jnp.where(on, s, 0)
-            flat[i] = (flat[i] + more).astype(flat[i].dtype)
+            g = flat[i].astype(as_wide(flat[i].dtype))
+            flat[i] = (g + more).astype(flat[i].dtype)
         return jax.tree.unflatten(structure, flat), ProjectionState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             target=layers.rebuild(target),

@@ -70,7 +70,11 @@ def clip_by_active_norm(max_norm: float) -> optax.GradientTransformationExtraArg
             squares.append(jnp.sum(jnp.square(_modulus(active))))
         norm = jnp.sqrt(sum(squares, jnp.zeros([])))
         factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
-        scaled = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
+
+        def scale(u):
+            return (u.astype(as_wide(u.dtype)) * factor).astype(u.dtype)
+
+        scaled = jax.tree.map(scale, updates)
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(

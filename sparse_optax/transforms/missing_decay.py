@@ -24,7 +24,8 @@ def decay_missing(strength: float) -> optax.GradientTransformationExtraArgs:
             if is_hole(mask):
                 continue
             missing = jnp.where(unpack(mask), 0, w.astype(as_wide(w.dtype)))
-            flat[i] = (flat[i] + strength * missing).astype(flat[i].dtype)
+            g = flat[i].astype(as_wide(flat[i].dtype))
+            flat[i] = (g + strength * missing).astype(flat[i].dtype)
         return jax.tree.unflatten(structure, flat), state
 
     return optax.GradientTransformationExtraArgs(
