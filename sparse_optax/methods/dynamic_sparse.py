@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from sparse_optax import checks
 from sparse_optax.checks import boundary, unnamed
 from sparse_optax.layers import PyTree, Where
 from sparse_optax.masks.make import Key
@@ -20,7 +21,7 @@ def dynamic_sparse(
     density: Any = None,
     update_period: int,
     update_stop: int | None = None,
-    prune_rate: optax.ScalarOrSchedule = 0.1,
+    prune_rate: optax.ScalarOrSchedule | None = None,
     prune_number: int | None = None,
     threshold: float = 1e-3,
     tolerance: float = 0.1,
@@ -60,9 +61,9 @@ def dynamic_sparse(
       update_stop: No cycle from then on, on MNIST after 90 of 100 epochs; None never
         stops.
       prune_rate: N_p as a fraction of the active weights, in [0, 1], or a schedule of
-        the number of finished updates.
+        the number of finished updates. None is 0.1, or ``prune_number``.
       prune_number: N_p as a number, as in the paper: 600 on MNIST, 20,000 for WRN-28-2,
-        400,000 for ResNet-50. None uses ``prune_rate``.
+        400,000 for ResNet-50. None uses ``prune_rate``; give one of the two.
       threshold: H at the start, above 0; ``state.rules[0]`` holds the current H.
       tolerance: delta, in [0, 1).
       key: Integer seed or random key, for the first masks and the growth.
@@ -114,6 +115,9 @@ def dynamic_sparse(
     prune.check_adaptive(
         threshold=threshold, tolerance=tolerance, prune_number=prune_number
     )
+    if prune_number is not None and prune_rate is not None:
+        cure = "It says how many weights go: leave out one of the two."
+        checks.fail("prune_number", prune_number, "None beside `prune_rate`", cure)
     return unnamed(regrow)(
         inner,
         density=density,
@@ -124,7 +128,7 @@ def dynamic_sparse(
         grow=grow.random_elsewhere,
         update_period=update_period,
         update_stop=update_stop,
-        prune_rate=prune_rate,
+        prune_rate=0.1 if prune_rate is None else prune_rate,
         key=key,
         masks=masks,
         where=where,
