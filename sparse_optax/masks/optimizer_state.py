@@ -25,6 +25,8 @@ from sparse_optax.layers import (
 from sparse_optax.masks.tree import (
     check_masks,
     check_shapes,
+    check_some_kept,
+    check_some_masks,
     flatten,
     mask_shape,
     names_of,
@@ -254,11 +256,7 @@ def set_masks(
     if count is not None:
         checks.whole("count", count, 0, most=checks.MOST_UPDATES, cure=_COUNT)
     given = named_masks(masks)
-    if not given:
-        raise ArgumentError(
-            "`masks` holds no mask; it must hold at least one. Pass masks such as "
-            "sparse_optax.masks.magnitude_masks(params, 0.1)."
-        )
+    check_some_masks("masks", given)
     used: set[str] = set()
     known: set[str] = set()
 
@@ -292,6 +290,8 @@ def set_masks(
             plain = jnp.array(unpack(mask), bool, copy=True)
             _check_not_frozen(name, plain, frozen.get(name))
             new.append(unnamed(pack)(plain) if is_packed(previous) else plain)
+        if not jax.tree.leaves(node.ramp):
+            check_some_kept("masks", new)
         if count is None:
             _check_start(node, old, new)
         else:

@@ -16,6 +16,7 @@ from sparse_optax.layers import (
     PyTree,
     as_packed,
     chosen_layers,
+    is_abstract,
     is_hole,
     is_mask,
     leaf_names,
@@ -275,6 +276,28 @@ def check_masks(argument: str, masks: Any) -> None:
                 "sparse_optax.get_masks(opt_state)."
             )
         check_dtype(mask, name, argument)
+
+
+def check_some_masks(argument: str, masks: PyTree) -> None:
+    """Raises if a tree has holes only."""
+    if all(map(is_hole, flatten(masks)[0])):
+        raise ArgumentError(
+            f"`{argument}` holds no mask; it must hold at least one. Pass masks such "
+            "as sparse_optax.masks.magnitude_masks(params, 0.1)."
+        )
+
+
+def check_some_kept(argument: str, masks: Sequence[Any]) -> None:
+    """Raises if known masks keep none of their weights: nothing would ever train."""
+    kept = [unpack(m) for m in masks if not is_hole(m)]
+    if any(map(is_abstract, kept)) or not sum(m.size for m in kept):
+        return
+    if not any(map(whole_count, kept)):
+        raise ArgumentError(
+            f"`{argument}` keep none of {sum(m.size for m in kept)} weights; they must "
+            "keep at least one. Pass masks such as "
+            "sparse_optax.masks.magnitude_masks(params, 0.1)."
+        )
 
 
 def layers_of_masks(

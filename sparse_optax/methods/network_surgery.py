@@ -11,6 +11,7 @@ from sparse_optax.layers import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.targets import ending
 
 
 @boundary("network_surgery")
@@ -51,7 +52,7 @@ def network_surgery(
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None if
         ``pattern`` fixes it.
-      ramp: A schedule of the density that ends at ``density``. None keeps that many
+      ramp: A schedule of the density that reaches ``density``. None keeps that many
         weights from the start, first the largest.
       ratio: a / b, in (0, 1], the factor of missing weights in the ranking.
       gamma: In the probability above, at least 0; 0 is every update.
@@ -112,6 +113,6 @@ def network_surgery(
         packed=packed,
         pattern=pattern,
         dense_until=dense_until,
-        ramp=ramp,
+        ramp=ending(ramp, update_stop),
         hidden=True,
     )

@@ -11,6 +11,7 @@ from sparse_optax.layers import Where
 from sparse_optax.patterns import Pattern
 from sparse_optax.regrowth import grow, prune, redistribute
 from sparse_optax.regrowth.engine import regrow
+from sparse_optax.regrowth.targets import ending
 from sparse_optax.transforms.missing_decay import decay_missing
 
 
@@ -50,7 +51,7 @@ def straight_through_magnitude(
       inner: The wrapped optimizer.
       density: Fraction of weights kept per layer, in (0, 1], or a budget; None if
         ``pattern`` fixes it.
-      ramp: A schedule of the density that ends at ``density``; None is constant.
+      ramp: A schedule of the density that reaches ``density``; None is constant.
       update_stop: The masks stay from this many updates on; None never stops. A
         ``ramp`` must have ended by then.
       where: Which leaves become sparse, see ``eligible``: by default kernels; tables of
@@ -112,6 +113,6 @@ def straight_through_magnitude(
         packed=packed,
         pattern=pattern,
         dense_until=dense_until,
-        ramp=ramp,
+        ramp=ending(ramp, update_stop),
         hidden=True,
     )

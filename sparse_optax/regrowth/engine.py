@@ -53,7 +53,7 @@ from sparse_optax.regrowth.start import (
     check_inner,
     first_masks,
 )
-from sparse_optax.regrowth.targets import BROKEN, Goal, goal_at
+from sparse_optax.regrowth.targets import BROKEN, Goal, check_end, goal_at
 from sparse_optax.regrowth.under_pattern import rules_under
 from sparse_optax.schedules.timing import NoCycle, never_due
 from sparse_optax.selection.compilation import once
@@ -305,6 +305,8 @@ def _average_of(x: Any) -> Any:
 def _init(method: Method, params: PyTree) -> RegrowState:
     seed = as_key(method.key)
     jax.eval_shape(method.rate_at, jax.ShapeDtypeStruct((), jnp.int32))
+    cure = "Use 0.5 as in the paper."
+    checks.first_value("prune_rate", method.prune_rate, 0, 1, cure=cure)
     layers, kept = first_masks(method, params, seed)
     leaves = layers.pick(params)
     rules = _rules(method, layers)
@@ -349,6 +351,7 @@ def _rules(method: Method, layers: Layers) -> tuple[Rule, Rule, Rule]:
 def _ramp_at_start(method: Method, layers: Layers, params: PyTree) -> jax.Array:
     if method.ramp is None or not layers.index:
         return jnp.zeros([], jnp.float32)
+    check_end(method.ramp, method.density, layers, params)
     return goal_at(method.ramp, method.density, 0, layers, params).density
 
 

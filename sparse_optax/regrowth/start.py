@@ -16,9 +16,11 @@ from sparse_optax.layers import (
     Where,
     check_some,
     check_where,
+    choose,
     is_abstract,
     is_hole,
     layers_of,
+    leaf_names,
 )
 from sparse_optax.masks.make import (
     Key,
@@ -31,6 +33,8 @@ from sparse_optax.masks.optimizer_state import states_with
 from sparse_optax.masks.tree import (
     check_dtype,
     check_masks,
+    check_some_kept,
+    check_some_masks,
     flatten,
     layers_of_masks,
     names_of,
@@ -41,7 +45,7 @@ from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.regrowth.frozen import at_most, check_room, check_within, usable_of
 from sparse_optax.regrowth.inner import has_line_search
 from sparse_optax.regrowth.rules import Rule
-from sparse_optax.regrowth.targets import first_counts
+from sparse_optax.regrowth.targets import first_counts, is_ramp
 from sparse_optax.schedules.prune_rate import cosine_unless
 from sparse_optax.schedules.timing import check_some_due, never_due
 
@@ -138,10 +142,10 @@ def check(method: Method) -> None:
     check_key(method.key)
     check_where(method.where)
     checks.names_axes("stacked", method.stacked)
-    if method.masks is not None:
-        check_masks("masks", method.masks)
-    if method.within is not None:
-        check_masks("within", method.within)
+    for name, given in (("masks", method.masks), ("within", method.within)):
+        if given is not None:
+            check_masks(name, given)
+            check_some_masks(name, given)
     if method.inner is None:
         cure = "Wrap the optimizer: regrow(optax.sgd(...), ...)."
         for name, plain in (
@@ -190,8 +194,7 @@ def _check_ramp(method: Method) -> None:
     may_miss = method.masks is not None and method.ramp is None
     check_static(method.density, pattern=method.pattern, may_miss=may_miss)
     ramp = method.ramp
-    moves = checks.takes(ramp, "count") or isinstance(ramp, schedules.Towards)
-    if ramp is not None and not moves:
+    if ramp is not None and not is_ramp(ramp):
         cure = "Pass schedules.cubic_density(...), or leave it out for a constant."
         fail("ramp", ramp, "a schedule of the density", cure)
 
@@ -281,6 +284,7 @@ def first_masks(
     layers = layers._replace(structure=structure)
     check_some(layers, params)
     _check_sizes(layers)
+    _check_where(method, layers, params)
     given = layers.pick(method.masks)
     for name, mask in zip(layers.names, given, strict=True):
         check_dtype(mask, name)
@@ -290,6 +294,20 @@ def first_masks(
     _check_given(method, layers, params, kept)
     check_within(layers, kept, usable_weights(method, layers, params))
     return layers, kept
+
+
+def _check_where(method: Method, layers: Layers, params: PyTree) -> None:
+    """Raises unless `where` chooses the leaves that have given masks."""
+    if method.where is None:
+        return
+    masked = set(layers.index)
+    chosen = {i for i, c in enumerate(choose(params, method.where)) if c}
+    if differ := sorted(masked ^ chosen):
+        raise ArgumentError(
+            f"`where` and `masks` choose different leaves: only one of them has "
+            f"{[leaf_names(params)[i] for i in differ]}; they must agree. Leave out "
+            "`where`: the leaves are those with masks."
+        )
 
 
 def usable_weights(
@@ -372,7 +390,10 @@ def _check_given(
                     )
                     + ". Make the masks with this pattern."
                 )
-    if moving or method.density is None or pattern.density is not None:
+    if moving:
+        return
+    check_some_kept("masks", kept)
+    if method.density is None or pattern.density is not None:
         return
     counts = unit_counts_of(method.density, layers, params)
     wanted = sum(

@@ -22,6 +22,29 @@ SLACK = np.uint32(2**8)
 BROKEN = np.uint32(2**32 - 1)
 
 
+# Updates after which a ramp without a stop must have ended; its sums stay in int32.
+_LATE = 2**30
+
+
+class Ending(NamedTuple):
+    """A ramp that must be at its end when the last masks are chosen."""
+
+    ramp: optax.Schedule | schedules.Towards
+    update_stop: int | None
+
+
+def ending(ramp: Any, update_stop: int | None) -> Any:
+    """A ramp of a method that chooses masks at every update, to be checked by ``init``;
+    what is no ramp stays what it is.
+    """
+    return Ending(ramp, update_stop) if is_ramp(ramp) else ramp
+
+
+def is_ramp(value: Any) -> bool:
+    """Whether a value is a schedule of the density."""
+    return isinstance(value, Ending | schedules.Towards) or checks.takes(value, "count")
+
+
 class Goal(NamedTuple):
     """What a ramp asks for at a step, see ``allocate.target_counts``."""
 
@@ -34,7 +57,7 @@ class Goal(NamedTuple):
 
 
 def goal_at(
-    ramp: optax.Schedule | schedules.Towards,
+    ramp: optax.Schedule | schedules.Towards | Ending,
     density: Any,
     step: Any,
     layers: Layers,
@@ -43,6 +66,8 @@ def goal_at(
     """What a schedule of the density asks for at a step, in whole units. A ramp ends
     at a rounded density: its end counts as met within a weight of the final counts.
     """
+    if isinstance(ramp, Ending):
+        ramp = ramp.ramp
     if layers.pattern.density is not None:
         density = layers.pattern.density
     final = flat_counts(unit_counts_of(density, layers, params))
@@ -60,7 +85,7 @@ def goal_at(
     if np.float32(total / max(size, 1)) < 1:
         met = min(met, DENSE - 1)  # at density 1 all weights are there
     if isinstance(ramp, schedules.Towards):
-        exact = density if is_float else total / max(size, 1)
+        exact = density if is_float else (total / size if size else 1.0)
         ramp = ramp.make(float(np.float32(exact)))
     now = jnp.asarray(checks.scalar("ramp", ramp(step)), jnp.float32)
     steps = (jnp.clip(now, 0.0, 1.0) * DENSE).astype(jnp.uint32)  # exact: a shift
@@ -70,8 +95,37 @@ def goal_at(
     return Goal(final.astype(np.int32), excess, np.uint32(max(DENSE - end, 1)), now)
 
 
+def check_end(
+    ramp: optax.Schedule | schedules.Towards | Ending,
+    density: Any,
+    layers: Layers,
+    params: PyTree,
+) -> None:
+    """Raises if a ramp that must end leaves more weights than ``density`` asks for."""
+    if not isinstance(ramp, Ending):
+        return
+    last = checks.concrete(ramp.update_stop)
+    last = int(last) - 1 if checks.known(last) else _LATE
+    with jax.ensure_compile_time_eval():
+        goal = goal_at(ramp, density, last, layers, params)
+    if isinstance(goal.excess, Tracer):
+        return
+    if any(_more(goal, layers)):
+        raise ArgumentError(
+            f"`ramp` is {float(goal.density):g} after {last} updates, when the last "
+            f"masks are chosen; it must have reached `density`, here {density!r}. "
+            "Lower its end, let it end earlier, or raise `update_stop`."
+        )
+
+
+def _more(goal: Goal, layers: Layers) -> list[int]:
+    """How many units of each layer a known goal adds to the final ones."""
+    excess, final = int(np.asarray(goal.excess)), goal.final.astype(np.int64)
+    return [excess * int(n) // int(goal.whole) for n in layers.units.sizes - final]
+
+
 def first_counts(
-    ramp: optax.Schedule | schedules.Towards,
+    ramp: optax.Schedule | schedules.Towards | Ending,
     density: Any,
     layers: Layers,
     params: PyTree,
@@ -84,12 +138,10 @@ def first_counts(
             "the first value of `ramp` is traced; the first masks need a number. "
             "Name it in `static_args` of optax.inject_hyperparams."
         )
-    excess = int(np.asarray(goal.excess))
-    if excess == BROKEN:
+    if int(np.asarray(goal.excess)) == BROKEN:
         raise ArgumentError(
             "`ramp` must be a schedule of the density, in (0, 1]; its first value is "
             "not finite. Pass schedules.cubic_density(...)."
         )
-    final = goal.final.astype(np.int64)
-    more = [excess * int(n) // int(goal.whole) for n in layers.units.sizes - final]
-    return layers.units.split(final + np.asarray(more, np.int64))
+    counts = goal.final.astype(np.int64) + np.asarray(_more(goal, layers), np.int64)
+    return layers.units.split(counts)

@@ -90,7 +90,8 @@ def backward_set(
                 too_small(density)
         else:  # the patterns say it
             kept, moving = unit_counts([], layers), []
-        share = total(kept) / max(int(layers.sizes.sum()), 1)
+        size = int(layers.sizes.sum())
+        share = total(kept) / size if size else 1.0
 
         active = [unpack(m) for m in layers.pick(regrow_masks)]
         weights = layers.pick(params)
