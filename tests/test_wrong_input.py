@@ -1017,3 +1017,185 @@ def test_several_keys_are_no_key():
         with pytest.raises(ValueError, match=r"rigl: `key` has shape \(3.*must be one"):
             sparse_optax.rigl(SGD, **{**MOVING, "key": keys})
         assert sparse_optax.rigl(SGD, **{**MOVING, "key": keys[0]}).init(TWO)
+
+
+# --- values of schedules --------------------------------------------------------------
+SCHEDULED = {
+    "rigl": ("prune_rate", lambda f: sparse_optax.rigl(**KEYED | {"prune_rate": f})),
+    "gsm_mask": ("density", gsm_mask),
+    "ham": ("learning_rate", lambda f: sparse_optax.ham(SGD, f)),
+    "add_l1_decay": ("strength", sparse_optax.add_l1_decay),
+    "proximal_group_lasso": (
+        "strength",
+        lambda f: sparse_optax.proximal_group_lasso(0.1, f),
+    ),
+    "soft_weight_sharing": (
+        "strength",
+        lambda f: sparse_optax.soft_weight_sharing(examples=9, strength=f),
+    ),
+    "l0_regularization": (
+        "strength",
+        lambda f: sparse_optax.l0_regularization(SGD, examples=9, strength=f, key=0),
+    ),
+    "sparse_variational_dropout": (
+        "strength",
+        lambda f: sparse_optax.sparse_variational_dropout(
+            SGD, examples=9, strength=f, key=0
+        ),
+    ),
+}
+REWIRING = dict(inner=SGD, key=0, density=0.5, learning_rate=0.1)
+for argument in ("l1", "temperature", "gradient_noise", "learning_rate"):
+    SCHEDULED[f"deep_rewiring-{argument}"] = (
+        argument,
+        lambda f, argument=argument: sparse_optax.deep_rewiring(
+            **REWIRING | {argument: f}
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_the_first_value_of_a_schedule_is_in_range(name):
+    argument, make = SCHEDULED[name]
+    for value in (-1.0, NAN, jnp.float32(-1.0), np.float32(NAN)):
+        with refuses(name.split("-")[0], f"{argument}(0)", "-1.0|nan", "must be a"):
+            make(lambda count, value=value: value).init(SMALL)
+    make(lambda count: 0.5 + 0 * count).init(SMALL)
+    # What is traced is not looked at.
+    jax.jit(lambda x: jax.tree.leaves(make(lambda count: x).init(SMALL)))(0.5)
+
+
+def test_every_value_of_a_rate_of_gsm_is_in_range():
+    """All are computed, not only the first."""
+    for late in (-0.1, NAN):
+        with refuses("gsm_log_decay", "learning_rate(3)", str(late), "at least 0"):
+            gsm_log_decay(lambda t, x=late: jnp.where(t < 3, 0.1, x), 0.9, 5e-4, 5)
+
+
+def test_a_schedule_may_give_a_number_of_weights():
+    """Of Python as of JAX; under `jit` both are traced or known, and pass as many."""
+    for count in (5, jnp.int32(5)):
+        tx = gsm_mask(lambda _, count=count: count)
+        state = tx.init(SMALL)
+        _, state = tx.update(SMALL, state, SMALL)
+        assert int(state.gsm_passed["w"]) == 5
+    for count in (0, -2):
+        with refuses("gsm_mask", "density(0)", str(count), "at least 1"):
+            gsm_mask(lambda _, count=count: count).init(SMALL)
+    with refuses("gsm_mask", "density", "1., 1.", r"\(0, 1\]"):
+        gsm_mask(jnp.ones(2))
+
+
+@pytest.mark.parametrize("name", ["straight_through_magnitude", "network_surgery"])
+def test_a_ramp_that_never_reaches_its_density(name):
+    method = getattr(sparse_optax, name)
+    falls = sparse_optax.schedules.cubic_density
+
+    def start(ramp, update_stop=None, density=0.25):
+        tx = method(SGD, density=density, ramp=ramp, update_stop=update_stop)
+        return tx.init(SMALL)
+
+    for ramp, stop, value in (
+        (lambda count: 0.5, None, "0.5"),
+        (falls(1.0, 0.5, 0, 8), 20, "0.5"),
+        (falls(1.0, 0.25, 0, 8), 5, "0.34375"),
+        (lambda count: jnp.where(count > 3, jnp.nan, 1.0), None, "nan"),
+        (sparse_optax.schedules.Towards(lambda end: lambda count: 1.0), None, "1"),
+    ):
+        with refuses(name, "`ramp` is", value, "`density`, here 0.25"):
+            start(ramp, stop)
+    start(falls(1.0, 0.25, 0, 8), 9)
+    start(falls(1.0, 0.1, 0, 8))
+    start(sparse_optax.schedules.Towards(lambda end: falls(1.0, end, 0, 8)), 20)
+    # The count of a budget is rounded down, and the ramp ends at what was asked for.
+    start(falls(1.0, 0.27, 0, 8), density=budgets.erdos_renyi(0.27))
+
+
+# --- two arguments that say one thing, and masks of nothing ---------------------------
+GIVEN = {
+    "rigl": lambda **k: sparse_optax.rigl(
+        SGD, **CYCLES | {"density": None, "key": 0} | k
+    ),
+    "static_sparse": lambda **k: sparse_optax.static_sparse(SGD, **k),
+    "deep_rewiring": lambda **k: sparse_optax.deep_rewiring(
+        SGD, learning_rate=0.1, key=0, **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_where_and_masks_of_other_leaves(name):
+    other = GIVEN[name](masks=KEPT, where=lambda name, leaf: name == "b")
+    with refuses(name, "`where` and `masks`", r"\['b', 'w'\]", "must agree"):
+        other.init(SMALL)
+    GIVEN[name](masks=KEPT, where={"b": False, "w": True}).init(SMALL)
+
+
+def test_a_prune_rate_and_a_prune_number():
+    for rate in (0.3, 0.1, lambda count: 0.1):
+        with refuses("dynamic_sparse", "prune_number", "3", "None beside `prune_rate`"):
+            sparse_optax.dynamic_sparse(**KEYED, prune_rate=rate, prune_number=3)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_masks_that_keep_nothing(name):
+    nothing = KEPT | {"w": jnp.zeros((4, 6), bool)}
+    with refuses(name, "masks", "none of 24 weights", "at least one"):
+        GIVEN[name](masks=nothing).init(SMALL)
+    with refuses("set_masks", "masks", "none of 24 weights", "at least one"):
+        sparse_optax.set_masks(GIVEN[name](masks=KEPT).init(SMALL), nothing)
+    with refuses(name, "masks", "no mask", "at least one"):
+        GIVEN[name](masks={"b": optax.MaskedNode(), "w": optax.MaskedNode()})
+
+
+def test_masks_that_keep_nothing_where_a_ramp_fills_them():
+    nothing = KEPT | {"w": jnp.zeros((4, 6), bool)}
+    sparse_optax.falling_budget_regrow(**KEYED, masks=nothing).init(SMALL)
+
+
+def test_nothing_to_be_used():
+    with refuses("rigl", "within", "no mask", "at least one"):
+        sparse_optax.rigl(**KEYED, within={})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sparse_optax.top_kast(SGD, density=0.25, backward_density=0.5),
+        lambda: sparse_optax.falling_budget_regrow(**KEYED),
+        lambda: sparse_optax.l0_regularization(SGD, examples=9, strength=0.1, key=0),
+    ],
+    ids=["top_kast", "falling_budget_regrow", "l0_regularization"],
+)
+def test_leaves_without_entries_do_nothing(make):
+    tx, params = make(), {"b": jnp.ones(3), "w": jnp.ones((0, 4))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sparse_optax.learning_compression(
+            optax.sgd(0.1), density=0.5, update_period=1, update_stop=2
+        ),
+        lambda: sparse_optax.straight_through_magnitude(
+            optax.sgd(0.1), density=0.5, missing_decay=0.5
+        ),
+        lambda: sparse_optax.static_sparse(
+            optax.chain(sparse_optax.clip_by_active_norm(1.0), optax.sgd(0.1)),
+            density=0.5,
+            key=0,
+        ),
+        lambda: sparse_optax.soft_weight_sharing(examples=9),
+        lambda: sparse_optax.add_l1_decay(lambda count: jnp.float32(0.1)),
+    ],
+    ids=["lc", "missing_decay", "clip", "soft_weight_sharing", "l1"],
+)
+def test_floats_of_eight_bits(make, dtype):
+    """They are not promoted: sums are in float32, as the optimizers of Optax do."""
+    tx, params = make(), {"w": jnp.full((2, 4), 2, dtype)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].dtype == dtype
+    assert bool(jnp.isfinite(updates["w"].astype(jnp.float32)).all())

@@ -19,7 +19,7 @@ from sparse_optax.budgets.kinds import (
     counts_of_shares,
     plain,
 )
-from sparse_optax.checks import ArgumentError, boundary, concrete, fail, known
+from sparse_optax.checks import ArgumentError, boundary, concrete, fail, known, takes
 from sparse_optax.layers import (
     Layers,
     Leaf,
@@ -64,12 +64,12 @@ def check_static(
         return
     if density is None and may_miss:
         return
-    right = is_budget(density) or (schedule and callable(density))
+    right = is_budget(density) or (schedule and takes(density, "count"))
     if is_number(density):
         right = bool(0 < concrete(density) <= 1)
     elif not right:
         # A tracer is a density under `optax.inject_hyperparams`.
-        right = isinstance(density, jax.Array) or _are_counts(density)
+        right = isinstance(density, Tracer) or _are_counts(density)
     if not right:
         allowed = "in (0, 1]" + (
             ", a budget or a schedule" if schedule else " or a budget"

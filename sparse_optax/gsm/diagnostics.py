@@ -247,6 +247,9 @@ def gsm_log_decay(
             return jnp.asarray(checks.scalar("learning_rate", schedule(count)))
 
         rates = np.asarray(jax.vmap(rate)(jnp.arange(steps)), np.float64)
+        for count in np.flatnonzero(~(np.isfinite(rates) & (rates >= 0)))[:1]:
+            name = f"learning_rate({count})"
+            checks.number(name, float(rates[count]), 0, cure=cure)
     else:
         rates = np.full(steps, learning_rate, np.float64)
     if decoupled:

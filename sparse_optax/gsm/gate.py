@@ -49,6 +49,18 @@ class Quota(NamedTuple):
     costs: list[Any] | None = None  # cost of one weight of each leaf
 
 
+def check_first(density: Any, params: PyTree) -> None:
+    """Raises unless the first value of a schedule is a fraction or a count."""
+    if not is_schedule(density, params):
+        return
+    first = checks.at_first("density", density)
+    cure = "Give a fraction such as 0.05, or a number of weights as an integer."
+    if isinstance(first, int) and not isinstance(first, bool):
+        checks.whole("density(0)", first, 1, cure=cure)
+    else:
+        checks.number("density(0)", first, 0, 1, ends="(]", cure=cure)
+
+
 def quota_of(density: Any, count: jax.Array, layers: Layers, params: PyTree) -> Quota:
     """The quota of a fraction, a budget, a traced fraction or count, or a schedule."""
     if layers.pattern.density is not None:
@@ -56,6 +68,8 @@ def quota_of(density: Any, count: jax.Array, layers: Layers, params: PyTree) -> 
     size = int(layers.sizes.sum())
     if is_schedule(density, params):
         density = checks.scalar("density", density(count))
+        if isinstance(density, int):  # a number of weights, as an integer of JAX is
+            return Quota(min(density, size))
     elif is_number(density) and not isinstance(density, jax.Array):
         return Quota(*pool_of(density, layers, params))
     if isinstance(density, (jax.Array, np.ndarray, np.generic)):

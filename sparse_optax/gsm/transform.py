@@ -15,6 +15,7 @@ from sparse_optax.budgets.resolve import check_static
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.gsm.gate import (
     Passing,
+    check_first,
     counted,
     passing,
     passing_ties,
@@ -175,6 +176,7 @@ def _gate(gate: _Gate) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         layers = layers_of(params, gate.where, gate.stacked, gate.pattern)
+        check_first(gate.density, params)
         leaves = layers.pick(params)
         active: Any = ()
         if gate.stores:

@@ -128,7 +128,7 @@ def deep_rewiring(
         checks.transformation("inner", inner)
     cure = 'Use "layer" to keep the number of every layer.'
     checks.choice("scope", scope, ("layer", "global"), cure=cure)
-    signed = signed_step(
+    signed = unnamed(signed_step)(
         learning_rate, l1=l1, noise=gradient_noise, temperature=temperature, key=key
     )
     pool = scope == "global"

@@ -84,6 +84,9 @@ def ham(
     checks.number("beta", beta, 0, cure=cure)
     check_where(where)
 
+    def check():
+        checks.first_value("learning_rate", learning_rate, 0, cure=cure)
+
     def step(count, weight, gradient, update):
         rate: Any = learning_rate
         if callable(learning_rate):
@@ -94,4 +97,4 @@ def ham(
         # (w + u) exp(x) - w, without the cancellation where x is small.
         return update + after * jnp.expm1(exponent)
 
-    return follow(inner, step, where=where)
+    return follow(inner, step, where=where, check=check)

@@ -314,10 +314,12 @@ def gate_channels(
     def init_fn(params: PyTree) -> GateState:
         if jax.tree.leaves(params):
             units.pick(params, "params")
+        checks.first_value("density", density, 0, 1, ends="(]", cure=cure)
         return GateState(jnp.zeros([], jnp.int32), jnp.ones(len(units), bool))
 
     def update_fn(updates, state, params=None):
         checks.needs_params(params, "the gate ranks weights times gradients")
+        checks.own_state(state, GateState)
         gradient = units.pick(updates, "updates")
         weights = units.pick(params, "params")
         products = [

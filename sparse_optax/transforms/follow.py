@@ -41,17 +41,20 @@ def follow(
     step: Callable[..., jax.Array],
     *,
     where: Where | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer; its update u of chosen leaves becomes s(t, w, g, u).
 
     ``step(count, weight, gradient, update)`` is element-wise, in float32 or wider, and
     cast to the weight's dtype; ``count`` is the number of finished updates. A weight
-    that the inner update sets to zero stays zero. No array is stored.
+    that the inner update sets to zero stays zero. No array is stored. ``init`` calls
+    ``check``.
     """
     checks.transformation("inner", inner)
     inner_tx = optax.with_extra_args_support(inner)
 
     def init_fn(params):
+        check()
         layers = layers_of(params, where)
         check_real(layers.leaves, "a step by its sign")
         return FollowState(

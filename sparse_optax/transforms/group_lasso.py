@@ -112,6 +112,9 @@ def proximal_group_lasso(
     def init_fn(params):
         layers = layers_of(params, where, stacked, groups, may_be_empty=True)
         check_real(layers.leaves, "its norm")
+        for name, value in (("learning_rate", learning_rate), ("strength", strength)):
+            cure = "Give a schedule of numbers of at least 0."
+            checks.first_value(name, value, 0, cure=cure)
         grouped = layers.rebuild(jnp.ones([], bool) for _ in layers.index)
         return GroupLassoState(jnp.zeros([], jnp.int32), grouped)
 

@@ -11,6 +11,7 @@ from sparse_optax import checks
 from sparse_optax.checks import boundary
 from sparse_optax.layers import is_hole
 from sparse_optax.masks.tree import check_gradient
+from sparse_optax.selection.leaf import wide as as_wide
 
 
 class L1DecayState(NamedTuple):
@@ -72,6 +73,7 @@ def add_l1_decay(
     def init_fn(params):
         del params
         if callable(strength):
+            checks.first_value("strength", strength, 0, cure=cure)
             return L1DecayState(count=jnp.zeros([], jnp.int32))
         return optax.EmptyState()
 
@@ -88,7 +90,11 @@ def add_l1_decay(
         def add(g, w):
             if g is None:
                 return None
-            return (g + jnp.sign(w) * size).astype(g.dtype)
+            sign = jnp.sign(w)
+            if hasattr(size, "dtype"):  # 8-bit floats are not promoted to that of a sum
+                sign, own = sign.astype(as_wide(w.dtype)), g.astype(as_wide(g.dtype))
+                return (own + sign * size).astype(g.dtype)
+            return (g + sign * size).astype(g.dtype)
 
         added = jax.tree.map(add, updates, params, is_leaf=lambda x: x is None)
         return added, new_state

@@ -136,6 +136,8 @@ def mixture_prior(
     def init_fn(params):
         layers = layers_of(params, where)
         check_real(layers.leaves, "its prior")
+        cure = "Give 0.003, as the tutorial has."
+        checks.first_value("strength", strength, 0, cure=cure)
         others = components - 1
         mixture = Mixture(
             jnp.linspace(-spread, spread, others, dtype=jnp.float32),

@@ -218,6 +218,8 @@ def sampled(
         check_some(layers, params)
         check_real(layers.leaves, "what is drawn")
         _check_names(strength, layers)
+        cure = "Give a schedule of numbers of at least 0."
+        checks.first_value("strength", strength, 0, cure=cure)
         second = []
         for x, leaf in zip(layers.pick(params), layers.leaves, strict=True):
             shape = leaf.pattern.view_shape(leaf.shape)

@@ -47,8 +47,16 @@ def signed_step(
     zero. It is the last transformation inside ``regrow``, which passes the masks. If
     :math:`\sigma`, the ``noise``, and T are the number 0, nothing is drawn.
     """
+    given = {
+        "learning_rate": learning_rate,
+        "l1": l1,
+        "gradient_noise": noise,
+        "temperature": temperature,
+    }
 
     def init_fn(params):
+        for name, value in given.items():
+            checks.first_value(name, value, 0, cure="Use 0 to leave it out.")
         seed = as_key(key)
         seed = jax.random.fold_in(seed, _OWN)
         flat, structure = jax.tree.flatten(params, is_leaf=is_hole)
@@ -76,9 +84,7 @@ def signed_step(
         def at(name, value):
             return checks.scalar(name, value(state.count)) if callable(value) else value
 
-        eta = at("learning_rate", learning_rate)
-        strength, heat = at("l1", l1), at("temperature", temperature)
-        spread = at("noise", noise)
+        eta, strength, spread, heat = (at(*pair) for pair in given.items())
         cold = all(isinstance(x, int | float) and x == 0 for x in (heat, spread))
         seed = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         first = state.count == 0
