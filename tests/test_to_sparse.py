@@ -263,6 +263,40 @@ def test_times_are_measured():
     assert (layer.form != "dense") == won
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_narrow_floats_are_measured_too(dtype):
+    """SciPy has none of them: it multiplies in float32."""
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    params = {"w": jnp.asarray(hollow(np.ones((64, 48))), dtype)}
+    network = export.to_sparse(fn, params, jax.ShapeDtypeStruct((5, 64), dtype))
+    (layer,) = network.record.layers
+    assert set(layer.seconds) == {"dense", "compacted", "ell", "scipy"}
+
+
+@pytest.mark.parametrize("form", ["compacted", "ell"])
+def test_outputs_keep_narrow_floats(form, fastest):
+    fastest(form)
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(hollow(rng.normal(size=(60, 40))), jnp.bfloat16),
+        "v": jnp.asarray(hollow(rng.normal(size=(40, 30))), jnp.bfloat16),
+    }
+    x = jnp.asarray(rng.normal(size=(3, 60)), jnp.bfloat16)
+    network = export.to_sparse(fn, params, x)
+    assert {layer.form for layer in network.record.layers} == {form}
+    found, wanted = network(network.params, x), fn(params, x)
+    assert found.dtype == wanted.dtype == jnp.bfloat16
+    found, wanted = (np.asarray(y, np.float32) for y in (found, wanted))
+    np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+
+
 def test_break_even(monkeypatch):
     found = export.sparse_break_even(40, 30, batch=3, densities=[0.05, 0.5])
     assert found.densities == (0.5, 0.05)

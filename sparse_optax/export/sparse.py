@@ -23,6 +23,7 @@ from sparse_optax.layers import PyTree, is_abstract, leaf_names
 from sparse_optax.masks.make import random_masks
 from sparse_optax.masks.optimizer_state import named_masks
 from sparse_optax.masks.tree import unpack
+from sparse_optax.selection.leaf import wide as as_wide
 
 # No other form than the dense one is tried above this density.
 MOST = 0.2
@@ -178,10 +179,12 @@ def _ell(kernel: np.ndarray, kept: np.ndarray) -> EllKernel:
 
 
 def _csr(kernel: np.ndarray, kept: np.ndarray) -> Any:
-    """The transposed kernel as a matrix of SciPy."""
+    """The transposed kernel as a matrix of SciPy, which has no narrow floats."""
     import scipy.sparse
 
-    return scipy.sparse.csr_matrix(_csr_parts(kernel, kept), shape=kernel.shape[::-1])
+    values, *places = _csr_parts(kernel, kept)
+    values = values.astype(as_wide(values.dtype))
+    return scipy.sparse.csr_matrix((values, *places), shape=kernel.shape[::-1])
 
 
 _MAKE = {"compacted": _reduced, "bcsr": _bcsr, "ell": _ell}
@@ -210,7 +213,8 @@ def _seconds(kernel: np.ndarray, kept: np.ndarray, rows: int) -> dict[str, float
         name: functools.partial(_times, x, form) for name, form in forms.items()
     }
     try:
-        matrix, columns = _csr(kernel, kept), np.ascontiguousarray(np.asarray(x).T)
+        matrix = _csr(kernel, kept)
+        columns = np.ascontiguousarray(np.asarray(x, matrix.dtype).T)
     except ImportError:
         pass
     else:
