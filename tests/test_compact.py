@@ -960,6 +960,51 @@ def test_in_place_the_inputs_stay_whole():
     np.testing.assert_allclose(fn(small.params, x), fn(params, x), rtol=1e-5)
 
 
+def _residual(params, x):
+    h = jax.nn.relu(x @ params["a"])
+    g = h + jax.nn.relu(h @ params["r"])
+    return g.mean(1) @ params["b"]
+
+
+def _transposed(params, x):
+    h = jax.nn.relu(x @ params["a"])
+    g = h + jax.nn.relu(h @ params["r"])
+    return jnp.swapaxes(jnp.swapaxes(g, 1, 2).max(2, keepdims=True), 1, 2) @ params["b"]
+
+
+def _two_heads(params, x):
+    h = jax.nn.relu(x @ params["a"])
+    return h @ params["b"], (h @ params["r"]).sum()
+
+
+def _shared_bias(params, x):
+    left = jax.nn.relu(x @ params["a"] + params["s"][None, None]) @ params["b"]
+    return (
+        left + jax.nn.relu(x @ params["a"] * 2 + params["s"][None, None]) @ params["c"]
+    )
+
+
+@pytest.mark.parametrize("fn", [_residual, _transposed, _two_heads, _shared_bias])
+def test_in_place_an_operation_reads_all_that_is_there(fn):
+    """What another reader of the same units needs stays for all of them."""
+    rng = np.random.default_rng(0)
+    shapes = dict(a=(8, 12), r=(12, 12), b=(12, 3), c=(12, 3), s=(12,))
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    params["b"][::2], params["r"][:8:2], params["c"][:6:2] = 0, 0, 0
+    if fn is _two_heads:
+        del params["c"], params["s"]
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    x = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
+    small = compact(fn, params, x, in_place=True)
+    assert small.params["a"].shape[1] == small.params["b"].shape[0] < 12
+    for a, b in zip(
+        jax.tree.leaves(fn(small.params, x)),
+        jax.tree.leaves(fn(params, x)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_entries_of_reshaped_inputs_are_taken_once(in_place):
     """Rows and columns of images that nothing reads: one gather, after the reshape."""

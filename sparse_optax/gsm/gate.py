@@ -50,15 +50,17 @@ class Quota(NamedTuple):
 
 
 def check_first(density: Any, params: PyTree) -> None:
-    """Raises unless the first value of a schedule is a fraction or a count."""
+    """Raises unless the first value of a schedule is a fraction or a count, or 0, which
+    lets nothing pass.
+    """
     if not is_schedule(density, params):
         return
     first = checks.at_first("density", density)
     cure = "Give a fraction such as 0.05, or a number of weights as an integer."
     if isinstance(first, int) and not isinstance(first, bool):
-        checks.whole("density(0)", first, 1, cure=cure)
+        checks.whole("density(0)", first, 0, cure=cure)
     else:
-        checks.number("density(0)", first, 0, 1, ends="(]", cure=cure)
+        checks.number("density(0)", first, 0, 1, cure=cure)
 
 
 def quota_of(density: Any, count: jax.Array, layers: Layers, params: PyTree) -> Quota:

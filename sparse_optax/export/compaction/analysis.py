@@ -36,6 +36,7 @@ from sparse_optax.export.compaction.nested import NESTED
 from sparse_optax.export.compaction.program import Equation, Value
 from sparse_optax.export.compaction.rule import NoRule, Rule
 
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 # What is computed from parameters alone stays an operation if it is so much larger.
 _GROWTH, _ALWAYS = 4, 2**16
 
@@ -192,20 +193,31 @@ class Analysis(Facts):
             self.want(value, box)
 
     def _take_all(self, eqn: Equation) -> None:
-        """Makes an elementwise operation read all that is there of its operands, as its
-        code does: both sides of a residual sum have the same units.
+        """Makes an operation read all that is there of its operands, as its code does:
+        both sides of a residual sum have the same units, and a mean has those of what
+        it is taken of. Products choose for themselves what they sum over.
         """
-        if self.rules[eqn.outputs[0]] not in (
-            elementwise.RULE,
-            elementwise.SAME,
-            NESTED,
-        ):
+        if eqn.name in _PRODUCTS:
             return
+        inputs = [self.have.get(x) for x in eqn.inputs]
+        sums = (elementwise.RULE, elementwise.SAME, NESTED)
         for out in eqn.outputs:
-            for x in eqn.inputs:
-                moves = x in self.have and x not in self.exact
-                if moves and x.shape == out.shape and out in self.need:
-                    self.want(out, self.have[x])
+            if out not in self.need:
+                continue
+            if self.rules[eqn.outputs[0]] in sums:
+                for x, there in zip(eqn.inputs, inputs, strict=True):
+                    self.want(out, self._beside(out, x, there))
+            elif all(there is not None for there in inputs):
+                self.want(out, self._made_of(out, eqn, inputs))
+
+    def _beside(self, out: Value, x: Value, there: Box | None) -> Box | None:
+        """The box of a result beside that of an operand; where the operand has length
+        one it is repeated.
+        """
+        if there is None or len(x.shape) != len(out.shape):
+            return None
+        axes = zip(x.shape, out.shape, there, self.need[out], strict=True)
+        return tuple(own if n == m else old for n, m, own, old in axes)
 
     def to_be_had(self, value: Value) -> Box | None:
         """The box of a value that can be computed from what is needed anyway, and from
@@ -223,7 +235,7 @@ class Analysis(Facts):
             return self.need[value]
         if value not in found:
             found[value], eqn = None, makers[value]
-            if eqn.name not in ("dot_general", "conv_general_dilated"):
+            if eqn.name not in _PRODUCTS:
                 inputs = [self._to_be_had(x, makers, found) for x in eqn.inputs]
                 if None not in inputs:
                     found[value] = self._made_of(value, eqn, inputs)
