@@ -89,6 +89,11 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [path_name(path) for path, _ in paths]
 
 
+def array_names(tree: PyTree) -> list[str]:
+    """Normalised names in the order of ``jax.tree.leaves``, which has no holes."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 # --- which of them take part ----------------------------------------------------------
 class Choice(NamedTuple):
     """What is decided of one leaf, and why.

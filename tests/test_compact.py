@@ -16,7 +16,7 @@ from flax import nnx
 from helpers import refuses
 
 import sparse_optax
-from sparse_optax import compact
+from sparse_optax import analysis, compact, export
 from sparse_optax.experiments import models
 from sparse_optax.export.compaction import contraction
 
@@ -958,6 +958,38 @@ def test_in_place_the_inputs_stay_whole():
     small = compact(fn, params, x, in_place=True)
     assert small.params["a"].shape == (50, 16)  # a known unit stays
     np.testing.assert_allclose(fn(small.params, x), fn(params, x), rtol=1e-5)
+
+
+READERS = {
+    "compact": compact,
+    "to_sparse": export.to_sparse,
+    "measure_speedup": analysis.measure_speedup,
+}
+
+
+def _two_layers(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_holes_among_the_parameters_stay_holes(name):
+    key = jax.random.key(0)
+    params = {"a": jax.random.normal(key, (8, 12)), "b": jnp.ones((12, 3))}
+    params |= {"a hole": optax.MaskedNode(), "z": None}
+    made = READERS[name](_two_layers, params, jnp.ones((4, 8)))
+    if name == "measure_speedup":
+        assert [layer.name for layer in made.layers] == ["a", "b"]
+        return
+    assert made.params["a hole"] == optax.MaskedNode()
+    assert made.params["a"].shape == (8, 12)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("x", [jnp.ones((4, 9)), jnp.ones(())], ids=["width", "none"])
+def test_an_example_that_does_not_fit_is_one_error(name, x):
+    params = {"a": jnp.ones((8, 12)), "b": jnp.ones((12, 3))}
+    with pytest.raises(ValueError, match=f"{name}: `fn` cannot be traced .* fits"):
+        READERS[name](_two_layers, params, x)
 
 
 def _residual(params, x):

@@ -20,7 +20,7 @@ from sparse_optax.export.compaction.facts import Settings, everything, lengths
 from sparse_optax.export.compaction.program import Equation, trace
 from sparse_optax.export.sparse import aligned
 from sparse_optax.export.timing import least_seconds
-from sparse_optax.layers import PyTree, is_abstract, leaf_names
+from sparse_optax.layers import PyTree, array_names, is_abstract
 
 
 class SpeedupLayer(NamedTuple):
@@ -229,7 +229,7 @@ def _concrete(x: Any) -> Any:
 def _analysis(fn: Any, params: PyTree, args: Any, masks: PyTree | None) -> Analysis:
     """What ``compact`` finds of a function."""
     leaves, structure = jax.tree.flatten(params)
-    names = leaf_names(params)
+    names = array_names(params)
     for name, x in zip(names, leaves, strict=True):
         if is_abstract(x) or isinstance(x, Tracer) or not hasattr(x, "dtype"):
             raise ArgumentError(

@@ -19,7 +19,7 @@ from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.export.compaction.program import Equation, Program, Value, trace
 from sparse_optax.export.model import by_parameter
 from sparse_optax.export.timing import least_seconds
-from sparse_optax.layers import PyTree, is_abstract, leaf_names
+from sparse_optax.layers import PyTree, array_names, is_abstract
 from sparse_optax.masks.make import random_masks
 from sparse_optax.masks.optimizer_state import named_masks
 from sparse_optax.masks.tree import unpack
@@ -470,7 +470,7 @@ def to_sparse(
     if not callable(fn):
         checks.fail("fn", fn, "a function fn(params, *args)", "Pass model.apply.")
     leaves, structure = jax.tree.flatten(params)
-    names = leaf_names(params)
+    names = array_names(params)
     for name, x in zip(names, leaves, strict=True):
         if is_abstract(x) or isinstance(x, Tracer) or not hasattr(x, "dtype"):
             raise ArgumentError(

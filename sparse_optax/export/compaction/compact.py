@@ -31,11 +31,11 @@ from sparse_optax.export.model import by_parameter
 from sparse_optax.export.timing import least_seconds
 from sparse_optax.layers import (
     PyTree,
+    array_names,
     is_abstract,
     is_hole,
     is_mask,
     is_packed,
-    leaf_names,
     path_name,
 )
 from sparse_optax.masks.optimizer_state import named_masks
@@ -272,7 +272,7 @@ def source_of(
         cure = 'Give lambda result: {"stats": result[1]}, for instance.'
         checks.fail("state", state, "a function of the result", cure)
     leaves, structure = jax.tree.flatten(params)
-    names = leaf_names(params)
+    names = array_names(params)
     for name, x in zip(names, leaves, strict=True):
         if is_abstract(x) or not isinstance(
             x, jax.Array | np.ndarray | np.generic | float | int | complex
@@ -400,7 +400,7 @@ def _state_outputs(source: Source, result: Any) -> dict[int, int]:
     numbered = jax.tree.unflatten(structure, list(range(len(flat))))
     picked = source.state(numbered)
     found = {}
-    names = leaf_names(picked)
+    names = array_names(picked)
     for name, i in zip(
         suffixed(names, source.names), jax.tree.leaves(picked), strict=True
     ):

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from sparse_optax.checks import ArgumentError
+
 # Calls that mean no more than their content.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
 
@@ -61,7 +63,17 @@ class Program(NamedTuple):
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
     """The program of a function of trees, and the tree of its results."""
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    try:
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    except ArgumentError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(
+            f"`fn` cannot be traced with the example: {reason}. It must be a function "
+            "of these parameters and arrays. Pass an example that fits, and bind what "
+            "is no array with functools.partial."
+        ) from error
     return program_of(closed), shape
 
 
