@@ -121,8 +121,7 @@ def layer_sensitivity(
         cure = "A density is the fraction of weights to keep: give 0.05 to keep 5%."
         checks.not_traced("densities", share)
         checks.number("densities", share, 0, 1, ends="(]", cure=cure)
-    shares = sorted(map(float, given), reverse=True)
-    shares = list(dict.fromkeys(shares))
+    shares = sorted(set(map(float, given)), reverse=True)
     over.check_batches(batches)
     held = list(batches)
     if not held:

@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from sparse_optax import checks
-from sparse_optax.checks import ArgumentError, boundary, unnamed
+from sparse_optax.checks import boundary, unnamed
 from sparse_optax.export import compact, to_sparse
 from sparse_optax.export.compaction import contraction
 from sparse_optax.export.compaction.analysis import Analysis
 from sparse_optax.export.compaction.compact import kept_of
 from sparse_optax.export.compaction.facts import Settings, everything, lengths
 from sparse_optax.export.compaction.program import Equation, trace
-from sparse_optax.export.sparse import aligned
+from sparse_optax.export.sparse import aligned, concrete_leaves
 from sparse_optax.export.timing import least_seconds
-from sparse_optax.layers import PyTree, array_names, is_abstract
+from sparse_optax.layers import PyTree
 
 
 class SpeedupLayer(NamedTuple):
@@ -228,14 +227,7 @@ def _concrete(x: Any) -> Any:
 # --- the layers -----------------------------------------------------------------------
 def _analysis(fn: Any, params: PyTree, args: Any, masks: PyTree | None) -> Analysis:
     """What ``compact`` finds of a function."""
-    leaves, structure = jax.tree.flatten(params)
-    names = array_names(params)
-    for name, x in zip(names, leaves, strict=True):
-        if is_abstract(x) or isinstance(x, Tracer) or not hasattr(x, "dtype"):
-            raise ArgumentError(
-                f"the leaf {name!r} of `params` is {type(x).__name__}; it must be a "
-                "concrete array. Call it outside of jit, with the arrays of the model."
-            )
+    names, leaves, structure = concrete_leaves(params)
     kept = kept_of(names, leaves, masks)
     flat, own = jax.tree.flatten(args)
 

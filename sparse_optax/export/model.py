@@ -160,9 +160,7 @@ class SparseModel(NamedTuple):
                 f"to_csr: the matrix of {name!r} needs SciPy, which cannot be imported "
                 f"({error}). Install it with `pip install scipy`, or use to_bcsr."
             ) from error
-        if data.dtype.itemsize < 4 and jnp.issubdtype(data.dtype, jnp.floating):
-            data = data.astype(np.float32)
-        return scipy.sparse.csr_matrix((data, indices, starts), shape=size)
+        return scipy.sparse.csr_matrix((widened(data), indices, starts), shape=size)
 
     @boundary("load_sparse")
     def _tree(self, values: dict[str, Any]) -> PyTree:
@@ -217,6 +215,12 @@ def _mask_of(leaf: SparseLeaf) -> Any:
     if leaf.positions is None:
         return None if leaf.dtype == "None" else optax.MaskedNode()
     return leaf.mask
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Values as SciPy takes them: floats of 8 and 16 bits become float32, exactly."""
+    narrow = values.dtype.itemsize < 4 and jnp.issubdtype(values.dtype, jnp.floating)
+    return values.astype(np.float32) if narrow else values
 
 
 def by_parameter(masks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -17,13 +17,12 @@ from jax.core import Tracer
 from sparse_optax import checks
 from sparse_optax.checks import ArgumentError, boundary, unnamed
 from sparse_optax.export.compaction.program import Equation, Program, Value, trace
-from sparse_optax.export.model import by_parameter
+from sparse_optax.export.model import by_parameter, widened
 from sparse_optax.export.timing import least_seconds
 from sparse_optax.layers import PyTree, array_names, is_abstract
 from sparse_optax.masks.make import random_masks
 from sparse_optax.masks.optimizer_state import named_masks
 from sparse_optax.masks.tree import unpack
-from sparse_optax.selection.leaf import wide as as_wide
 
 # No other form than the dense one is tried above this density.
 MOST = 0.2
@@ -183,7 +182,7 @@ def _csr(kernel: np.ndarray, kept: np.ndarray) -> Any:
     import scipy.sparse
 
     values, *places = _csr_parts(kernel, kept)
-    values = values.astype(as_wide(values.dtype))
+    values = widened(values)
     return scipy.sparse.csr_matrix((values, *places), shape=kernel.shape[::-1])
 
 
@@ -395,6 +394,19 @@ class SparseNetwork:
         return jax.tree.unflatten(jax.tree.structure(result), made)
 
 
+def concrete_leaves(params: PyTree) -> tuple[list[str], list[Any], Any]:
+    """Names, arrays and structure of parameters; raises if one has no values."""
+    leaves, structure = jax.tree.flatten(params)
+    names = array_names(params)
+    for name, x in zip(names, leaves, strict=True):
+        if is_abstract(x) or isinstance(x, Tracer) or not hasattr(x, "dtype"):
+            raise ArgumentError(
+                f"the leaf {name!r} of `params` is {type(x).__name__}; it must be a "
+                "concrete array. Call it outside of jit, with the arrays of the model."
+            )
+    return names, leaves, structure
+
+
 @boundary("to_sparse")
 def _call_sparse(model: SparseNetwork, params: PyTree, *args: Any) -> Any:
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_form)
@@ -469,14 +481,7 @@ def to_sparse(
     """
     if not callable(fn):
         checks.fail("fn", fn, "a function fn(params, *args)", "Pass model.apply.")
-    leaves, structure = jax.tree.flatten(params)
-    names = array_names(params)
-    for name, x in zip(names, leaves, strict=True):
-        if is_abstract(x) or isinstance(x, Tracer) or not hasattr(x, "dtype"):
-            raise ArgumentError(
-                f"the leaf {name!r} of `params` is {type(x).__name__}; it must be a "
-                "concrete array. Call it outside of jit, with the arrays of the model."
-            )
+    names, leaves, structure = concrete_leaves(params)
     given = {}
     if masks is not None:
         given = by_parameter(named_masks(masks), names)

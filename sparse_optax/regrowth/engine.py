@@ -316,8 +316,7 @@ def _init(method: Method, params: PyTree) -> RegrowState:
         check_alone(method.inner)
     own: Any = ()
     if method.inner is not None and "momentum" in method.needs:
-        found = _found_momentum(method, inner_state, layers)
-        if found is None or not momenta.means_what_adam_means(method.inner):
+        if _found_momentum(method, inner_state, layers) is None:
             own = layers.rebuild([jnp.zeros_like(x, _average_of(x)) for x in leaves])
     states = init_rules(rules, layers.view(leaves), layers.view(kept))
     return RegrowState(
@@ -371,6 +370,8 @@ def _found_momentum(method: Method, inner_state: Any, layers: Layers):
     """The momentum that the inner optimizer keeps, one entry per leaf, or None."""
     # A line search sees the masked gradient, which has no momentum to grow by.
     if method.momentum != "auto" or inner_update.has_line_search(inner_state):
+        return None
+    if not momenta.means_what_adam_means(method.inner):
         return None
     shapes = tuple(leaf.shape for leaf in layers.leaves)
     return momenta.find(inner_state, layers.names, shapes)

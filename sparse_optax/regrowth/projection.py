@@ -15,6 +15,7 @@ from sparse_optax.masks.make import Ranking, highest
 from sparse_optax.masks.tree import layers_of_masks
 from sparse_optax.patterns import SINGLE, Pattern
 from sparse_optax.regrowth.guard import run_if
+from sparse_optax.selection.leaf import plus
 from sparse_optax.selection.leaf import wide as as_wide
 
 
@@ -87,8 +88,7 @@ def towards_projection(
             layers.index, _pairs(weights, slopes), target, strict=True
         ):
             more = pull * (w - t) - jnp.where(on, s, 0)
-            g = flat[i].astype(as_wide(flat[i].dtype))
-            flat[i] = (g + more).astype(flat[i].dtype)
+            flat[i] = plus(flat[i], more)
         return jax.tree.unflatten(structure, flat), ProjectionState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             target=layers.rebuild(target),

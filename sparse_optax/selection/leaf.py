@@ -59,6 +59,11 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def plus(x: jax.Array, more: Any) -> jax.Array:
+    """A sum in float32 or wider, in the dtype of ``x``."""
+    return (x.astype(wide(x.dtype)) + more).astype(x.dtype)
+
+
 def scores(score, arrays: Sequence[jax.Array]) -> jax.Array:
     """The scores of one leaf; a score function gets narrow floats as float32."""
     if score is None:

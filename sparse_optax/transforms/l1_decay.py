@@ -11,6 +11,7 @@ from sparse_optax import checks
 from sparse_optax.checks import boundary
 from sparse_optax.layers import is_hole
 from sparse_optax.masks.tree import check_gradient
+from sparse_optax.selection.leaf import plus
 from sparse_optax.selection.leaf import wide as as_wide
 
 
@@ -92,8 +93,7 @@ def add_l1_decay(
                 return None
             sign = jnp.sign(w)
             if hasattr(size, "dtype"):  # 8-bit floats are not promoted to that of a sum
-                sign, own = sign.astype(as_wide(w.dtype)), g.astype(as_wide(g.dtype))
-                return (own + sign * size).astype(g.dtype)
+                return plus(g, sign.astype(as_wide(w.dtype)) * size)
             return (g + sign * size).astype(g.dtype)
 
         added = jax.tree.map(add, updates, params, is_leaf=lambda x: x is None)

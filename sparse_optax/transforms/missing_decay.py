@@ -6,6 +6,7 @@ import optax
 
 from sparse_optax.layers import is_hole
 from sparse_optax.masks.tree import flatten, unpack
+from sparse_optax.selection.leaf import plus
 from sparse_optax.selection.leaf import wide as as_wide
 
 
@@ -24,8 +25,7 @@ def decay_missing(strength: float) -> optax.GradientTransformationExtraArgs:
             if is_hole(mask):
                 continue
             missing = jnp.where(unpack(mask), 0, w.astype(as_wide(w.dtype)))
-            g = flat[i].astype(as_wide(flat[i].dtype))
-            flat[i] = (g + strength * missing).astype(flat[i].dtype)
+            flat[i] = plus(flat[i], strength * missing)
         return jax.tree.unflatten(structure, flat), state
 
     return optax.GradientTransformationExtraArgs(

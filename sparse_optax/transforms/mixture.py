@@ -23,6 +23,7 @@ from sparse_optax.layers import (
 )
 from sparse_optax.masks.optimizer_state import states_with
 from sparse_optax.masks.tree import check_gradient, flatten, names_of
+from sparse_optax.selection.leaf import plus
 from sparse_optax.selection.leaf import wide as as_wide
 
 # Two components are one where the divergence between them is less.
@@ -176,8 +177,7 @@ def mixture_prior(
         )
         for i, w in zip(layers.index, layers.pick(params), strict=True):
             slope, more = slopes(w.astype(as_wide(w.dtype)), mixture, share)
-            g = flat[i].astype(as_wide(flat[i].dtype))
-            flat[i] = (g + size * slope).astype(flat[i].dtype)
+            flat[i] = plus(flat[i], size * slope)
             total = jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, more)
         total = jax.tree.map(lambda g: (size * g).astype(g.dtype), total)
         steps, moments = adam.update(total, state.mixture_moments)
